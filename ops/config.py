@@ -1,0 +1,151 @@
+"""The settings of the operator, their defaults and what each may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class S2OConfig:
+    """Settings of sparse attention; every field is also an argument of ``torch.ops.s2o.attention``.
+
+    The defaults rank keys for tiles of 32 positions by the largest probability that any single query of any
+    head of the KV group gives them. `S2OConfig.paper` is the published method.
+
+    Attributes:
+        threshold: The share of a query's softmax mass below which keys no longer matter. 0 visits every key and
+            equals dense attention to rounding.
+        min_length: Calls with fewer keys run dense. None chooses by device, 0 forces the sparse path.
+        segment: Consecutive query positions that share one ranking; a power of two from 16 to 1024.
+        tile: Query positions that one program handles, and that stop together; a power of two, at least 16, at
+            most `segment`.
+        pool: Consecutive queries averaged into one guide; a power of two, at most `segment`. 1 scores every query.
+        guides: "head" for guides of each query head, "group" for guides averaged over the heads of a KV group.
+        lists: "group" for one list of keys per KV group, "head" for one per query head.
+        max_weight: Weight of the largest probability that a guide gives a key, in the key's importance.
+        mean_weight: Weight of the mean probability over all guides of a list; importance is the larger term.
+        sample: A guide's log-sum-exp is estimated from its dense span and every `sample`-th key of the history;
+            1 is exact.
+        stop: "importance" ends the walk where a key's importance falls below `threshold`. "gain" (the paper's
+            rule) sorts the whole history by importance and ends a tile's walk after the first `chunk` of keys in
+            which no row gains `threshold` of its softmax mass.
+        chunk: Keys between two checks of the "gain" rule; a multiple of 64.
+        first_keys: Keys at the start that are always visited.
+        near_keys: Keys before each segment that are attended densely (rounded up to a multiple of 64).
+        last_queries: The last queries of a call, attended densely (rounded up to whole segments).
+        tail_means: Whether the keys not listed in each block of 64 enter as one key, the block's mean key and
+            value, weighted by how many they are.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field has a value that is not allowed.
+    """
+
+    threshold: float = 5e-4
+    min_length: int | None = None
+    segment: int = 32
+    tile: int = 32
+    pool: int = 1
+    guides: str = "head"
+    lists: str = "group"
+    max_weight: float = 1.0
+    mean_weight: float = 0.0
+    sample: int = 16
+    stop: str = "importance"
+    chunk: int = 512
+    first_keys: int = 1
+    near_keys: int = 128
+    last_queries: int = 128
+    tail_means: bool = True
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_type(field.name, getattr(self, field.name))
+        _check(self, "threshold", 0 <= self.threshold < 1, "a number from 0 to below 1")
+        _check(self, "min_length", self.min_length is None or self.min_length >= 0, "None or at least 0")
+        _check(self, "segment", _is_power_of_two(self.segment, 16, 1024), "a power of two from 16 to 1024")
+        _check(self, "tile", _is_power_of_two(self.tile, 16, self.segment), f"a power of two from 16 to segment ({self.segment})")
+        _check(self, "pool", _is_power_of_two(self.pool, 1, self.segment), f"a power of two up to segment ({self.segment})")
+        for name, choices in _CHOICES.items():
+            _check(self, name, getattr(self, name) in choices, " or ".join(map(repr, choices)))
+        _check(self, "lists", self.lists == "group" or self.guides == "head", "'group' when guides is 'group'")
+        _check(self, "lists", self.lists == "head" or self.stop != "gain", "'head' when stop is 'gain'")
+        for name in ("max_weight", "mean_weight"):
+            value = getattr(self, name)
+            _check(self, name, 0 <= value < math.inf, "a finite number, at least 0")
+        _check(self, "max_weight", self.max_weight > 0 or self.mean_weight > 0, "above 0 when mean_weight is 0")
+        _check(self, "sample", self.sample >= 1, "at least 1")
+        _check(self, "chunk", self.chunk >= 64 and self.chunk % 64 == 0, "a positive multiple of 64")
+        for name in ("first_keys", "near_keys", "last_queries"):
+            _check(self, name, getattr(self, name) >= 0, "at least 0")
+
+    @classmethod
+    def paper(cls, threshold: float = 1e-3, **changes: Any) -> S2OConfig:
+        """The setting of S2O as published (arXiv 2602.22575, without its ordering of queries inside a segment).
+
+        One list per head and segment of 512 positions, ranked by the segment's mean query; dense attention
+        inside the segment; blocks of sorted keys until the gain in softmax mass falls below `threshold`.
+
+        Args:
+            threshold: The least relative gain in softmax mass that keeps a tile going.
+            **changes: Other fields to set.
+        """
+        published: dict[str, Any] = {
+            "segment": 512, "tile": 128, "pool": 512, "lists": "head", "sample": 1, "stop": "gain", "chunk": 128,
+            "first_keys": 0, "near_keys": 0, "last_queries": 0, "tail_means": False,
+        }  # fmt: skip
+        return cls(threshold=threshold, **(published | changes))
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> S2OConfig:
+        """Build a configuration from option names and values, as given to ``torch.compile``.
+
+        Raises:
+            ValueError: A name is not a field; the message lists those that are.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                raise ValueError(f"unknown option {name!r}; the options of s2o are {', '.join(names)}")
+        return cls(**options)
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether block means stand for keys that are not listed."""
+        return self.tail_means and self.stop == "importance" and self.threshold > 0
+
+    def arguments(self) -> dict[str, Any]:
+        """The fields as keyword arguments of ``torch.ops.s2o.attention``."""
+        return dataclasses.asdict(self)
+
+
+_CHOICES = {"guides": ("head", "group"), "lists": ("group", "head"), "stop": ("importance", "gain")}
+_NUMBERS = {"threshold", "max_weight", "mean_weight"}
+
+
+def _check_type(name: str, value: object) -> None:
+    if name in _CHOICES:
+        right, wanted = isinstance(value, str), "a string"
+    elif name in _NUMBERS:
+        right, wanted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+    elif name == "tail_means":
+        right, wanted = isinstance(value, bool), "True or False"
+    else:
+        right = isinstance(value, int) and not isinstance(value, bool)
+        wanted = "an integer"
+        if name == "min_length":
+            right, wanted = right or value is None, "an integer or None"
+    if not right:
+        raise TypeError(f"{name} must be {wanted}, not {value!r}")
+
+
+def _check(config: S2OConfig, name: str, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, not {getattr(config, name)!r}")
+
+
+def _is_power_of_two(value: int, least: int, most: int) -> bool:
+    return least <= value <= most and value & (value - 1) == 0

@@ -1,0 +1,53 @@
+"""Dense attention of gathered tiles on a CPU, with log-sum-exp.
+
+The fused kernel behind ``scaled_dot_product_attention`` on a CPU returns the log-sum-exp that partial results are
+merged by, but has no public name. This module alone calls it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, finite: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with scale 1 and an additive bias of 0 or more, or -inf for keys that a row does not see.
+
+    Args:
+        query: [U, H, R, D], of a floating dtype.
+        key: [U, N, D].
+        value: [U, N, Dv].
+        bias: [U, R or 1, N].
+        finite: Whether `key` and `value` are known to be finite. If not, NaN and Inf reach exactly the rows that see
+            them, at some cost.
+
+    Returns:
+        Output [U, H, R, Dv] and log-sum-exp [U, H, R]; zeros and -inf for rows that see nothing.
+    """
+    if not finite:
+        return _attend_carefully(query, key, value, bias[:, None])
+    heads, width = query.shape[1], max(query.shape[-1], value.shape[-1])
+    padded = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value))
+    query, key, value_ = padded
+    key, value_ = (x[:, None].expand(-1, heads, -1, -1) for x in (key, value_))
+    output, lse = _fused(query, key, value_, 0.0, False, attn_mask=bias[:, None].expand(-1, -1, query.shape[2], -1), scale=1.0)
+    empty = bias.amax(-1) == -math.inf
+    return output[..., : value.shape[-1]], lse.masked_fill(empty[:, None], -math.inf)
+
+
+def _attend_carefully(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = query @ key[:, None].transpose(-1, -2)
+    logits = torch.where(bias == -math.inf, -math.inf, logits + bias)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    clean = value.isfinite()
+    output = weights @ torch.where(clean, value, 0)[:, None]
+    reached = (weights != 0).to(query.dtype) @ (~clean).to(query.dtype)[:, None]
+    return output.masked_fill(reached > 0, math.nan), lse

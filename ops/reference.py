@@ -1,0 +1,200 @@
+"""The specification: sparse attention by online permutation and early stopping, one segment at a time.
+
+Every other implementation is tested against this one. It follows S2O (arXiv 2602.22575), generalised:
+
+1. The queries are cut into segments; the queries of a segment are pooled into guides (`pool_guides`).
+2. Each key of the segment's history gets an importance: the share of softmax mass that the guides give it
+   (`importance`). Keys are ranked by it, one list per query head or per KV group.
+3. Pass 1 attends the segment's dense span causally, and so initialises the online softmax.
+4. Pass 2 walks the list in order of importance and stops early, by one of two rules:
+   "importance" stops where the importance falls below the threshold; "gain" stops after the first chunk of keys
+   in which no row of the tile gained a share `threshold` of its softmax mass.
+5. With `tail_means`, the keys of each block that were not listed enter as one key, the block's mean.
+
+It is slow and meant to be read. Give it float32 or float64.
+"""
+
+from __future__ import annotations
+
+import math
+import torch
+
+from .config import S2OConfig
+from .geometry import BLOCK, Geometry, round_up
+from .guides import pool_guides
+from .result import AttentionResult
+from .softmax import OnlineSoftmax
+
+
+def reference_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    key_padding: torch.Tensor | None = None,
+    scale: float | None = None,
+    config: S2OConfig | None = None,
+) -> AttentionResult:
+    """Sparse attention as specified, in plain PyTorch.
+
+    Args:
+        query: [B, Hq, Lq, D].
+        key: [B, Hkv, Lk, D], Hq a multiple of Hkv.
+        value: [B, Hkv, Lk, Dv].
+        is_causal: Whether query i sees only the keys up to i + `causal_offset`.
+        causal_offset: See `is_causal`.
+        key_padding: [B, Lk] boolean, True for keys that may be attended; None for all.
+        scale: Factor of the logits, by default D ** -0.5.
+        config: The rule; `min_length` does not matter here.
+    """
+    config = config or S2OConfig()
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    geometry = Geometry.of(query, key, is_causal, causal_offset, config)
+    batch, heads, length, _ = query.shape
+    groups, group = key.shape[1], heads // max(1, key.shape[1])
+    output = query.new_zeros(batch, heads, length, value.shape[-1])
+    lse = query.new_full((batch, heads, length), -math.inf)
+    visited = torch.zeros(batch, heads, geometry.tiles, dtype=torch.int64, device=query.device)
+    for b in range(batch):
+        valid = torch.ones_like(key[b, 0, :, 0], dtype=torch.bool) if key_padding is None else key_padding[b]
+        for g in range(groups):
+            members = slice(g * group, (g + 1) * group)
+            for segment in range(geometry.segments):
+                site = Segment(
+                    query[b, members], key[b, g], value[b, g], valid, segment, geometry, config, scale
+                )
+                for tile in site.tiles():
+                    rows = slice(tile * config.tile, min((tile + 1) * config.tile, length))
+                    softmax, counts = site.attend(rows, tile)
+                    output[b, members, rows] = softmax.output()
+                    lse[b, members, rows] = softmax.lse()
+                    visited[b, members, tile] = counts
+    return AttentionResult(output, lse, visited)
+
+
+class Segment:
+    """One segment of one KV group: its ranking, and the attention of its tiles.
+
+    `query` is [G, Lq, D], of the G heads of the group; `key` [Lk, D]; `value` [Lk, Dv]; `valid` [Lk].
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor,
+        index: int,
+        geometry: Geometry,
+        config: S2OConfig,
+        scale: float,
+    ) -> None:
+        self.query, self.key, self.value, self.valid = query, key, value, valid
+        self.geometry, self.config, self.scale = geometry, config, scale
+        self.rows = range(index * config.segment, min((index + 1) * config.segment, geometry.queries))
+        self.low, self.high = geometry.span(index)
+        positions = torch.arange(geometry.keys, device=key.device)
+        history = positions < self.low
+        if not geometry.is_causal:
+            history |= positions >= self.high
+        self.positions, self.history = positions, history & valid
+        self.lists = self.ranking()
+
+    def tiles(self) -> range:
+        """The tiles of this segment."""
+        return range(self.rows.start // self.config.tile, -(-self.rows.stop // self.config.tile))
+
+    def ranking(self) -> list[torch.Tensor]:
+        """The keys to visit in order, one list per query head; the heads of a group may share theirs."""
+        heads = len(self.query)
+        guides = pool_guides(self.query[:, self.rows.start : self.rows.stop], self.config)
+        starts = torch.arange(self.rows.start, self.rows.stop, self.config.pool, device=self.key.device)
+        importance = self.importance(guides, starts)
+        if self.config.stop == "gain":
+            listed = self.history.expand_as(importance)
+        else:
+            listed = self.history & ~(importance < self.config.threshold)
+        lists = [
+            row.argsort(descending=True, stable=True)[: int(keep.sum())]
+            for row, keep in zip(importance.masked_fill(~listed, -1), listed, strict=True)
+        ]
+        return lists if len(lists) == heads else lists * heads
+
+    def importance(self, guides: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """The importance of every key [lists, Lk], from guides [heads, n, D] whose first positions are `starts`.
+
+        NaN becomes inf: where a guide tells nothing, every key is visited.
+        """
+        config = self.config
+        logits = (guides @ self.key.T * self.scale).masked_fill(~self.valid, -math.inf)
+        probability = (logits - self.normaliser(logits, starts)[..., None]).exp()
+        if config.lists == "group":
+            probability = probability.flatten(0, 1)[None]
+        largest, mean = probability.amax(1) * config.max_weight, probability.mean(1) * config.mean_weight
+        importance = torch.maximum(largest, mean)
+        importance = importance.masked_fill(importance.isnan(), math.inf)
+        importance[:, : config.first_keys] = math.inf
+        return importance
+
+    def normaliser(self, logits: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """Each guide's log-sum-exp [heads, n] over its visible keys, estimated from one in `sample` of the history."""
+        first, sample = self.config.first_keys, self.config.sample
+        dense = (self.positions >= self.low) & (self.positions < self.high)
+        if self.geometry.is_causal:
+            dense = dense & (self.positions <= starts[:, None] + self.geometry.offset)
+        drawn = self.history & (self.positions >= first) & (self.positions % sample == sample // 2)
+        exact = dense | (self.history & (self.positions < first))
+        weight = exact.to(logits.dtype) + sample * drawn
+        return (logits + weight.log()).masked_fill(weight == 0, -math.inf).logsumexp(-1)
+
+    def attend(self, rows: slice, tile: int) -> tuple[OnlineSoftmax, torch.Tensor]:
+        """Attention of one tile: the online softmax of its rows [G, R], and the pairs each head visited [G]."""
+        end = self.geometry.tile_end(tile, self.high)
+        results = [self.attend_head(head, rows, end) for head in range(len(self.query))]
+        softmax = OnlineSoftmax(
+            *(torch.stack(parts) for parts in zip(*((s.maximum, s.mass, s.total) for s, _ in results), strict=True))
+        )
+        pairs = [keys * (rows.stop - rows.start) for _, keys in results]
+        return softmax, torch.tensor(pairs, device=self.key.device)
+
+    def attend_head(self, head: int, rows: slice, end: int) -> tuple[OnlineSoftmax, int]:
+        """Both passes for one head of a tile; also the keys visited, counted in blocks."""
+        query, ranked = self.query[head, rows], self.lists[head]
+        softmax = OnlineSoftmax.empty(query, self.value.shape[-1])
+        seen = self.valid[self.low : end].expand(len(query), -1)
+        if self.geometry.is_causal:
+            last = torch.arange(rows.start, rows.stop, device=query.device) + self.geometry.offset
+            seen = seen & (self.positions[self.low : end] <= last[:, None])
+        if end > self.low:
+            logits = query @ self.key[self.low : end].T * self.scale
+            softmax.add(logits.masked_fill(~seen, -math.inf), self.value[self.low : end])
+        keys = round_up(max(0, end - self.low))
+        chunk = self.config.chunk if self.config.stop == "gain" else max(1, len(ranked))
+        for start in range(0, len(ranked), chunk):
+            index = ranked[start : start + chunk]
+            gain = softmax.add(query @ self.key[index].T * self.scale, self.value[index])
+            keys += round_up(len(index))
+            if self.config.stop == "gain" and bool((gain < self.config.threshold).all()):
+                break
+        if self.config.has_tail:
+            softmax.add(*self.tail(query, ranked))
+            keys += round_up(self.geometry.history_blocks(self.low, self.high))
+        return softmax, keys
+
+    def tail(self, query: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [R, blocks] and values [blocks, Dv] of the block means that stand for keys not listed.
+
+        A block's mean is over all its valid keys; its weight is the number of them that were not listed.
+        """
+        skipped = self.history.clone()
+        skipped[ranked] = False
+        blocks = self.positions // BLOCK
+        members = torch.nn.functional.one_hot(blocks).T.to(query.dtype)
+        share = members * self.valid / (members * self.valid).sum(-1, keepdim=True).clamp_min(1)
+        # A product with zero would spread a NaN of one key to all blocks.
+        means = [torch.stack([row[row > 0] @ x[row > 0] for row in share]) for x in (self.key, self.value)]
+        count = members @ skipped.to(query.dtype)
+        used = count > 0
+        return query @ means[0][used].T * self.scale + count[used].log(), means[1][used]

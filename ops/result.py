@@ -1,0 +1,18 @@
+"""What attention returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class AttentionResult(NamedTuple):
+    """What attention returns: output, log-sum-exp, and visited work."""
+
+    output: torch.Tensor
+    """[B, Hq, Lq, Dv], in the dtype of the query; zeros for rows with nothing to attend to."""
+    lse: torch.Tensor
+    """[B, Hq, Lq], the natural log of the softmax denominator over what was visited; -inf for empty rows."""
+    visited: torch.Tensor
+    """[B, Hq, tiles] int64, (query, key) pairs visited, keys counted in blocks of 64."""
