@@ -42,6 +42,8 @@ def sparse_attention(
     output = query.new_empty(batch, length, heads, width).transpose(1, 2)
     lse = torch.empty(batch, heads, length, dtype=torch.float32)
     visited = torch.empty(batch, heads, geometry.tiles, dtype=torch.int64)
+    if 0 in (batch, length, key.shape[2]):
+        return AttentionResult(output.zero_(), lse.fill_(-math.inf), visited.zero_())
     parts = [x.unflatten(1, (groups, -1)) for x in (output, lse, visited)]
     for b in range(batch):
         for g in range(groups):

@@ -29,6 +29,8 @@ def attend(
     Returns:
         Output [U, H, R, Dv] and log-sum-exp [U, H, R]; zeros and -inf for rows that see nothing.
     """
+    if not key.shape[1]:
+        return query.new_zeros(*query.shape[:3], value.shape[2]), query.new_full(query.shape[:3], -math.inf)
     if not finite:
         return _attend_carefully(query, key, value, bias[:, None])
     heads, width = query.shape[1], max(query.shape[-1], value.shape[-1])

@@ -1,0 +1,33 @@
+"""Sparse or dense: chosen on the host, by shape and device alone, without a synchronisation."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .config import S2OConfig
+
+DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 16384}
+"""Fewest keys from which the sparse path is the faster one (see the benchmarks)."""
+
+
+def choose_sparse(query: torch.Tensor, key: torch.Tensor, config: S2OConfig) -> bool | None:
+    """Whether a call is worth the sparse path: enough keys, and more queries than would be attended densely anyway.
+
+    `min_length` 0 always takes the sparse path. None where the lengths are symbolic and the answer depends on them.
+    """
+    least = config.min_length
+    if least is None:
+        least = DEFAULT_MIN_LENGTH.get(query.device.type, DEFAULT_MIN_LENGTH["cuda"])
+    if least == 0:
+        return True
+    long, wide = key.shape[2] >= least, query.shape[2] > max(config.last_queries, config.segment)
+    if _known(long) and _known(wide):
+        return True
+    if _known(key.shape[2] < least) or _known(query.shape[2] <= max(config.last_queries, config.segment)):
+        return False
+    return None
+
+
+def _known(condition: bool) -> bool:
+    return statically_known_true(condition)
