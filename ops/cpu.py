@@ -37,21 +37,20 @@ def sparse_attention(
     config: S2OConfig,
 ) -> AttentionResult:
     """Sparse attention; shapes as in `ops.reference`, `geometry` from the lengths of `query` and `key`."""
-    batch, heads, length, _ = query.shape
-    groups, width = key.shape[1], value.shape[-1]
-    output = query.new_empty(batch, length, heads, width).transpose(1, 2)
-    lse = torch.empty(batch, heads, length, dtype=torch.float32)
-    visited = torch.empty(batch, heads, geometry.tiles, dtype=torch.int64)
+    batch, _, length, _ = query.shape
+    groups = key.shape[1]
+    result = AttentionResult.empty(query, value, config.tile)
+    output, lse, visited = result
     if 0 in (batch, length, key.shape[2]):
         return AttentionResult(output.zero_(), lse.fill_(-math.inf), visited.zero_())
-    parts = [x.unflatten(1, (groups, -1)) for x in (output, lse, visited)]
+    parts = [x.unflatten(1, (groups, -1)) for x in result]
     for b in range(batch):
         for g in range(groups):
             members = query[b].unflatten(0, (groups, -1))[g]
             valid = None if key_padding is None else key_padding[b]
             site = Group(members, key[b, g], value[b, g], valid, geometry, scale, config)
             site.run(*(part[b, g] for part in parts))
-    return AttentionResult(output, lse, visited)
+    return result
 
 
 @dataclass

@@ -1,13 +1,14 @@
 """The operators ``torch.ops.s2o.attention`` and ``torch.ops.s2o.attention_stats``.
 
 Both are compositions: they validate, cast under autocast, choose between sparse and dense, and call one of
-`sparse_cpu` (opaque) and `sparse_triton` (a `triton_op`, whose kernels Inductor sees). Where lengths are symbolic
-and the choice depends on them, they call `attention_dynamic`, which chooses at run time.
+`sparse_triton` (a `triton_op`, whose kernels Inductor sees) and `sparse` (opaque: on a CPU, and for symbolic shapes).
+Where lengths are symbolic and the choice depends on them, they call `attention_dynamic`, which chooses at run time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import torch
@@ -41,7 +42,10 @@ library = torch.library.Library("s2o", "DEF")
 library.define(f"attention{SCHEMA} -> Tensor")
 library.define(f"attention_stats{SCHEMA} -> {_RESULT}")
 library.define(f"attention_dynamic{SCHEMA} -> Tensor")
-library.define(f"sparse_cpu{SCHEMA} -> {_RESULT}")
+library.define(
+    "sparse(Tensor query, Tensor key, Tensor value, bool is_causal, SymInt causal_offset, Tensor? key_padding, "
+    f"float scale, str settings) -> {_RESULT}"
+)
 
 
 def attention(
@@ -149,42 +153,34 @@ def _sparse(
     scale: float | None,
     config: S2OConfig,
 ) -> AttentionResult:
-    if query.device.type == "cpu":
-        operator = torch.ops.s2o.sparse_cpu
-    else:
-        from .kernels import launch
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    settings = json.dumps(config.arguments())
+    arguments = (query, key, value, is_causal, causal_offset, key_padding, scale, settings)
+    symbolic = any(isinstance(size, torch.SymInt) for size in (*query.shape, *key.shape, causal_offset))
+    if query.device.type == "cpu" or symbolic:
+        return AttentionResult(*torch.ops.s2o.sparse(*arguments))
+    return AttentionResult(*_sparse_triton(*arguments))
 
-        operator = launch.sparse_triton
-    result = operator(
-        query, key, value, is_causal, causal_offset, key_padding, scale, **config.arguments()
-    )
-    return AttentionResult(*result)
+
+def _sparse_triton(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    from .kernels.launch import sparse_triton
+
+    return sparse_triton(*arguments)
 
 
 def _sparse_cpu(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    is_causal: bool = False,
-    causal_offset: int = 0,
-    key_padding: torch.Tensor | None = None,
-    scale: float | None = None,
-    **fields: Any,
+    is_causal: bool,
+    causal_offset: int,
+    key_padding: torch.Tensor | None,
+    scale: float,
+    settings: str,
 ) -> AttentionResult:
-    config = S2OConfig(**fields)
+    config = S2OConfig(**json.loads(settings))
     geometry = Geometry.of(query, key, is_causal, causal_offset, config)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     return cpu.sparse_attention(query, key, value, geometry, key_padding, scale, config)
-
-
-def empty_result(query: torch.Tensor, value: torch.Tensor, tile: int) -> AttentionResult:
-    """Uninitialised results: output [B, Hq, Lq, Dv], stored as [B, Lq, Hq, Dv], log-sum-exp and visited work."""
-    batch, heads, length, _ = query.shape
-    return AttentionResult(
-        query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2),
-        query.new_empty(batch, heads, length, dtype=torch.float32),
-        query.new_empty(batch, heads, -(-length // tile), dtype=torch.int64),
-    )
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -196,16 +192,17 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _fake_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **fields: Any) -> torch.Tensor:
-    return empty_result(query, value, 1).output
+    return AttentionResult.empty(query, value, 1).output
 
 
-def _fake_result(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **fields: Any) -> AttentionResult:
-    return empty_result(query, value, fields.get("tile", S2OConfig.tile))
+def _fake_result(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> AttentionResult:
+    return AttentionResult.empty(query, value, json.loads(rest[-1])["tile"])
 
 
 library.impl("attention", attention, "CompositeImplicitAutograd")
 library.impl("attention_stats", attention_stats, "CompositeImplicitAutograd")
 library.impl("attention_dynamic", attention_dynamic, "CompositeExplicitAutograd")
-library.impl("sparse_cpu", _sparse_cpu, "CPU")
+library.impl("sparse", _sparse_cpu, "CPU")
+library.impl("sparse", _sparse_triton, "CUDA")
 torch.library.register_fake("s2o::attention_dynamic", _fake_output, lib=library)
-torch.library.register_fake("s2o::sparse_cpu", _fake_result, lib=library)
+torch.library.register_fake("s2o::sparse", _fake_result, lib=library)

@@ -16,3 +16,13 @@ class AttentionResult(NamedTuple):
     """[B, Hq, Lq], the natural log of the softmax denominator over what was visited; -inf for empty rows."""
     visited: torch.Tensor
     """[B, Hq, tiles] int64, (query, key) pairs visited, keys counted in blocks of 64."""
+
+    @classmethod
+    def empty(cls, query: torch.Tensor, value: torch.Tensor, tile: int) -> AttentionResult:
+        """Uninitialised results for a call; the output is stored as [B, Lq, Hq, Dv]."""
+        batch, heads, length, _ = query.shape
+        return cls(
+            query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2),
+            query.new_empty(batch, heads, length, dtype=torch.float32),
+            query.new_empty(batch, heads, -(-length // tile), dtype=torch.int64),
+        )

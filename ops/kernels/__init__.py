@@ -1,0 +1,1 @@
+"""The Triton implementation: one kernel a module, `launch` runs them in order."""

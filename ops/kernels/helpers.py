@@ -1,0 +1,55 @@
+"""What the kernels share: spans, loads of rows by index, and the online softmax. Logits are in units of log 2."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+INFINITY = tl.constexpr(float("inf"))
+LOWEST = tl.constexpr(-1e38)
+KEY_BLOCK = tl.constexpr(64)
+
+
+@triton.jit
+def clip(key, keys):
+    return tl.maximum(0, tl.minimum(key, keys))
+
+
+@triton.jit
+def dense_span(segment, queries, keys, offset, near_keys, ranked_segments, SEGMENT: tl.constexpr, CAUSAL: tl.constexpr):
+    """`Geometry.span`: the keys [low, high) that a segment attends densely."""
+    first = segment * SEGMENT
+    end = tl.minimum(first + SEGMENT, queries)
+    low = clip(first + offset - near_keys, keys) // KEY_BLOCK * KEY_BLOCK
+    high = clip((clip(end + offset + near_keys, keys) + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK, keys)
+    if segment >= ranked_segments:
+        low = 0
+        high = keys
+    if CAUSAL:
+        high = clip(end + offset, keys)
+    return low, tl.maximum(low, high)
+
+
+@triton.jit
+def load_rows(base, rows, inside, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [N, BLOCK_D] of a matrix, zeros where not `inside` and past channel D."""
+    channels = tl.arange(0, BLOCK_D)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + channels[None, :]
+    return tl.load(pointers, mask=inside[:, None] & (channels < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_padding(padding, keys, inside, HAS_PADDING: tl.constexpr):
+    """`inside`, without the keys that are padding."""
+    if HAS_PADDING:
+        inside = inside & (tl.load(padding + keys, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def finite_or_zero(maximum):
+    """The origin of exponents: the running maximum, or 0 before the first key."""
+    return tl.where(maximum == -INFINITY, 0.0, maximum)

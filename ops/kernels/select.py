@@ -1,0 +1,127 @@
+"""The keys whose importance reaches the threshold, appended to one list per segment."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .helpers import INFINITY, KEY_BLOCK, LOWEST, dense_span, load_padding, load_rows
+
+
+@triton.jit
+def _load_guides(guides, lse, row, real, segment, stride_h, stride_n, per_head, PER_SEGMENT, D, BLOCK_D):
+    head, guide = row // PER_SEGMENT, segment * PER_SEGMENT + row % PER_SEGMENT
+    channels = tl.arange(0, BLOCK_D)
+    pointers = guides + head.to(tl.int64)[:, None] * stride_h + guide.to(tl.int64)[:, None] * stride_n
+    rows = tl.load(pointers + channels[None, :], mask=real[:, None] & (channels < D)[None, :], other=0.0)
+    return rows, tl.load(lse + head.to(tl.int64) * per_head + guide, mask=real, other=0.0)
+
+
+@triton.jit
+def select_kernel(
+    guides,
+    lse,
+    key,
+    padding,
+    index,
+    count,
+    skipped,
+    guides_stride_b,
+    guides_stride_g,
+    guides_stride_h,
+    guides_stride_n,
+    key_stride_b,
+    key_stride_h,
+    key_stride_n,
+    padding_stride_b,
+    groups,
+    queries,
+    keys,
+    guides_per_head,
+    first_segment,
+    ranked_segments,
+    offset,
+    near_keys,
+    first_keys,
+    capacity,
+    blocks,
+    log2_threshold,
+    log2_max_weight,
+    mean_weight,
+    scale,
+    SEGMENT: tl.constexpr,
+    POOL: tl.constexpr,
+    GUIDE_HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_MAX: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write one list: its keys, how many, and how many keys of each block are not in it.
+
+    Lists stand in the order [batch, group, list, segment]: index [lists, capacity], count [lists], skipped
+    [lists, blocks]. Program (segment, list of the group, batch entry and group).
+    """
+    segment = first_segment + tl.program_id(0)
+    batch = (tl.program_id(2) // groups).to(tl.int64)
+    group = (tl.program_id(2) % groups).to(tl.int64)
+    per_segment: tl.constexpr = SEGMENT // POOL
+    heads: tl.constexpr = GUIDE_HEADS // LISTS
+    total: tl.constexpr = heads * per_segment
+    place = ((tl.program_id(2) * LISTS + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    index += place * capacity
+    skipped += place * blocks
+    first_head = tl.program_id(1) * heads
+    guides += batch * guides_stride_b + group * guides_stride_g + first_head.to(tl.int64) * guides_stride_h
+    lse += ((batch * groups + group) * GUIDE_HEADS + first_head) * guides_per_head
+    key += batch * key_stride_b + group * key_stride_h
+    padding += batch * padding_stride_b
+    low, high = dense_span(segment, queries, keys, offset, near_keys, ranked_segments, SEGMENT, CAUSAL)
+    end = low if CAUSAL else keys
+    present = tl.minimum(guides_per_head - segment * per_segment, per_segment)
+
+    row = tl.arange(0, BLOCK_M)
+    real = (row < total) & (row % per_segment < present)
+    rows, normaliser = _load_guides(
+        guides, lse, row, real, segment, guides_stride_h, guides_stride_n, guides_per_head, per_segment, D, BLOCK_D
+    )
+    listed = 0
+    for start in range(0, end, KEY_BLOCK):
+        column = start + tl.arange(0, KEY_BLOCK)
+        inside = (column < end) & ((column < low) | (column >= high))
+        inside = load_padding(padding, column, inside, HAS_PADDING)
+        block = tl.trans(load_rows(key, column, inside, key_stride_n, D, BLOCK_D))
+        largest = tl.full([KEY_BLOCK], -INFINITY, tl.float32)
+        mean = tl.zeros([KEY_BLOCK], tl.float32)
+        for first in tl.static_range(0, total, BLOCK_M):
+            if total > BLOCK_M:
+                row = first + tl.arange(0, BLOCK_M)
+                real = (row < total) & (row % per_segment < present)
+                rows, normaliser = _load_guides(
+                    guides, lse, row, real, segment, guides_stride_h, guides_stride_n, guides_per_head,
+                    per_segment, D, BLOCK_D,
+                )  # fmt: skip
+            logits = tl.dot(rows, block, input_precision=PRECISION) * scale - normaliser[:, None]
+            # Where a guide tells nothing, every key is visited.
+            logits = tl.where(logits != logits, INFINITY, logits)
+            logits = tl.where(real[:, None], logits, -INFINITY)
+            largest = tl.maximum(largest, tl.max(logits, 0))
+            if HAS_MEAN:
+                mean += tl.sum(tl.exp2(logits), 0)
+        importance = tl.full([KEY_BLOCK], -INFINITY, tl.float32)
+        if HAS_MAX:
+            importance = largest + log2_max_weight
+        if HAS_MEAN:
+            importance = tl.maximum(importance, tl.log2(mean * mean_weight / (heads * present)))
+        keep = inside & ((tl.maximum(importance, LOWEST) >= log2_threshold) | (column < first_keys))
+        kept = keep.to(tl.int32)
+        tl.store(index + listed + tl.cumsum(kept, 0) - kept, column, mask=keep)
+        listed += tl.sum(kept, 0)
+        tl.store(skipped + start // KEY_BLOCK, tl.sum(inside.to(tl.int32), 0) - tl.sum(kept, 0))
+    tl.store(count + place, listed)
