@@ -83,7 +83,7 @@ class Group:
         self.geometry, self.config, self.valid = geometry, config, valid
         dtype = torch.promote_types(query.dtype, torch.float32)
         self.key, self.value = (masked(x.to(dtype), valid).contiguous() for x in (key, value))
-        self.query = query.to(dtype) * scale
+        self.query = (query.to(dtype) * scale).contiguous()
         self.finite = bool(self.key.isfinite().all() & self.value.isfinite().all())
         self.heads = len(query)
         self.guides = config.segment // config.pool * (self.heads if config.guides == "head" else 1)

@@ -6,14 +6,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import INFINITY, KEY_BLOCK, LN_2, clip, dense_span, finite_or_zero, load_padding, load_rows
+from .helpers import KEY_BLOCK, LN_2, clip, dense_span, finite_or_zero, load_padding, load_rows
 
 
 @triton.jit
 def _add(maximum, mass, total, rows, keys, values, scale, bias, seen, PRECISION: tl.constexpr):
     """Add keys [N, D] and values [N, Dv] to the online softmax; also the mass gained over the mass before."""
     logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale + bias[None, :]
-    logits = tl.where(seen, logits, -INFINITY)
+    logits = tl.where(seen, logits, float("-inf"))
     largest = tl.maximum(maximum, tl.max(logits, 1))
     origin = finite_or_zero(largest)
     decay = tl.exp2(maximum - origin)
@@ -115,7 +115,7 @@ def attend_kernel(
     value += batch * value_stride_b + group * value_stride_h
     padding += batch * padding_stride_b
 
-    maximum = tl.full([BLOCK_M], -INFINITY, tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     no_bias = tl.zeros([BLOCK_N], tl.float32)

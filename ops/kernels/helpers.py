@@ -6,9 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-INFINITY = tl.constexpr(float("inf"))
 LOWEST = tl.constexpr(-1e38)
 KEY_BLOCK = tl.constexpr(64)
 
@@ -52,4 +50,4 @@ def load_padding(padding, keys, inside, HAS_PADDING: tl.constexpr):
 @triton.jit
 def finite_or_zero(maximum):
     """The origin of exponents: the running maximum, or 0 before the first key."""
-    return tl.where(maximum == -INFINITY, 0.0, maximum)
+    return tl.where(maximum == float("-inf"), 0.0, maximum)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import INFINITY, dense_span, finite_or_zero, load_padding, load_rows
+from .helpers import dense_span, finite_or_zero, load_padding, load_rows
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def normaliser_kernel(
     padding += batch * padding_stride_b
     low, high = dense_span(segment, queries, keys, offset, near_keys, ranked_segments, SEGMENT, CAUSAL)
     end = low if CAUSAL else keys
-    maximum = tl.full([BLOCK_M], -INFINITY, tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
 
     for start in range(sample // 2, end, BLOCK_N * sample):
@@ -82,7 +82,7 @@ def normaliser_kernel(
         inside = load_padding(padding, column, inside, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
         logits = tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale + log2_sample
-        maximum, mass = _add(maximum, mass, tl.where(inside[None, :], logits, -INFINITY))
+        maximum, mass = _add(maximum, mass, tl.where(inside[None, :], logits, float("-inf")))
 
     for start in range(0, tl.minimum(first_keys, end), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
@@ -90,7 +90,7 @@ def normaliser_kernel(
         inside = load_padding(padding, column, inside, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
         logits = tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale
-        maximum, mass = _add(maximum, mass, tl.where(inside[None, :], logits, -INFINITY))
+        maximum, mass = _add(maximum, mass, tl.where(inside[None, :], logits, float("-inf")))
 
     last = guide * POOL + offset
     for start in range(low, high, BLOCK_N):
@@ -101,7 +101,7 @@ def normaliser_kernel(
         seen = inside[None, :]
         if CAUSAL:
             seen = seen & (column[None, :] <= last[:, None])
-        maximum, mass = _add(maximum, mass, tl.where(seen, logits, -INFINITY))
+        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
     place = ((batch * groups + group) * GUIDE_HEADS + head) * guides_per_head + guide
     tl.store(lse + place, maximum + tl.log2(mass), mask=real)

@@ -6,7 +6,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import INFINITY, KEY_BLOCK, LOWEST, dense_span, load_padding, load_rows
+from .helpers import KEY_BLOCK, LOWEST, dense_span, load_padding, load_rows
+
+
+@triton.jit
+def _larger(one, other):
+    """The larger, or NaN where either is."""
+    return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -15,7 +21,7 @@ def _load_guides(guides, lse, row, real, segment, stride_h, stride_n, per_head, 
     channels = tl.arange(0, BLOCK_D)
     pointers = guides + head.to(tl.int64)[:, None] * stride_h + guide.to(tl.int64)[:, None] * stride_n
     rows = tl.load(pointers + channels[None, :], mask=real[:, None] & (channels < D)[None, :], other=0.0)
-    return rows, tl.load(lse + head.to(tl.int64) * per_head + guide, mask=real, other=0.0)
+    return rows, tl.load(lse + head.to(tl.int64) * per_head + guide, mask=real, other=float("inf"))
 
 
 @triton.jit
@@ -91,13 +97,15 @@ def select_kernel(
     rows, normaliser = _load_guides(
         guides, lse, row, real, segment, guides_stride_h, guides_stride_n, guides_per_head, per_segment, D, BLOCK_D
     )
+    # Where a guide tells nothing, every key is visited. A key that is NaN gives NaN for all guides, so for the largest.
+    blind = tl.sum((normaliser != normaliser).to(tl.int32), 0)
     listed = 0
     for start in range(0, end, KEY_BLOCK):
         column = start + tl.arange(0, KEY_BLOCK)
         inside = (column < end) & ((column < low) | (column >= high))
         inside = load_padding(padding, column, inside, HAS_PADDING)
         block = tl.trans(load_rows(key, column, inside, key_stride_n, D, BLOCK_D))
-        largest = tl.full([KEY_BLOCK], -INFINITY, tl.float32)
+        largest = tl.full([KEY_BLOCK], float("-inf"), tl.float32)
         mean = tl.zeros([KEY_BLOCK], tl.float32)
         for first in tl.static_range(0, total, BLOCK_M):
             if total > BLOCK_M:
@@ -107,19 +115,19 @@ def select_kernel(
                     guides, lse, row, real, segment, guides_stride_h, guides_stride_n, guides_per_head,
                     per_segment, D, BLOCK_D,
                 )  # fmt: skip
+                blind += tl.sum((normaliser != normaliser).to(tl.int32), 0)
             logits = tl.dot(rows, block, input_precision=PRECISION) * scale - normaliser[:, None]
-            # Where a guide tells nothing, every key is visited.
-            logits = tl.where(logits != logits, INFINITY, logits)
-            logits = tl.where(real[:, None], logits, -INFINITY)
-            largest = tl.maximum(largest, tl.max(logits, 0))
+            largest = _larger(largest, tl.max(logits, 0))
             if HAS_MEAN:
                 mean += tl.sum(tl.exp2(logits), 0)
-        importance = tl.full([KEY_BLOCK], -INFINITY, tl.float32)
+        importance = tl.full([KEY_BLOCK], float("-inf"), tl.float32)
         if HAS_MAX:
             importance = largest + log2_max_weight
         if HAS_MEAN:
-            importance = tl.maximum(importance, tl.log2(mean * mean_weight / (heads * present)))
-        keep = inside & ((tl.maximum(importance, LOWEST) >= log2_threshold) | (column < first_keys))
+            importance = _larger(importance, tl.log2(mean * mean_weight / (heads * present)))
+        importance = tl.where((importance != importance) | (blind > 0), float("inf"), importance)
+        wanted = tl.maximum(importance, LOWEST) >= log2_threshold
+        keep = inside & (wanted | (column < first_keys))
         kept = keep.to(tl.int32)
         tl.store(index + listed + tl.cumsum(kept, 0) - kept, column, mask=keep)
         listed += tl.sum(kept, 0)

@@ -1,0 +1,63 @@
+"""The CPU implementation against the specification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+
+from s2o_compile.ops import AttentionResult, S2OConfig, cpu
+from s2o_compile.ops.reference import reference_attention
+
+from .comparison import assert_same, dense, largest_difference, sdpa
+from .strategies import Call, calls, configs
+
+
+@given(calls())
+def test_agrees_with_the_reference(call: Call) -> None:
+    query, key, value, padding = call.tensors(torch.float64)
+    scale = call.channels**-0.5
+    got = cpu.sparse_attention(query, key, value, call.geometry(query, key), padding, scale, call.config)
+    want = reference_attention(query, key, value, key_padding=padding, config=call.config, **call.masks)
+    assert_same(got, want, 1e-9)
+
+
+@given(calls(settings=configs(thresholds=(0.0,))))
+def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        query, key, value, padding = call.tensors(dtype)
+        mask = call.mask(padding)
+        output = torch.ops.s2o.attention(
+            query, key, value, key_padding=padding, **call.masks, **call.config.arguments()
+        )
+        assert output.dtype == dtype
+        want = dense(query, key, value, mask)
+        allowed = 1e-5 if dtype == torch.float32 else 2 * largest_difference(sdpa(query, key, value, mask), want)
+        assert largest_difference(output, want) <= max(allowed, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_ranking_finds_the_same_keys_but_for_those_at_the_threshold(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 700, 32) * 2, torch.randn(1, 2, 700, 32), torch.randn(1, 2, 700, 32)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    config = S2OConfig(threshold=1e-2, min_length=0, last_queries=0)
+    got = AttentionResult(
+        *torch.ops.s2o.attention_stats(query, key, value, is_causal=True, **config.arguments())
+    )
+    want = reference_attention(query.double(), key.double(), value.double(), is_causal=True, config=config)
+    exact = dense(query, key, value, torch.ones(700, 700, dtype=torch.bool).tril())
+    error, specified = ((x.double() - exact).square().sum() for x in (got.output, want.output))
+    assert error < 1.1 * specified + 1e-4
+    assert 0.9 < got.visited.sum() / want.visited.sum() < 1.1
+
+
+def test_works_through_many_runs_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_SCORES", 2**12)
+    monkeypatch.setattr(cpu, "_GATHERED", 2**8)
+    torch.manual_seed(1)
+    query, key, value = (torch.randn(1, 2, 500, 16, dtype=torch.float64) for _ in "qkv")
+    call_config = S2OConfig(threshold=1e-2, last_queries=50)
+    geometry = cpu.Geometry.of(query, key, True, 0, call_config)
+    got = cpu.sparse_attention(query, key, value, geometry, None, 0.25, call_config)
+    assert_same(got, reference_attention(query, key, value, is_causal=True, config=call_config), 1e-9)

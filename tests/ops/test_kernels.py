@@ -1,0 +1,153 @@
+"""The Triton implementation against the specification: interpreted on a CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+
+from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops.geometry import Geometry
+from s2o_compile.ops.kernels import launch
+from s2o_compile.ops.reference import reference_attention
+
+from .comparison import assert_same, dense, largest_difference, sdpa
+from .strategies import Call, calls, configs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LONGEST = 200 if DEVICE == "cuda" else 130
+# The interpreter multiplies the bits of bfloat16 as integers.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+
+
+def run(call: Call, tensors: tuple[torch.Tensor, ...]) -> AttentionResult:
+    query, key, value, padding = tensors
+    scale = call.channels**-0.5
+    return launch.sparse_attention(query, key, value, call.geometry(query, key), padding, scale, call.config)
+
+
+@settings(max_examples=40, phases=PHASES)
+@given(calls(longest=LONGEST))
+def test_agrees_with_the_reference(call: Call) -> None:
+    query, key, value, padding = tensors = call.tensors(torch.float32, DEVICE)
+    want = reference_attention(
+        query.double(), key.double(), value.double(), key_padding=padding, config=call.config, **call.masks
+    )
+    got = run(call, tensors)
+    assert largest_difference(got.visited, want.visited) <= 64 * call.config.tile
+    if torch.equal(got.visited, want.visited):
+        assert_same(got, want, 1e-4)
+
+
+@settings(max_examples=20, phases=PHASES)
+@given(calls(longest=LONGEST, settings=configs(thresholds=(0.0,))))
+def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
+    for dtype in DTYPES:
+        query, key, value, padding = tensors = call.tensors(dtype, DEVICE)
+        want, mask = dense(query, key, value, call.mask(padding, DEVICE)), call.mask(padding, DEVICE)
+        allowed = 1e-5 if dtype == torch.float32 else 2 * largest_difference(sdpa(query, key, value, mask), want)
+        assert largest_difference(run(call, tensors).output, want) <= max(allowed, 1e-5)
+
+
+@pytest.mark.parametrize("channels, value_channels", [(16, 16), (80, 96), (256, 256)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_dimensions(channels: int, value_channels: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(channels)
+    query = torch.randn(1, 2, 90, channels, device=DEVICE, dtype=dtype)
+    key = torch.randn(1, 1, 100, channels, device=DEVICE, dtype=dtype)
+    value = torch.randn(1, 1, 100, value_channels, device=DEVICE, dtype=dtype)
+    config = S2OConfig(threshold=0, near_keys=0, last_queries=0)
+    geometry = Geometry.of(query, key, True, 10, config)
+    got = launch.sparse_attention(query, key, value, geometry, None, channels**-0.5, config).output
+    mask = torch.ones(90, 100, dtype=torch.bool, device=DEVICE).tril(10)
+    want = dense(query, key, value, mask)
+    allowed = 1e-5 if dtype == torch.float32 else 2 * largest_difference(sdpa(query, key, value, mask), want)
+    assert largest_difference(got, want) <= allowed
+
+
+def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "WORKSPACE", 2**12)
+    torch.manual_seed(3)
+    query, key, value = (torch.randn(1, 2, 200, 16, device=DEVICE) for _ in "qkv")
+    for config in (S2OConfig(threshold=1e-2, near_keys=0, last_queries=20), S2OConfig.paper(segment=64, tile=32, pool=64)):
+        geometry = Geometry.of(query, key, True, 0, config)
+        got = launch.sparse_attention(query, key, value, geometry, None, 0.25, config)
+        want = reference_attention(query.double(), key.double(), value.double(), is_causal=True, config=config)
+        assert_same(got, want, 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("config", [S2OConfig(threshold=1e-3), S2OConfig(threshold=1e-3, pool=4, lists="head"), S2OConfig.paper()])
+def test_long_calls(dtype: torch.dtype, config: S2OConfig) -> None:
+    """At lengths that the reference does not reach: threshold 0 is dense, a threshold errs little."""
+    torch.manual_seed(4)
+    query = torch.randn(1, 8, 5000, 128, device="cuda", dtype=dtype) * 2
+    key, value = (torch.randn(1, 2, 5000, 128, device="cuda", dtype=dtype) for _ in "kv")
+    mask = torch.ones(5000, 5000, dtype=torch.bool, device="cuda").tril()
+    want = dense(query, key, value, mask)
+    exact = {**config.arguments(), "threshold": 0.0, "min_length": 0}
+    output = torch.ops.s2o.attention(query, key, value, is_causal=True, **exact)
+    allowed = 1e-5 if dtype == torch.float32 else 2 * largest_difference(sdpa(query, key, value, mask), want)
+    assert largest_difference(output, want) <= allowed
+    sparse = torch.ops.s2o.attention(query, key, value, is_causal=True, **{**exact, "threshold": config.threshold})
+    assert (sparse.double() - want).square().sum() < 0.5 * want.square().sum()
+    again = torch.ops.s2o.attention(query, key, value, is_causal=True, **{**exact, "threshold": config.threshold})
+    assert torch.equal(sparse, again)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits() -> None:
+    """Strides that put the last head past 2^31 elements."""
+    torch.manual_seed(5)
+    storage = torch.zeros(2**31 + 2**22, device="cuda", dtype=torch.bfloat16)
+    shape, strides = (1, 2, 2000, 64), (0, 2**31, 64, 1)
+    query, key, value = (storage.as_strided(shape, strides, n * 2**19).normal_() for n in range(3))
+    config = {"threshold": 0.0, "min_length": 0}
+    got = torch.ops.s2o.attention(query, key, value, is_causal=True, **config)
+    mask = torch.ones(2000, 2000, dtype=torch.bool, device="cuda").tril()
+    want = dense(query, key, value, mask)
+    allowed = 2 * largest_difference(sdpa(query.contiguous(), key.contiguous(), value.contiguous(), mask), want)
+    assert largest_difference(got, want) <= allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic: bool) -> None:
+    """Inductor inlines the kernels where shapes are static, and the same numbers come out."""
+    torch.manual_seed(6)
+    query, key, value = (torch.randn(1, 4, 1000, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+
+    def model(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.ops.s2o.attention(query * 2, key, value, is_causal=True, min_length=0, threshold=1e-3) + 1
+
+    got = torch.compile(model, fullgraph=True, dynamic=dynamic)(query, key, value)
+    assert largest_difference(got, model(query, key, value)) < 1e-2
+
+
+@pytest.mark.gpu
+def test_no_synchronisation() -> None:
+    query, key, value = (torch.randn(1, 4, 3000, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+    torch.ops.s2o.attention(query, key, value, is_causal=True, min_length=0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.ops.s2o.attention(query, key, value, is_causal=True, min_length=0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which: str) -> None:
+    torch.manual_seed(7)
+    tensors = {name: torch.randn(1, 2, 190, 16, device=DEVICE) for name in ("query", "key", "value")}
+    config = S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, lists="head", tail_means=which != "query")
+    geometry = Geometry.of(tensors["query"], tensors["key"], True, 0, config)
+    tensors[which][0, 1, 90, 3] = bad
+    output = launch.sparse_attention(*tensors.values(), geometry, None, 0.25, config).output
+    assert output[0, 0].isfinite().all()
+    tile_end = 96
+    assert output[0, 1, :64].isfinite().all()
+    if which == "query":
+        assert output[0, 1, tile_end:].isfinite().all()

@@ -1,0 +1,215 @@
+"""The registered operator: schema, validation, the choice of path, and what it does at the edges."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import scaled_dot_product_attention
+
+from s2o_compile.ops import S2OConfig
+from s2o_compile.ops.choice import choose_sparse
+
+from .comparison import dense, largest_difference
+from .strategies import Call, calls, configs
+
+OPERATORS = [
+    torch.ops.s2o.attention.default,
+    torch.ops.s2o.attention_stats.default,
+    torch.ops.s2o.attention_dynamic.default,
+]
+
+
+def inputs(length: int = 200, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(length)
+    return (
+        torch.randn(2, 4, length, 32, dtype=dtype),
+        torch.randn(2, 2, length, 32, dtype=dtype),
+        torch.randn(2, 2, length, 48, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("min_length", [0, None])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_opcheck(operator: Any, min_length: int | None) -> None:
+    padding = torch.ones(2, 100, dtype=torch.bool)
+    padding[0, :30] = False
+    torch.library.opcheck(operator, (*inputs(100), True, 0, padding), {"min_length": min_length})
+    torch.library.opcheck(operator, inputs(100), {"min_length": min_length, "threshold": 0.01})
+
+
+def test_opcheck_of_the_inner_operator() -> None:
+    settings = '{"threshold": 0.001, "tile": 32}'
+    torch.library.opcheck(torch.ops.s2o.sparse.default, (*inputs(100), True, 0, None, 0.2, settings))
+
+
+def test_schema_has_the_defaults_of_the_configuration() -> None:
+    schema = torch.ops.s2o.attention.default._schema
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.kwarg_only}
+    assert defaults == S2OConfig().arguments()
+
+
+@given(calls(longest=120, settings=configs(thresholds=(0.0,))))
+def test_every_path_agrees_at_threshold_zero(call: Call) -> None:
+    query, key, value, padding = call.tensors()
+    want = dense(query, key, value, call.mask(padding))
+    arguments = call.config.arguments()
+    for min_length in (0, 10**6):
+        output = torch.ops.s2o.attention(
+            query, key, value, key_padding=padding, **call.masks, **{**arguments, "min_length": min_length}
+        )
+        assert largest_difference(output, want) < 1e-5
+    stats = torch.ops.s2o.attention_stats(
+        query, key, value, key_padding=padding, **call.masks, **{**arguments, "min_length": 10**6}
+    )
+    assert largest_difference(stats[0], want) < 1e-5
+
+
+@pytest.mark.parametrize("min_length", [0, None])
+@pytest.mark.parametrize("shape", [(0, 4, 10, 10), (2, 4, 0, 10), (2, 4, 10, 0), (2, 4, 0, 0)])
+def test_empty(shape: tuple[int, int, int, int], min_length: int | None) -> None:
+    batch, heads, queries, keys = shape
+    query, key, value = torch.randn(batch, heads, queries, 16), *(torch.randn(batch, 2, keys, n) for n in (16, 24))
+    output = torch.ops.s2o.attention(query, key, value, min_length=min_length)
+    assert output.shape == (batch, heads, queries, 24) and not output.any()
+    result = torch.ops.s2o.attention_stats(query, key, value, min_length=min_length)
+    assert (result[1] == -torch.inf).all() and not result[2].any()
+
+
+@pytest.mark.parametrize("min_length", [0, 10**6])
+def test_rows_that_see_nothing_are_zero(min_length: int) -> None:
+    query, key, value = inputs(100)
+    padding = torch.ones(2, 100, dtype=torch.bool)
+    padding[1] = False
+    output = torch.ops.s2o.attention(
+        query, key, value, is_causal=True, causal_offset=-20, key_padding=padding, min_length=min_length
+    )
+    assert not output[1].any() and not output[0, :, :20].any() and output[0, :, 20:].any(-1).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+@pytest.mark.parametrize("threshold", [0.0, 1e-2])
+def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which: str, threshold: float) -> None:
+    tensors = dict(zip(("query", "key", "value"), inputs(300), strict=True))
+    tensors[which][0, 1, 170, 3] = bad
+    output = torch.ops.s2o.attention(**tensors, is_causal=True, min_length=0, threshold=threshold, last_queries=40)
+    want = scaled_dot_product_attention(*tensors.values(), is_causal=True, enable_gqa=True)
+    assert not (~output.isfinite() & want.isfinite()).any()
+    if threshold == 0:
+        clean = inputs(300)
+        unharmed = scaled_dot_product_attention(*clean, is_causal=True, enable_gqa=True)
+        assert largest_difference(output[:, :, :170], unharmed[:, :, :170]) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_padding_holds_does_not_matter(bad: float) -> None:
+    query, key, value = inputs(200)
+    padding = torch.ones(2, 200, dtype=torch.bool)
+    padding[:, :50] = False
+    arguments = {"is_causal": True, "key_padding": padding, "min_length": 0}
+    want = torch.ops.s2o.attention(query, key, value, **arguments)
+    key[:, :, :50], value[:, :, :50] = bad, bad
+    assert torch.equal(torch.ops.s2o.attention(query, key, value, **arguments), want)
+
+
+def test_gradients_are_refused_and_inference_works() -> None:
+    query, key, value = inputs()
+    want = torch.ops.s2o.attention(query, key, value, min_length=0)
+    value.requires_grad_()
+    with pytest.raises(ValueError, match="no backward"):
+        torch.ops.s2o.attention(query, key, value, min_length=0)
+    with torch.no_grad():
+        assert torch.equal(torch.ops.s2o.attention(query, key, value, min_length=0), want)
+    with torch.inference_mode():
+        assert torch.equal(torch.ops.s2o.attention(query, key, value, min_length=0), want)
+
+
+@pytest.mark.parametrize("min_length", [0, None])
+def test_autocast(min_length: int | None) -> None:
+    query, key, value = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = torch.ops.s2o.attention(query, key.bfloat16(), value, min_length=min_length)
+    assert output.dtype == torch.bfloat16
+    want = torch.ops.s2o.attention(query, key, value, min_length=min_length)
+    assert largest_difference(output, want) < 0.05
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"query": torch.zeros(4, 10, 16)}, ValueError, "query must have 4 dimensions"),
+        ({"key": torch.zeros(1, 3, 10, 16), "value": torch.zeros(1, 3, 10, 16)}, ValueError, "multiple of the heads"),
+        ({"key": torch.zeros(1, 2, 10, 8)}, ValueError, "key must have the channels of query"),
+        ({"value": torch.zeros(1, 2, 11, 16)}, ValueError, "value must have the length of key"),
+        ({"value": torch.zeros(1, 4, 10, 16)}, ValueError, "value must have the heads of key"),
+        ({"value": torch.zeros(2, 2, 10, 16)}, ValueError, "value must have the batch size of query"),
+        ({"key": torch.zeros(1, 2, 10, 16, dtype=torch.float16)}, TypeError, "key must have the dtype of query"),
+        ({"query": torch.zeros(1, 4, 10, 16, dtype=torch.float64)}, TypeError, "query must be float16"),
+        ({"key": torch.zeros(1, 2, 10, 16, device="meta")}, ValueError, "key must be on the device of query"),
+        ({"query": torch.zeros(1, 4, 10, 300)}, ValueError, "query must have 1 to 256 channels"),
+        ({"key_padding": torch.zeros(1, 9, dtype=torch.bool)}, ValueError, "key_padding must be"),
+        ({"key_padding": torch.zeros(1, 10)}, TypeError, "key_padding must be boolean"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite"),
+        ({"threshold": -1.0}, ValueError, "threshold must be a number from 0"),
+        ({"threshold": float("nan")}, ValueError, "threshold must be a number from 0"),
+        ({"segment": 33}, ValueError, "segment must be a power of two"),
+        ({"tile": 64}, ValueError, "tile must be a power of two"),
+        ({"pool": 64}, ValueError, "pool must be a power of two"),
+        ({"lists": "row"}, ValueError, "lists must be 'group' or 'head'"),
+        ({"stop": "gain"}, ValueError, "lists must be 'head' when stop is 'gain'"),
+        ({"max_weight": 0.0}, ValueError, "max_weight must be above 0"),
+        ({"min_length": -1}, ValueError, "min_length must be"),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {"query": torch.zeros(1, 4, 10, 16), "key": torch.zeros(1, 2, 10, 16), "value": torch.zeros(1, 2, 10, 16)}
+    with pytest.raises(error, match=message) as raised:
+        torch.ops.s2o.attention(**{**good, **change})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("change", [{"threshold": "0"}, {"segment": 32.0}, {"tail_means": 1}, {"pool": True}])
+def test_bad_types_of_fields(change: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(change))} must be"):
+        S2OConfig(**change)
+
+
+def test_unknown_options_list_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match="unknown option 'treshold'.*threshold, min_length"):
+        S2OConfig.from_options({"treshold": 1e-3})
+
+
+def test_choice() -> None:
+    config = S2OConfig(min_length=1000, last_queries=100)
+
+    def choose(queries: int, keys: int, **changes: Any) -> bool | None:
+        query, key = torch.empty(1, 1, queries, 16), torch.empty(1, 1, keys, 16)
+        return choose_sparse(query, key, dataclasses.replace(config, **changes))
+
+    assert choose(1000, 1000)
+    assert not choose(999, 999)
+    assert not choose(100, 5000)
+    assert choose(101, 5000)
+    assert choose(1, 1, min_length=0)
+
+
+@pytest.mark.parametrize("min_length", [0, 150])
+def test_dynamic_shapes_compile_once(min_length: int) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def model(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.ops.s2o.attention(
+            query, key, value, is_causal=True, threshold=0, min_length=min_length, last_queries=10
+        )
+
+    compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
+    for length in (100, 130, 149, 150, 220):
+        tensors = inputs(length)
+        want = dense(*tensors, torch.ones(length, length, dtype=torch.bool).tril())
+        assert largest_difference(compiled(*tensors), want) < 1e-5
+    assert counter.frame_count == 1

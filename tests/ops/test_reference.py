@@ -1,0 +1,83 @@
+"""The specification itself: exact at threshold 0, and sparse as it says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+
+from s2o_compile.ops import S2OConfig
+from s2o_compile.ops.reference import reference_attention
+
+from .comparison import dense, largest_difference
+from .strategies import Call, calls, configs
+
+
+@given(calls(longest=150, settings=configs(thresholds=(0.0,))))
+def test_threshold_zero_is_dense(call: Call) -> None:
+    query, key, value, padding = call.tensors(torch.float64)
+    result = reference_attention(query, key, value, key_padding=padding, config=call.config, **call.masks)
+    mask = call.mask(padding)
+    assert largest_difference(result.output, dense(query, key, value, mask)) < 1e-12
+    assert torch.equal((result.lse == -torch.inf).any(1), ~mask.any(-1).expand(call.batch, 1, -1)[:, 0])
+
+
+def needle(length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Inputs in which every query from 256 on wants key 100, and nothing else stands out."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 1, length, 16, generator=generator, dtype=torch.float64) for _ in "qkv")
+    query[:, :, 256:] = 0.1 * query[:, :, 256:] + 3
+    key[:, :, 100] = 5
+    return query, key, value
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, tail_means=False),
+        S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, pool=4, lists="head"),
+        S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, guides="group", max_weight=0.0, mean_weight=1.0),
+        S2OConfig.paper(1e-2, segment=64, tile=32, pool=64, chunk=64),
+    ],
+    ids=["default", "pooled", "mean", "paper"],
+)
+def test_the_key_that_matters_is_visited_and_little_else(config: S2OConfig) -> None:
+    query, key, value = needle()
+    result = reference_attention(query, key, value, is_causal=True, config=config)
+    want = dense(query, key, value, torch.ones(512, 512, dtype=torch.bool).tril())
+    rows = slice(256, None)
+    assert largest_difference(result.output[:, :, rows], want[:, :, rows]) < 1e-6
+    everything = reference_attention(
+        query, key, value, is_causal=True, config=dataclasses.replace(config, threshold=0.0)
+    )
+    late = slice(256 // config.tile, None)
+    assert result.visited[..., late].sum() < 0.6 * everything.visited[..., late].sum()
+
+
+def test_a_higher_threshold_visits_less_and_errs_more() -> None:
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (2 * torch.randn(1, 2, 512, 16, generator=generator, dtype=torch.float64) for _ in "qkv")
+    want = dense(query, key, value, torch.ones(512, 512, dtype=torch.bool).tril())
+    visited, errors = [], []
+    for threshold in (0.0, 1e-4, 1e-2, 1e-1):
+        config = S2OConfig(threshold=threshold, tail_means=False, last_queries=0, near_keys=0)
+        result = reference_attention(query, key, value, is_causal=True, config=config)
+        visited.append(int(result.visited.sum()))
+        errors.append(float((result.output - want).square().sum()))
+    assert visited == sorted(visited, reverse=True) and visited[0] > visited[-1]
+    assert errors == sorted(errors) and errors[0] < 1e-20
+
+
+def test_block_means_stand_for_skipped_keys() -> None:
+    """With keys alike inside each block, a block's mean loses nothing, however few keys are listed."""
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(1, 1, 512, 16, generator=generator, dtype=torch.float64)
+    key, value = (
+        torch.randn(1, 1, 8, 16, generator=generator, dtype=torch.float64).repeat_interleave(64, 2) for _ in "kv"
+    )
+    config = S2OConfig(threshold=0.5, near_keys=0, last_queries=0, first_keys=0)
+    result = reference_attention(query, key, value, is_causal=True, config=config)
+    want = dense(query, key, value, torch.ones(512, 512, dtype=torch.bool).tril())
+    assert largest_difference(result.output, want) < 1e-12
