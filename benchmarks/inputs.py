@@ -6,7 +6,14 @@ import torch
 
 
 def structured(
-    length: int, heads: int, groups: int, channels: int, device: str, dtype: torch.dtype, sharpness: float = 3.2, seed: int = 0
+    length: int,
+    heads: int,
+    groups: int,
+    channels: int,
+    device: str,
+    dtype: torch.dtype,
+    sharpness: float = 3.2,
+    seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query [1, heads, length, channels], key and value [1, groups, length, channels].
 

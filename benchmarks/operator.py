@@ -90,15 +90,23 @@ def measure(length: int, device: str, repetitions: int) -> list[dict[str, Any]]:
     rows = []
     for name, median in medians.items():
         spread = (max(times[name]) - min(times[name])) / median
-        row = {"length": length, "name": name, "ms": 1e3 * median, "spread": spread, "ratio": fastest / median}
+        row = {
+            "length": length,
+            "name": name,
+            "ms": 1e3 * median,
+            "spread": spread,
+            "ratio": fastest / median,
+        }
         if name in SETTINGS:
             config = SETTINGS[name]
-            result = AttentionResult(
-                *torch.ops.s2o.attention_stats(*tensors, is_causal=True, **config.arguments())
-            )
+            result = AttentionResult(*torch.ops.s2o.attention_stats(*tensors, is_causal=True, **config.arguments()))
             visited = density(result.visited, length, length, True, 0, config.tile)
             error = (result.output.float() - exact).square().sum() / exact.square().sum()
-            row |= {"density": float(visited.mean()), "error": float(error), "config": dataclasses.asdict(config)}
+            row |= {
+                "density": float(visited.mean()),
+                "error": float(error),
+                "config": dataclasses.asdict(config),
+            }
         rows.append(row)
     return rows
 

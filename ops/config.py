@@ -67,8 +67,18 @@ class S2OConfig:
         _check(self, "threshold", 0 <= self.threshold < 1, "a number from 0 to below 1")
         _check(self, "min_length", self.min_length is None or self.min_length >= 0, "None or at least 0")
         _check(self, "segment", _is_power_of_two(self.segment, 16, 1024), "a power of two from 16 to 1024")
-        _check(self, "tile", _is_power_of_two(self.tile, 16, self.segment), f"a power of two from 16 to segment ({self.segment})")
-        _check(self, "pool", _is_power_of_two(self.pool, 1, self.segment), f"a power of two up to segment ({self.segment})")
+        _check(
+            self,
+            "tile",
+            _is_power_of_two(self.tile, 16, self.segment),
+            f"a power of two from 16 to segment ({self.segment})",
+        )
+        _check(
+            self,
+            "pool",
+            _is_power_of_two(self.pool, 1, self.segment),
+            f"a power of two up to segment ({self.segment})",
+        )
         for name, choices in _CHOICES.items():
             _check(self, name, getattr(self, name) in choices, " or ".join(map(repr, choices)))
         _check(self, "lists", self.lists == "group" or self.guides == "head", "'group' when guides is 'group'")

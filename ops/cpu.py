@@ -157,10 +157,7 @@ class Group:
             else:
                 keep = keep & ~(importance < math.log(self.config.threshold))
         count = keep.sum(-1)
-        if order is None:
-            keys = keep.nonzero()[:, -1]
-        else:
-            keys = order[self.positions[:end] < count[..., None]]
+        keys = keep.nonzero()[:, -1] if order is None else order[self.positions[:end] < count[..., None]]
         padded = torch.nn.functional.pad(history & ~keep, (0, -end % BLOCK))
         skipped = padded.unflatten(-1, (blocks, BLOCK)).sum(-1)
         return Lists(keys, (count.flatten().cumsum(0) - count.flatten()).view_as(count), count, skipped)

@@ -21,14 +21,11 @@ def dense_attention(
     if is_causal and statically_known_true(causal_offset >= key.shape[2] - 1):
         is_causal = False
     if key_padding is None and (not is_causal or statically_known_true(causal_offset == 0)):
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped
-        )
-    mask = None if key_padding is None else key_padding[:, None, None, :]
+        return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    mask = torch.ones((), dtype=torch.bool, device=key.device) if key_padding is None else key_padding[:, None, None, :]
     if is_causal:
         columns = torch.arange(key.shape[2], device=key.device)
         rows = torch.arange(query.shape[2], device=key.device) + causal_offset
-        causal = columns <= rows[:, None]
-        mask = causal if mask is None else causal & mask
+        mask = mask & (columns <= rows[:, None])
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return output.masked_fill(~mask.any(-1, keepdim=True), 0)

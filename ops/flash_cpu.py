@@ -34,10 +34,14 @@ def attend(
     if not finite:
         return _attend_carefully(query, key, value, bias[:, None])
     heads, width = query.shape[1], max(query.shape[-1], value.shape[-1])
-    padded = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value))
+    padded = (
+        torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value)
+    )
     query, key, value_ = padded
     key, value_ = (x[:, None].expand(-1, heads, -1, -1) for x in (key, value_))
-    output, lse = _fused(query, key, value_, 0.0, False, attn_mask=bias[:, None].expand(-1, -1, query.shape[2], -1), scale=1.0)
+    output, lse = _fused(
+        query, key, value_, 0.0, False, attn_mask=bias[:, None].expand(-1, -1, query.shape[2], -1), scale=1.0
+    )
     empty = bias.amax(-1) == -math.inf
     return output[..., : value.shape[-1]], lse.masked_fill(empty[:, None], -math.inf)
 

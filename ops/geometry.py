@@ -9,12 +9,15 @@ end at the last key.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from .config import S2OConfig
 
 BLOCK = 64
+
+Count = TypeVar("Count", int, torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,7 @@ class Geometry:
     last_queries: int
 
     @classmethod
-    def of(
-        cls, query: torch.Tensor, key: torch.Tensor, is_causal: bool, offset: int, config: S2OConfig
-    ) -> Geometry:
+    def of(cls, query: torch.Tensor, key: torch.Tensor, is_causal: bool, offset: int, config: S2OConfig) -> Geometry:
         """The geometry of attention between `query` [B, Hq, Lq, D] and `key` [B, Hkv, Lk, D]."""
         lengths = query.shape[2], key.shape[2]
         return cls(*lengths, is_causal, offset, config.segment, config.tile, config.near_keys, config.last_queries)
@@ -75,14 +76,15 @@ class Geometry:
             return high
         return self._clip(min((tile + 1) * self.tile, self.queries) + self.offset)
 
-    def history_blocks(self, low: int, high: int) -> int:
+    def history_blocks(self, low: Count, high: Count) -> Count:
         """How many blocks of keys the history of a segment with dense span [low, high) has."""
-        return low // BLOCK + (0 if self.is_causal else -(-(self.keys - high) // BLOCK))
+        before = low // BLOCK
+        return before if self.is_causal else before + -(-(self.keys - high) // BLOCK)
 
     def _clip(self, key: int) -> int:
         return max(0, min(key, self.keys))
 
 
-def round_up(count: int, multiple: int = BLOCK) -> int:
+def round_up(count: Count, multiple: int = BLOCK) -> Count:
     """The least multiple of `multiple` that is at least `count`."""
     return -(-count // multiple) * multiple

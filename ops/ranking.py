@@ -54,9 +54,7 @@ def sorted_history(
     share = torch.nn.functional.pad((logits - lse).exp(), (0, 0, 0, padding)).unflatten(3, (len(segments), -1))
     counts = torch.full((len(segments),), per_segment, device=key.device)
     counts[-1] -= padding
-    importance = torch.maximum(
-        share.amax(4) * config.max_weight, share.sum(4) * (config.mean_weight / counts)[:, None]
-    )
+    importance = torch.maximum(share.amax(4) * config.max_weight, share.sum(4) * (config.mean_weight / counts)[:, None])
     importance = importance.masked_fill(importance.isnan() | (positions < config.first_keys), math.inf)
     order = importance.masked_fill(~history, -1).argsort(dim=-1, descending=True, stable=True)
     return order.int(), history.sum(-1).expand(importance.shape[:-1]).int()

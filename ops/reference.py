@@ -17,6 +17,7 @@ It is slow and meant to be read. Give it float32 or float64.
 from __future__ import annotations
 
 import math
+
 import torch
 
 from .config import S2OConfig
@@ -62,9 +63,7 @@ def reference_attention(
         for g in range(groups):
             members = slice(g * group, (g + 1) * group)
             for segment in range(geometry.segments):
-                site = Segment(
-                    query[b, members], key[b, g], value[b, g], valid, segment, geometry, config, scale
-                )
+                site = Segment(query[b, members], key[b, g], value[b, g], valid, segment, geometry, config, scale)
                 for tile in site.tiles():
                     rows = slice(tile * config.tile, min((tile + 1) * config.tile, length))
                     softmax, counts = site.attend(rows, tile)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import KEY_BLOCK, LN_2, clip, dense_span, finite_or_zero, load_padding, load_rows
+from .helpers import KEY_BLOCK, LN_2, clip, dense_span, finite_or_zero, float32, load_padding, load_rows
 
 
 @triton.jit
@@ -92,6 +92,7 @@ def attend_kernel(
     Lists as `select_kernel` writes them. Program (tile, latest first; part of the group's heads; batch entry and
     group).
     """
+    scale, threshold = float32(scale), float32(threshold)
     tiles_per_segment: tl.constexpr = SEGMENT // TILE
     parts_per_list: tl.constexpr = (GROUP // LISTS + HEADS - 1) // HEADS
     tile = first_segment * tiles_per_segment + tl.num_programs(0) - 1 - tl.program_id(0)
@@ -132,9 +133,7 @@ def attend_kernel(
             seen = seen & (column[None, :] <= position[:, None] + offset)
         key_block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
         value_block = load_rows(value, column, inside, value_stride_n, DV, BLOCK_DV)
-        maximum, mass, total = _add(
-            maximum, mass, total, rows, key_block, value_block, scale, no_bias, seen, PRECISION
-        )
+        maximum, mass, total = _add(maximum, mass, total, rows, key_block, value_block, scale, no_bias, seen, PRECISION)
     seen_keys = _round_up(end - low)
 
     listed = tl.load(count + place)
@@ -151,7 +150,16 @@ def attend_kernel(
                 key_block = load_rows(key, chosen, inside, key_stride_n, D, BLOCK_D)
                 value_block = load_rows(value, chosen, inside, value_stride_n, DV, BLOCK_DV)
                 maximum, mass, total = _add(
-                    maximum, mass, total, rows, key_block, value_block, scale, no_bias, inside[None, :], PRECISION
+                    maximum,
+                    mass,
+                    total,
+                    rows,
+                    key_block,
+                    value_block,
+                    scale,
+                    no_bias,
+                    inside[None, :],
+                    PRECISION,
                 )
             seen_keys += _round_up(stop - done)
             before = mass_before * tl.exp2(maximum_before - finite_or_zero(maximum))
@@ -200,4 +208,8 @@ def attend_kernel(
     tl.store(lse + head_place * queries + position, (maximum + tl.log2(mass)) * LN_2, mask=real)
     rows_in_tile = tl.minimum(queries - tile * TILE, TILE)
     pairs = (seen_keys * rows_in_tile).to(tl.int64)
-    tl.store(visited + head_place * tiles + tile, pairs + tl.zeros([BLOCK_M], tl.int64), mask=real & (row % TILE == 0))
+    tl.store(
+        visited + head_place * tiles + tile,
+        pairs + tl.zeros([BLOCK_M], tl.int64),
+        mask=real & (row % TILE == 0),
+    )

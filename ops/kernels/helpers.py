@@ -12,6 +12,12 @@ KEY_BLOCK = tl.constexpr(64)
 
 
 @triton.jit
+def float32(number):
+    """A floating argument as float32: Inductor passes them as float64."""
+    return tl.full([], number, tl.float32)
+
+
+@triton.jit
 def clip(key, keys):
     return tl.maximum(0, tl.minimum(key, keys))
 

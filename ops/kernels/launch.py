@@ -99,7 +99,8 @@ def sparse_triton(
     """`sparse_attention` as an operator whose kernels the compiler sees; `settings` is the configuration as JSON."""
     config = S2OConfig(**json.loads(settings))
     geometry = Geometry.of(query, key, is_causal, causal_offset, config)
-    return tuple(sparse_attention(query, key, value, geometry, key_padding, scale, config))
+    output, lse, visited = sparse_attention(query, key, value, geometry, key_padding, scale, config)
+    return output, lse, visited
 
 
 def sparse_attention(
@@ -119,7 +120,7 @@ def sparse_attention(
     padding = query.new_empty(1, 1, dtype=torch.bool) if key_padding is None else key_padding.contiguous()
     call = Call(query, key, value, padding, key_padding is not None, geometry, scale, config)
     guides = pool_guides(query.unflatten(1, (call.groups, call.group)), config)
-    means = (query.new_empty(1), query.new_empty(1))
+    means: tuple[torch.Tensor, ...] = (query.new_empty(1), query.new_empty(1))
     if config.has_tail:
         valid = None if key_padding is None else key_padding[:, None]
         means = tuple(block_means(x, valid).to(x.dtype) for x in (key, value))
@@ -218,9 +219,7 @@ def select(call: Call, guides: torch.Tensor, segments: range) -> Lists:
     return Lists(index, count, skipped)
 
 
-def attend(
-    call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: range, result: AttentionResult
-) -> None:
+def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: range, result: AttentionResult) -> None:
     """Attend the tiles of a run of segments, and write their part of the result."""
     config, geometry = call.config, call.geometry
     heads = max(1, min(call.group // call.lists, _MAX_ROWS // config.tile))

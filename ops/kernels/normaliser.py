@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import dense_span, finite_or_zero, load_padding, load_rows
+from .helpers import dense_span, finite_or_zero, float32, load_padding, load_rows
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def normaliser_kernel(
 
     Program (segment, block of the segment's guides over all heads, batch entry and group).
     """
+    scale, log2_sample = float32(scale), float32(log2_sample)
     segment = first_segment + tl.program_id(0)
     batch = (tl.program_id(2) // groups).to(tl.int64)
     group = (tl.program_id(2) % groups).to(tl.int64)

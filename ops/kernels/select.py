@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import KEY_BLOCK, LOWEST, dense_span, load_padding, load_rows
+from .helpers import KEY_BLOCK, LOWEST, dense_span, float32, load_padding, load_rows
 
 
 @triton.jit
@@ -74,6 +74,8 @@ def select_kernel(
     Lists stand in the order [batch, group, list, segment]: index [lists, capacity], count [lists], skipped
     [lists, blocks]. Program (segment, list of the group, batch entry and group).
     """
+    scale, log2_threshold = float32(scale), float32(log2_threshold)
+    log2_max_weight, mean_weight = float32(log2_max_weight), float32(mean_weight)
     segment = first_segment + tl.program_id(0)
     batch = (tl.program_id(2) // groups).to(tl.int64)
     group = (tl.program_id(2) % groups).to(tl.int64)
@@ -95,7 +97,17 @@ def select_kernel(
     row = tl.arange(0, BLOCK_M)
     real = (row < total) & (row % per_segment < present)
     rows, normaliser = _load_guides(
-        guides, lse, row, real, segment, guides_stride_h, guides_stride_n, guides_per_head, per_segment, D, BLOCK_D
+        guides,
+        lse,
+        row,
+        real,
+        segment,
+        guides_stride_h,
+        guides_stride_n,
+        guides_per_head,
+        per_segment,
+        D,
+        BLOCK_D,
     )
     # Where a guide tells nothing, every key is visited. A key that is NaN gives NaN for all guides, so for the largest.
     blind = tl.sum((normaliser != normaliser).to(tl.int32), 0)

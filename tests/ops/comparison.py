@@ -9,7 +9,11 @@ from s2o_compile.ops import AttentionResult
 
 
 def dense(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Dense attention in float64, spelled out; zeros for rows that see nothing."""
     query, key, value = (x.double() for x in (query, key, value))

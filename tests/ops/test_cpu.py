@@ -42,9 +42,7 @@ def test_low_precision_ranking_finds_the_same_keys_but_for_those_at_the_threshol
     query, key, value = torch.randn(1, 4, 700, 32) * 2, torch.randn(1, 2, 700, 32), torch.randn(1, 2, 700, 32)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     config = S2OConfig(threshold=1e-2, min_length=0, last_queries=0)
-    got = AttentionResult(
-        *torch.ops.s2o.attention_stats(query, key, value, is_causal=True, **config.arguments())
-    )
+    got = AttentionResult(*torch.ops.s2o.attention_stats(query, key, value, is_causal=True, **config.arguments()))
     want = reference_attention(query.double(), key.double(), value.double(), is_causal=True, config=config)
     exact = dense(query, key, value, torch.ones(700, 700, dtype=torch.bool).tril())
     error, specified = ((x.double() - exact).square().sum() for x in (got.output, want.output))

@@ -70,7 +70,10 @@ def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "WORKSPACE", 2**12)
     torch.manual_seed(3)
     query, key, value = (torch.randn(1, 2, 200, 16, device=DEVICE) for _ in "qkv")
-    for config in (S2OConfig(threshold=1e-2, near_keys=0, last_queries=20), S2OConfig.paper(segment=64, tile=32, pool=64)):
+    for config in (
+        S2OConfig(threshold=1e-2, near_keys=0, last_queries=20),
+        S2OConfig.paper(segment=64, tile=32, pool=64),
+    ):
         geometry = Geometry.of(query, key, True, 0, config)
         got = launch.sparse_attention(query, key, value, geometry, None, 0.25, config)
         want = reference_attention(query.double(), key.double(), value.double(), is_causal=True, config=config)
@@ -79,7 +82,9 @@ def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("config", [S2OConfig(threshold=1e-3), S2OConfig(threshold=1e-3, pool=4, lists="head"), S2OConfig.paper()])
+@pytest.mark.parametrize(
+    "config", [S2OConfig(threshold=1e-3), S2OConfig(threshold=1e-3, pool=4, lists="head"), S2OConfig.paper()]
+)
 def test_long_calls(dtype: torch.dtype, config: S2OConfig) -> None:
     """At lengths that the reference does not reach: threshold 0 is dense, a threshold errs little."""
     torch.manual_seed(4)

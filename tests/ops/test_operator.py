@@ -73,7 +73,10 @@ def test_every_path_agrees_at_threshold_zero(call: Call) -> None:
 @pytest.mark.parametrize("shape", [(0, 4, 10, 10), (2, 4, 0, 10), (2, 4, 10, 0), (2, 4, 0, 0)])
 def test_empty(shape: tuple[int, int, int, int], min_length: int | None) -> None:
     batch, heads, queries, keys = shape
-    query, key, value = torch.randn(batch, heads, queries, 16), *(torch.randn(batch, 2, keys, n) for n in (16, 24))
+    query, key, value = (
+        torch.randn(batch, heads, queries, 16),
+        *(torch.randn(batch, 2, keys, n) for n in (16, 24)),
+    )
     output = torch.ops.s2o.attention(query, key, value, min_length=min_length)
     assert output.shape == (batch, heads, queries, 24) and not output.any()
     result = torch.ops.s2o.attention_stats(query, key, value, min_length=min_length)
@@ -143,12 +146,20 @@ def test_autocast(min_length: int | None) -> None:
     "change, error, message",
     [
         ({"query": torch.zeros(4, 10, 16)}, ValueError, "query must have 4 dimensions"),
-        ({"key": torch.zeros(1, 3, 10, 16), "value": torch.zeros(1, 3, 10, 16)}, ValueError, "multiple of the heads"),
+        (
+            {"key": torch.zeros(1, 3, 10, 16), "value": torch.zeros(1, 3, 10, 16)},
+            ValueError,
+            "multiple of the heads",
+        ),
         ({"key": torch.zeros(1, 2, 10, 8)}, ValueError, "key must have the channels of query"),
         ({"value": torch.zeros(1, 2, 11, 16)}, ValueError, "value must have the length of key"),
         ({"value": torch.zeros(1, 4, 10, 16)}, ValueError, "value must have the heads of key"),
         ({"value": torch.zeros(2, 2, 10, 16)}, ValueError, "value must have the batch size of query"),
-        ({"key": torch.zeros(1, 2, 10, 16, dtype=torch.float16)}, TypeError, "key must have the dtype of query"),
+        (
+            {"key": torch.zeros(1, 2, 10, 16, dtype=torch.float16)},
+            TypeError,
+            "key must have the dtype of query",
+        ),
         ({"query": torch.zeros(1, 4, 10, 16, dtype=torch.float64)}, TypeError, "query must be float16"),
         ({"key": torch.zeros(1, 2, 10, 16, device="meta")}, ValueError, "key must be on the device of query"),
         ({"query": torch.zeros(1, 4, 10, 300)}, ValueError, "query must have 1 to 256 channels"),
@@ -167,7 +178,11 @@ def test_autocast(min_length: int | None) -> None:
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    good = {"query": torch.zeros(1, 4, 10, 16), "key": torch.zeros(1, 2, 10, 16), "value": torch.zeros(1, 2, 10, 16)}
+    good = {
+        "query": torch.zeros(1, 4, 10, 16),
+        "key": torch.zeros(1, 2, 10, 16),
+        "value": torch.zeros(1, 2, 10, 16),
+    }
     with pytest.raises(error, match=message) as raised:
         torch.ops.s2o.attention(**{**good, **change})
     assert "\n" not in str(raised.value)
@@ -180,7 +195,7 @@ def test_bad_types_of_fields(change: dict[str, Any]) -> None:
 
 
 def test_unknown_options_list_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match="unknown option 'treshold'.*threshold, min_length"):
+    with pytest.raises(ValueError, match=r"unknown option 'treshold'.*threshold, min_length"):
         S2OConfig.from_options({"treshold": 1e-3})
 
 

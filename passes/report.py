@@ -1,0 +1,136 @@
+"""What happened to each attention site, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_FRAME = re.compile(r'File "(.+?)", line (\d+)')
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+@dataclass
+class Decision:
+    """What happened to one attention site.
+
+    Attributes:
+        name: The module that the site is in, or the node's name in the graph.
+        location: 'file.py:123', the innermost line outside torch.
+        shapes: The shapes of query, key and value; symbolic sizes are strings.
+        rewritten: Whether the site became ``torch.ops.s2o.attention``.
+        reason: Why, in one sentence.
+        mask: What the mask says, as far as it was proven.
+        visited: The (query, key) pairs that each query head visited, over the batch; None if not measured.
+        dense_pairs: The pairs that a dense kernel visits for one head, over the batch; None if not measured.
+    """
+
+    name: str
+    location: str
+    shapes: dict[str, tuple[int | str, ...]]
+    rewritten: bool
+    reason: str
+    mask: str = ""
+    visited: list[int] | None = None
+    dense_pairs: int | None = None
+
+    @property
+    def density(self) -> list[float] | None:
+        """Visited pairs over the pairs that a dense kernel visits, per query head; None if not measured."""
+        if self.visited is None or self.dense_pairs is None:
+            return None
+        return [pairs / max(1, self.dense_pairs) for pairs in self.visited]
+
+    def add_measurement(self, visited: list[int], dense_pairs: int) -> None:
+        """Count one call of the site; a graph may run several times."""
+        before = self.visited or [0] * len(visited)
+        self.visited = [old + new for old, new in zip(before, visited, strict=True)]
+        self.dense_pairs = (self.dense_pairs or 0) + dense_pairs
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and the density, in types that JSON has."""
+        return {**dataclasses.asdict(self), "density": self.density}
+
+
+@dataclass
+class Report:
+    """The decisions of all graphs of a model, in the order of compilation."""
+
+    decisions: list[Decision] = field(default_factory=list)
+
+    @property
+    def rewritten(self) -> int:
+        """How many sites became the operator."""
+        return sum(decision.rewritten for decision in self.decisions)
+
+    @property
+    def dense(self) -> int:
+        """How many sites were left as they were."""
+        return len(self.decisions) - self.rewritten
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in types that JSON has."""
+        return {
+            "rewritten": self.rewritten,
+            "dense": self.dense,
+            "decisions": [decision.to_dict() for decision in self.decisions],
+        }
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        measured = any(decision.density is not None for decision in self.decisions)
+        table = Table(title=f"s2o: {self.rewritten} of {len(self.decisions)} attention sites rewritten")
+        columns = ["site", "line", "query", "key", "attention", *["density"] * measured, "mask and reason"]
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for decision in self.decisions:
+            table.add_row(*_row(decision, measured))
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def _row(decision: Decision, measured: bool) -> list[str]:
+    query, key = (" x ".join(map(str, decision.shapes.get(name, ()))) for name in ("query", "key"))
+    density = decision.density
+    shown = [f"{sum(density) / len(density):.3f}" if density else "-"] if measured else []
+    why = "; ".join(filter(None, (decision.mask, "" if decision.rewritten else decision.reason)))
+    attention = "sparse" if decision.rewritten else "dense"
+    return [decision.name, decision.location, query, key, attention, *shown, why]
+
+
+def site_name(node: Node) -> str:
+    """The innermost module that a node comes from, or the node's own name."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    path = re.sub(r"\[(?:'([^']+)'|(\d+))\]", lambda match: f".{match[1] or match[2]}", path)
+    path = re.sub(r"\._?modules\.|(?<=\.)_modules\.", ".", path).strip(".")
+    return path or node.name
+
+
+def source_location(node: Node) -> str:
+    """'file.py:123', the innermost line of a node's stack trace that is not inside torch; '' if unknown."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    outside = [(path, line) for path, line in frames if not path.startswith(_TORCH)]
+    if not outside:
+        return ""
+    path, line = outside[-1]
+    return f"{os.path.basename(path)}:{line}"

@@ -1,0 +1,207 @@
+"""Decides which attention sites become ``torch.ops.s2o.attention``, and rewrites them."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from ..ops.choice import choose_sparse
+from ..ops.config import S2OConfig
+from ..ops.validation import DTYPES, MAX_HEAD_DIM
+from .find import AttentionSite, find_attention
+from .masks import Mask, NotProven, Padding, Prover
+from .report import Decision, site_name, source_location
+from .values import constant, fake_tensor
+
+
+class Refused(Exception):
+    """A site stays as it is; the message is the reason, in one sentence that a user can act on."""
+
+
+def rewrite(module: GraphModule, config: S2OConfig) -> list[Decision]:
+    """Replace every attention site that can be proven safe, in place; the rest of the graph stays as it is.
+
+    Args:
+        module: The graph that Dynamo hands to a backend.
+        config: The settings of the operator, the same for all sites.
+
+    Returns:
+        One decision per site. The node of a rewritten site has its decision in ``meta["s2o_decision"]``.
+    """
+    rewriter = _Rewriter(module.graph, config)
+    decisions = [rewriter.visit(site) for site in list(find_attention(module.graph))]
+    if any(decision.rewritten for decision in decisions):
+        module.graph.lint()
+        module.recompile()
+    return decisions
+
+
+class _Rewriter:
+    def __init__(self, graph: Graph, config: S2OConfig) -> None:
+        self.graph, self.config = graph, config
+        self.prover = Prover(graph)
+        self.paddings: dict[tuple[Padding, ...], Node] = {}
+
+    def visit(self, site: AttentionSite) -> Decision:
+        """Rewrite one site or leave it, and say which."""
+        tensors = {"query": site.query, "key": site.key, "value": site.value}
+        decision = Decision(
+            name=site_name(site.node),
+            location=source_location(site.node),
+            shapes={name: _shape(node) for name, node in tensors.items()},
+            rewritten=False,
+            reason="",
+        )
+        try:
+            mask = self.accept(site)
+        except (Refused, NotProven) as refused:
+            decision.reason = str(refused)
+            return decision
+        decision.rewritten, decision.mask = True, str(mask)
+        decision.reason = "the mask is proven and the call may be long enough for sparse attention"
+        self.replace(site, mask, decision)
+        return decision
+
+    def accept(self, site: AttentionSite) -> Mask:
+        """What the mask of a site says, if the site can become the operator."""
+        query, key, value = (fake_tensor(node) for node in (site.query, site.key, site.value))
+        if query is None or key is None or value is None:
+            raise Refused("the shapes of query, key and value are not known while compiling")
+        _check_tensors(query, key, value, constant(site.enable_gqa))
+        _check_call(site)
+        _check_length(query, key, self.config)
+        return self.mask(site, query, key)
+
+    def mask(self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor) -> Mask:
+        """What the mask and the causal flag of a site say together."""
+        if site.mask is None:
+            return Mask(is_causal=bool(site.is_causal))
+        if site.is_causal:
+            raise Refused("attn_mask and is_causal=True exclude each other; pass one of them")
+        return self.prover.prove(site.mask, query, key)
+
+    def replace(self, site: AttentionSite, mask: Mask, decision: Decision) -> None:
+        """Put the operator where a site is, and remove what only its mask needed."""
+        arguments: dict[str, Any] = {"is_causal": mask.is_causal, "causal_offset": mask.offset}
+        arguments["scale"] = constant(site.scale)
+        with self.graph.inserting_before(site.node):
+            arguments["key_padding"] = self.padding(mask.paddings, site)
+            node = self.graph.call_function(
+                torch.ops.s2o.attention.default,
+                (site.query, site.key, site.value),
+                arguments | self.config.arguments(),
+            )
+        node.meta = dict(site.node.meta, s2o_decision=decision)
+        site.node.replace_all_uses_with(self.laid_out(node, site.node))
+        self.graph.erase_node(site.node)
+        if site.mask is not None:
+            self.erase_unused(site.mask)
+
+    def laid_out(self, node: Node, replaced: Node) -> Node:
+        """The operator's output as code that was traced with the output of `replaced` needs it in memory."""
+        output = fake_tensor(replaced)
+        if output is None or not output.is_contiguous() or all(user.target != "view" for user in replaced.users):
+            return node
+        with self.graph.inserting_after(node):
+            return self.graph.call_method("contiguous", (node,))
+
+    def padding(self, terms: tuple[Padding, ...], site: AttentionSite) -> Node | None:
+        """The key padding [batch, keys] of a site; sites with the same terms share it."""
+        if not terms:
+            return None
+        if terms not in self.paddings:
+            node = self.padding_term(terms[0], site)
+            for term in terms[1:]:
+                node = self.graph.call_function(operator.and_, (node, self.padding_term(term, site)))
+            self.paddings[terms] = node
+        return self.paddings[terms]
+
+    def padding_term(self, term: Padding, site: AttentionSite) -> Node:
+        """One term of a key padding, as a boolean [batch, keys]."""
+        node, tensor, batch = term.node, fake_tensor(term.node), self.batch_size(site.query)
+        index = tuple(slice(*item) if isinstance(item, tuple) else _or_all(item) for item in term.index)
+        if any(item != slice(None) for item in index):
+            node = self.graph.call_function(operator.getitem, (node, index))
+        if tensor is None or tensor.dtype != torch.bool:
+            node = self.graph.call_method("to", (node, torch.bool))
+        if term.inverted:
+            node = self.graph.call_function(torch.logical_not, (node,))
+        return node if term.per_batch else self.graph.call_method("expand", (node, batch, -1))
+
+    def batch_size(self, query: Node) -> int | Node:
+        """The batch size of a site, as a number or as a node that computes it."""
+        tensor = fake_tensor(query)
+        assert tensor is not None
+        size = tensor.shape[0]
+        return size if isinstance(size, int) else self.graph.call_method("size", (query, 0))
+
+    def erase_unused(self, node: Node) -> None:
+        """Remove a node that nothing uses, and then its inputs likewise; only what has no side effects."""
+        understood = self.prover.reader.understood
+        if node.users or node not in understood:
+            return
+        sources = node.all_input_nodes
+        self.graph.erase_node(node)
+        understood.discard(node)
+        for source in sources:
+            self.erase_unused(source)
+
+
+def _or_all(item: int | None) -> int | slice:
+    return slice(None) if item is None else item
+
+
+def _shape(node: Any) -> tuple[int | str, ...]:
+    tensor = fake_tensor(node)
+    return () if tensor is None else tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
+
+
+def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: Any) -> None:
+    for name, tensor in {"query": query, "key": key, "value": value}.items():
+        if tensor.dim() != 4:
+            raise Refused(f"{name} has {tensor.dim()} dimensions; pass [batch, heads, length, channels]")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise Refused(f"{name} is sparse or nested; pass a dense tensor")
+        if tensor.dtype not in DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise Refused(f"{name} is {kind}; use float16, bfloat16 or float32")
+        if not guard_or_false(tensor.shape[3] <= MAX_HEAD_DIM):
+            raise Refused(f"{name} has {tensor.shape[3]} channels a head; at most {MAX_HEAD_DIM} are supported")
+        if not guard_or_false(tensor.shape[0] == query.shape[0]):
+            raise Refused(f"{name} has another batch size than query; expand it to the batch of query")
+    if query.device.type not in ("cpu", "cuda"):
+        raise Refused(f"the tensors are on {query.device}; use a CPU or a CUDA device")
+    _check_heads(query.shape[1], key.shape[1], value.shape[1], enable_gqa)
+
+
+def _check_heads(query: int, key: int, value: int, enable_gqa: Any) -> None:
+    if not guard_or_false(key == value):
+        raise Refused(f"key has {key} heads and value {value}; expand them to the same number")
+    if guard_or_false(query == key):
+        return
+    if enable_gqa is not True:
+        raise Refused(f"query has {query} heads and key {key}; pass enable_gqa=True")
+    if not guard_or_false(query % key == 0):
+        raise Refused(f"the {query} heads of query are not a multiple of the {key} heads of key")
+
+
+def _check_call(site: AttentionSite) -> None:
+    if constant(site.dropout_p) != 0:
+        raise Refused("dropout is active; call model.eval() or set dropout_p to 0")
+    if isinstance(site.is_causal, Node):
+        raise Refused("is_causal is computed in the graph; pass True or False")
+    output = fake_tensor(site.node)
+    if output is None or output.requires_grad:
+        raise Refused("gradients are needed and the operator has no backward; run under torch.no_grad()")
+
+
+def _check_length(query: torch.Tensor, key: torch.Tensor, config: S2OConfig) -> None:
+    if choose_sparse(query, key, config) is False:
+        raise Refused(
+            f"{query.shape[2]} queries over {key.shape[2]} keys are too few to gain; "
+            "min_length=0 asks for sparse attention at any length"
+        )

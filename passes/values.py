@@ -1,0 +1,43 @@
+"""What Dynamo knows about a node's value: its fake tensor, or its number."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+
+def fake_tensor(node: Any) -> torch.Tensor | None:
+    """The tensor that stands for a node while it is traced; None where the node is none or holds none."""
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def symbolic(value: Any) -> sympy.Expr | None:
+    """A size, an index or a node that holds one, as a sympy expression; None for anything else."""
+    if isinstance(value, Node):
+        value = value.meta.get("example_value")
+    if isinstance(value, torch.SymInt):
+        return sympy.sympify(value.node.expr)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return sympy.Integer(value)
+    return None
+
+
+def symbolic_shape(tensor: torch.Tensor) -> tuple[sympy.Expr, ...]:
+    """The sizes of a tensor as sympy expressions."""
+    return tuple(sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size) for size in tensor.shape)
+
+
+def constant(value: Any) -> Any:
+    """`value`, or the number a node is known to hold; the node itself where its number is not known."""
+    if not isinstance(value, Node):
+        return value
+    held = value.meta.get("example_value")
+    if isinstance(held, (torch.SymInt, torch.SymFloat)):
+        expression = held.node.expr
+        held = expression if not expression.free_symbols else None
+    return float(held) if isinstance(held, (numbers.Real, sympy.Number)) else value

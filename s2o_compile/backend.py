@@ -1,0 +1,91 @@
+"""The torch.compile backend: attention becomes sparse where proven safe, the rest goes to Inductor."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .ops import S2OConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class S2OBackend:
+    """A backend for ``torch.compile(model, backend="s2o")``, or ``backend=s2o_compile.s2o``.
+
+    What happened to each attention site is logged at level INFO; `s2o_compile.explain` reports it.
+
+    Attributes:
+        config: The settings of the operator.
+    """
+
+    config: S2OConfig = field(default_factory=S2OConfig)
+    __name__ = "s2o"
+
+    def with_config(self, config: S2OConfig) -> S2OBackend:
+        """This backend with other settings."""
+        return dataclasses.replace(self, config=config)
+
+    def __call__(
+        self,
+        module: torch.fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Callable[..., Any]:
+        """Compile one graph of Dynamo.
+
+        Args:
+            module: The graph; it is rewritten in place.
+            example_inputs: The graph's inputs, as Dynamo passes them.
+            mode: One of Inductor's modes.
+            options: Fields of `S2OConfig`, and Inductor's own options.
+            **kwargs: Passed on to Inductor.
+
+        Raises:
+            TypeError: An option has a value of the wrong type.
+            ValueError: An option is unknown or has a value that is not allowed.
+        """
+        from torch._inductor.compile_fx import compile_fx
+
+        from .passes.rewrite import rewrite
+
+        config, patches = self.split_options(options or {}, mode)
+        for decision in rewrite(module, config):
+            outcome = "sparse" if decision.rewritten else "dense"
+            log.info("%s (%s): %s; %s", decision.name, decision.location, outcome, decision.reason)
+        # Inductor's caches know the operator's name, not what it does in this release.
+        tag = f"{torch.compiler.config.cache_key_tag}s2o-{importlib.metadata.version('s2o-compile')}"
+        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            compiled: Any = compile_fx(module, example_inputs, config_patches=patches or None, **kwargs)
+        return compiled
+
+    def split_options(self, options: dict[str, Any], mode: str | None = None) -> tuple[S2OConfig, dict[str, Any]]:
+        """The settings that options ask for, and what is left for Inductor, with the options of `mode`.
+
+        Raises:
+            TypeError: An option has a value of the wrong type.
+            ValueError: An option is unknown or has a value that is not allowed.
+        """
+        import torch._inductor
+
+        own = {option.name for option in dataclasses.fields(S2OConfig)}
+        changes = {name: value for name, value in options.items() if name in own}
+        others = {name.replace("-", "_"): value for name, value in options.items() if name not in own}
+        if others:
+            known = torch._inductor.list_options()
+            S2OConfig.from_options({name: value for name, value in others.items() if name not in known})
+        patches = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
+        return dataclasses.replace(self.config, **changes), patches | others
+
+
+s2o = S2OBackend()

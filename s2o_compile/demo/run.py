@@ -1,0 +1,142 @@
+"""The demo from start to finish: one model, one document, dense and sparse prefill compared."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import s2o_compile
+from s2o_compile import S2OConfig
+
+from ..ops.choice import DEFAULT_MIN_LENGTH
+from .document import LEAST_LENGTH, Document, build_document, read_texts
+from .errors import DemoError
+from .measure import Prefill, alternate, prefill_inputs
+from .memory import check_memory
+from .model import choose_device, choose_dtype, load_model, model_name, position_limit
+from .progress import Progress
+from .results import Results, Site, compare, read_sites
+
+REPEATS = {"cpu": 1, "cuda": 5}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run.
+
+    Attributes:
+        length: Tokens of the document.
+        document: A text file; None for Python's standard library.
+        model: A path or hub id; None for SmolLM2-135M-Instruct.
+        config: Settings of sparse attention.
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        repeats: Timed prefills of each kind; None for 1 on a CPU and 5 on a GPU.
+        seed: Of the hidden values.
+        dense_backend: The backend of ``torch.compile`` to compare with.
+    """
+
+    length: int = 8192
+    document: Path | None = None
+    model: str | None = None
+    config: S2OConfig = field(default_factory=S2OConfig)
+    device: str = "auto"
+    dtype: str = "auto"
+    repeats: int | None = None
+    seed: int = 3
+    dense_backend: str = "inductor"
+
+
+def run_demo(settings: Settings, progress: Progress) -> Results:
+    """Run the demo.
+
+    Raises:
+        DemoError: Something that the user can change is in the way.
+    """
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    repeats = REPEATS[device.type] if settings.repeats is None else settings.repeats
+    if settings.length < LEAST_LENGTH or repeats < 1:
+        raise DemoError(f"--length must be at least {LEAST_LENGTH} and --repeats at least 1.")
+    with progress.step("Loading the model"):
+        model, tokenizer = load_model(settings.model, device, dtype)
+    name = model_name(model, settings.model)
+    _check_length(name, position_limit(model), settings.length)
+    document = build_document(tokenizer, read_texts(settings.document), settings.length, settings.seed)
+    check_memory(model, document)
+    config = _force_sparse(settings.config, settings.length, device, progress)
+
+    prefills = {
+        "dense": Prefill(model, settings.dense_backend),
+        "s2o": Prefill(model, s2o_compile.s2o.with_config(config)),
+    }
+    warm_up = build_document(tokenizer, read_texts(settings.document), LEAST_LENGTH)
+    compile_seconds = {kind: _compile(kind, prefill, warm_up, progress) for kind, prefill in prefills.items()}
+    with progress.step("Prefill") as update:
+        runs = alternate(prefills, document, repeats, lambda kind: update(f"Prefill, {kind}"))
+    sites = _measure_sites(model, document, config, progress)
+    dense, s2o = runs["dense"][0], runs["s2o"][0]
+    return Results(
+        model=name,
+        device=_describe(device),
+        dtype=str(dtype).removeprefix("torch."),
+        tokens=len(document.tokens),
+        config=config.arguments(),
+        seconds={kind: [run.seconds for run in kinds] for kind, kinds in runs.items()},
+        compile_seconds=compile_seconds,
+        perplexity={kind: kinds[0].perplexity(document.scored) for kind, kinds in runs.items()},
+        scored=len(document.scored),
+        agreement=s2o.agreement(dense, document.scored),
+        middle=compare(document, dense, s2o, document.middle),
+        end=compare(document, dense, s2o, document.end),
+        sites=sites,
+    )
+
+
+def _check_length(name: str, limit: int | None, length: int) -> None:
+    if limit is not None and length > limit:
+        raise DemoError(f"{name} was made for at most {limit:,} positions: use --length {limit} or less.")
+
+
+def _force_sparse(config: S2OConfig, length: int, device: torch.device, progress: Progress) -> S2OConfig:
+    """Lower `min_length` where it was left open and `length` would otherwise run dense."""
+    least = DEFAULT_MIN_LENGTH[device.type]
+    if config.min_length is not None or length >= least:
+        return config
+    progress.note(f"By default calls below {least:,} keys run dense here; min_length=0 makes this one sparse.")
+    return replace(config, min_length=0)
+
+
+def _compile(kind: str, prefill: Prefill, document: Document, progress: Progress) -> float:
+    start = time.perf_counter()
+    with progress.step(f"Compiling, {kind}"):
+        prefill(document)
+    return time.perf_counter() - start
+
+
+def _measure_sites(model: Any, document: Document, config: S2OConfig, progress: Progress) -> list[Site]:
+    """Run the document once more, with the work of each head counted."""
+    inputs = prefill_inputs(document, next(model.parameters()).device)
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    count = itertools.count(1)
+    with progress.step("Counting the work of each head") as update:
+        report = s2o_compile.explain(
+            model,
+            config=config,
+            measure=True,
+            progress=lambda decision: update(done=next(count), total=layers),
+            **inputs,
+        )
+    return read_sites(report)
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

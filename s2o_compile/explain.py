@@ -1,0 +1,100 @@
+"""Explains what the backend does to a model: each attention site, rewritten or kept dense, and why."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .ops import S2OConfig
+from .ops.density import dense_pairs
+from .passes.report import Decision, Report
+from .passes.rewrite import rewrite
+
+_GRAPHS_PER_CODE = 4096
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    config: S2OConfig | None = None,
+    measure: bool = False,
+    progress: Callable[[Decision], None] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Call a model once, under ``torch.no_grad()``, and report what the backend does to its attention.
+
+    The graphs run eagerly with the operator in them. Models that are compiled already stay so.
+
+    Args:
+        model: A module or a function.
+        *args: Its positional arguments.
+        config: The settings of the operator, by default ``S2OConfig()``.
+        measure: Whether to count the pairs that each rewritten site visits, also where it would run dense.
+        progress: Called with a site's decision each time it was measured.
+        **kwargs: The model's keyword arguments.
+    """
+    analysis = _Analysis(config or S2OConfig(), measure, progress)
+    call = _uncached(model)
+    with torch.no_grad(), torch._dynamo.config.patch(_limits()):
+        torch.compile(call, backend=analysis, dynamic=False)(*args, **kwargs)
+    return analysis.report
+
+
+def _uncached(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls a model, with its own code object, as Dynamo keeps graphs by code object."""
+    inner = getattr(model, "_orig_mod", model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    code = call.__code__.replace(co_name="explained")
+    return types.FunctionType(code, call.__globals__, closure=call.__closure__)
+
+
+def _limits() -> dict[str, int]:
+    names = ("recompile_limit", "accumulated_recompile_limit")
+    return {name: max(_GRAPHS_PER_CODE, getattr(torch._dynamo.config, name)) for name in names}
+
+
+class _Analysis:
+    """A backend that records decisions and runs graphs eagerly."""
+
+    __name__ = "s2o_explain"
+
+    def __init__(self, config: S2OConfig, measure: bool, progress: Callable[[Decision], None] | None) -> None:
+        self.config, self.measure, self.progress = config, measure, progress
+        self.report = Report()
+
+    def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.report.decisions += rewrite(module, self.config)
+        return _Measuring(module, self.progress).run if self.measure else module.forward
+
+
+class _Measuring(torch.fx.Interpreter):
+    """Runs a rewritten graph and counts the pairs that each site visits."""
+
+    def __init__(self, module: torch.fx.GraphModule, progress: Callable[[Decision], None] | None) -> None:
+        super().__init__(module)
+        self.progress = progress
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        decision = n.meta.get("s2o_decision")
+        if decision is None:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        result = torch.ops.s2o.attention_stats(*args, **kwargs)
+        _count(decision, result[2], args[0], args[1], kwargs)
+        if self.progress is not None:
+            self.progress(decision)
+        return result[0]
+
+
+def _count(
+    decision: Decision, visited: torch.Tensor, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
+) -> None:
+    lengths = query.shape[2], key.shape[2]
+    dense = dense_pairs(*lengths, kwargs["is_causal"], kwargs["causal_offset"], kwargs["tile"])
+    decision.add_measurement(visited.sum((0, 2)).tolist(), dense * query.shape[0])

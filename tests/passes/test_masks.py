@@ -1,0 +1,259 @@
+"""The prover: what it proves is what the mask says, and near-misses are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from .capture import Capture, capture, inputs
+
+L = 12
+Build = Callable[[torch.Tensor], torch.Tensor]
+
+
+def i() -> torch.Tensor:
+    return torch.arange(L)[:, None]
+
+
+def j() -> torch.Tensor:
+    return torch.arange(L)[None, :]
+
+
+def prove(build: Build, pad: torch.Tensor | None = None, dynamic: bool = False) -> Capture:
+    """Compile attention under a mask and check that it computes what it computes uncompiled."""
+    pad = torch.ones(2, L, dtype=torch.bool) if pad is None else pad
+    args = inputs(queries=L)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=build(pad))
+
+    captured, output = capture(attend, *args, pad, dynamic=dynamic)
+    torch.testing.assert_close(output, attend(*args, pad))
+    return captured
+
+
+def random_padding() -> torch.Tensor:
+    pad = torch.rand(2, L) < 0.7
+    pad[:, 0] = True
+    return pad
+
+
+PROVEN: dict[str, tuple[Build, str]] = {
+    "ones": (lambda pad: torch.ones(L, L, dtype=torch.bool), "everything"),
+    "full": (lambda pad: torch.full((L, L), True), "everything"),
+    "always true": (lambda pad: i() >= 0, "everything"),
+    "le": (lambda pad: j() <= i(), "causal, offset 0"),
+    "lt": (lambda pad: j() < i() + 1, "causal, offset 0"),
+    "ge": (lambda pad: i() >= j(), "causal, offset 0"),
+    "gt": (lambda pad: i() + 1 > j(), "causal, offset 0"),
+    "not gt": (lambda pad: ~(j() > i()), "causal, offset 0"),
+    "difference": (lambda pad: i() - j() >= 0, "causal, offset 0"),
+    "offset": (lambda pad: j() <= i() + 3, "causal, offset 3"),
+    "strict": (lambda pad: j() < i() + 3, "causal, offset 2"),
+    "two causal terms": (lambda pad: (j() <= i() + 3) & (j() <= i() + 1), "causal, offset 1"),
+    "tril": (lambda pad: torch.ones(L, L, dtype=torch.bool).tril(), "causal, offset 0"),
+    "tril of numbers": (lambda pad: torch.tril(torch.ones(L, L)).bool(), "causal, offset 0"),
+    "tril, view, slice": (
+        lambda pad: torch.tril(torch.ones(2 * L, 2 * L)).view(1, 1, 2 * L, 2 * L)[:, :, :L, :L] == 1,
+        "causal, offset 0",
+    ),
+    "slice of later rows": (
+        lambda pad: torch.ones(2 * L, 2 * L, dtype=torch.bool).tril()[4 : L + 4, :L],
+        "causal, offset 4",
+    ),
+    "not triu": (lambda pad: ~torch.ones(L, L, dtype=torch.bool).triu(1), "causal, offset 0"),
+    "transposed twice": (
+        lambda pad: (j().permute(1, 0) <= i().transpose(0, 1)).transpose(0, 1),
+        "causal, offset 0",
+    ),
+    "wide window": (lambda pad: (j() <= i()) & (i() - j() < L), "causal, offset 0"),
+    "padding": (lambda pad: pad[:, None, None, :], "key padding"),
+    "padding by view": (lambda pad: pad.view(2, 1, 1, L), "key padding"),
+    "padding by unsqueeze": (lambda pad: pad.unsqueeze(1).unsqueeze(2).expand(2, 1, L, L), "key padding"),
+    "padding, one of two": (lambda pad: pad[:1, None, None, :], "key padding"),
+    "padding, sliced": (lambda pad: torch.cat([pad, pad], 1)[:, None, None, 3 : L + 3], "key padding"),
+    "padding of four dimensions": (lambda pad: pad.float()[:, None, None, :].log() > -1, "key padding"),
+    "padding inverted": (lambda pad: ~(~pad)[:, None, None, :], "key padding"),
+    "padding from ints": (lambda pad: pad.long()[:, None, None, :] != 0, "key padding"),
+    "padding masked out": (lambda pad: (pad.long() == 0)[:, None, None, :].logical_not(), "key padding"),
+    "gather": (
+        lambda pad: pad[torch.arange(2)[:, None, None, None], torch.arange(L)[None, None, None, :]],
+        "key padding",
+    ),
+    "causal and padding": (
+        lambda pad: (j() <= i()).logical_and(pad[:, None, None, :]),
+        "causal, offset 0; key padding",
+    ),
+    "product": (lambda pad: (j() <= i()) * pad[:, None, None, :], "causal, offset 0; key padding"),
+    "two paddings": (lambda pad: pad[:, None, None, :] & (torch.randn(2, 1, 1, L) < 9), "key padding"),
+}
+
+NOT_PROVEN: dict[str, tuple[Build, str]] = {
+    "transposed": (lambda pad: i() <= j(), "requires"),
+    "window": (lambda pad: (j() <= i()) & (i() - j() < 4), "requires"),
+    "twice as steep": (lambda pad: j() <= 2 * i(), "requires"),
+    "triu": (lambda pad: torch.ones(L, L, dtype=torch.bool).triu(), "requires"),
+    "or": (lambda pad: (j() <= i()) | pad[:, None, None, :], "varies over queries"),
+    "diagonal": (lambda pad: j() == i(), "varies over queries"),
+    "query padding": (lambda pad: pad[:, None, :, None] & (j() <= i()), "varies over queries"),
+    "nothing": (lambda pad: j() > i() + L, "hides every key"),
+    "blocks": (lambda pad: j() // 4 <= i() // 4, "varies over queries"),
+    "random": (lambda pad: torch.ones(L, L) > torch.zeros(L, L).cumsum(0), "varies over queries"),
+    "additive": (lambda pad: torch.zeros(L, L), "not boolean"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", PROVEN)
+def test_proven(name: str, dynamic: bool) -> None:
+    build, expected = PROVEN[name]
+    decision = prove(build, random_padding(), dynamic).only()
+    assert decision.rewritten, decision.reason
+    assert decision.mask == expected
+
+
+@pytest.mark.parametrize("name", NOT_PROVEN)
+def test_not_proven(name: str) -> None:
+    build, reason = NOT_PROVEN[name]
+    decision = prove(build, random_padding()).only()
+    assert not decision.rewritten
+    assert reason in decision.reason
+
+
+def set_row(pad: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones(L, L, dtype=torch.bool).tril()
+    mask[0, 3] = True
+    return mask
+
+
+def fill_view(pad: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones(L, L, dtype=torch.bool).tril()
+    mask[0].fill_(True)
+    return mask
+
+
+def and_in_place(pad: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones(L, L, dtype=torch.bool).tril()
+    mask &= torch.ones(L, L, dtype=torch.bool).triu(-3)
+    return mask
+
+
+def write_out(pad: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones(L, L, dtype=torch.bool).tril()
+    torch.logical_or(mask, torch.ones(L, L, dtype=torch.bool).triu(9), out=mask)
+    return mask
+
+
+def change_padding(pad: torch.Tensor) -> torch.Tensor:
+    mask = pad.clone()
+    view = mask[:, None, None, :]
+    mask[:, 2] = False
+    return view
+
+
+@pytest.mark.parametrize("build", [set_row, fill_view, and_in_place, write_out, change_padding])
+def test_masks_changed_in_place_are_not_proven(build: Build) -> None:
+    decision = prove(build).only()
+    assert not decision.rewritten
+
+
+def test_symbolic_offset() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        past = k.shape[2] - q.shape[2]
+        mask = torch.arange(k.shape[2])[None] <= torch.arange(q.shape[2])[:, None] + past
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    args = inputs(queries=20, keys=33)
+    captured, output = capture(attend, *args, dynamic=True)
+    torch.testing.assert_close(output, attend(*args))
+    assert captured.only().rewritten, captured.only().reason
+
+
+ROWS = st.sampled_from([lambda: i(), lambda: torch.arange(2, L + 2)[:, None], lambda: 3])
+COLUMNS = st.sampled_from([lambda: j(), lambda: torch.arange(L), lambda: 5])
+COMPARISONS = st.sampled_from([torch.le, torch.lt, torch.ge, torch.gt])
+PADDINGS = st.sampled_from(
+    [
+        lambda pad: pad[:, None, None, :],
+        lambda pad: ~pad[:, None, None],
+        lambda pad: pad[torch.arange(2)[:, None, None, None], torch.arange(L)[None, None, None]],
+        lambda pad: pad[:, None, :, None],
+        lambda pad: pad[0],
+    ]
+)
+
+
+@st.composite
+def comparisons(draw: Any) -> Build:
+    row, column, compare = draw(ROWS), draw(COLUMNS), draw(COMPARISONS)
+    shift, swap = draw(st.integers(-3, 3)), draw(st.booleans())
+
+    def build(pad: torch.Tensor) -> torch.Tensor:
+        sides = (
+            torch.zeros((), dtype=torch.long) + row() + shift,
+            torch.zeros((), dtype=torch.long) + column(),
+        )
+        return compare(*(sides[::-1] if swap else sides))
+
+    return build
+
+
+def predicates() -> st.SearchStrategy[Build]:
+    leaves = st.one_of(comparisons(), PADDINGS)
+    return st.recursive(
+        leaves, lambda inner: st.one_of(_both(inner, "and"), _both(inner, "or"), _not(inner)), max_leaves=4
+    )
+
+
+def _both(inner: st.SearchStrategy[Build], form: str) -> st.SearchStrategy[Build]:
+    def join(left: Build, right: Build) -> Build:
+        return (lambda pad: left(pad) & right(pad)) if form == "and" else (lambda pad: left(pad) | right(pad))
+
+    return st.builds(join, inner, inner)
+
+
+def _not(inner: st.SearchStrategy[Build]) -> st.SearchStrategy[Build]:
+    def negate(build: Build) -> Build:
+        return lambda pad: ~build(pad)
+
+    return inner.map(negate)
+
+
+class _Arguments(torch.fx.Interpreter):
+    """Runs a graph and keeps the arguments of the operator."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        if n.target is torch.ops.s2o.attention.default:
+            _, self.found = self.fetch_args_kwargs_from_env(n)
+        return super().run_node(n)
+
+
+@given(predicates(), st.integers(0, 2**16))
+def test_what_is_proven_is_what_the_mask_says(build: Build, seed: int) -> None:
+    torch._dynamo.reset()
+    pad = torch.rand(2, L, generator=torch.Generator().manual_seed(seed)) < 0.6
+    expected = build(pad).expand(2, 1, L, L)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=build(pad).expand(2, 1, L, L))
+
+    args = [*inputs(queries=L), pad]
+    captured, _ = capture(attend, *args)
+    if not captured.only().rewritten:
+        return
+    placeholders = [node.name for node in captured.nodes() if node.op == "placeholder"]
+    order = {"q": 0, "k": 1, "v": 2, "pad": 3}
+    interpreter = _Arguments(captured.modules[0])
+    interpreter.run(*(args[order[name.strip("_").removeprefix("l_")]] for name in placeholders))
+    found = torch.ones(2, 1, L, L, dtype=torch.bool)
+    if interpreter.found["is_causal"]:
+        found = found & (j() <= i() + interpreter.found["causal_offset"])
+    if interpreter.found["key_padding"] is not None:
+        found = found & interpreter.found["key_padding"][:, None, None]
+    assert torch.equal(found, expected)

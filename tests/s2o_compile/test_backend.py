@@ -1,0 +1,187 @@
+"""The backend under torch.compile."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import s2o_compile
+from s2o_compile import S2OBackend, S2OConfig, s2o
+
+from ..passes.capture import EXACT, inputs
+from ..passes.models import tiny, tokens
+
+
+def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return sdpa(q, k, v, is_causal=True)
+
+
+class Counting(S2OBackend):
+    """The backend, counting its graphs."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        counts.append(1)
+        return super().__call__(*args, **kwargs)
+
+
+counts: list[int] = []
+
+
+@pytest.fixture
+def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The thresholds of all sparse calls that are compiled, in place of Inductor."""
+    thresholds: list[float] = []
+
+    def compile_fx(module: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        for node in module.graph.nodes:
+            if node.target is torch.ops.s2o.attention.default:
+                thresholds.append(node.kwargs["threshold"])
+        return module.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    return thresholds
+
+
+@pytest.mark.parametrize("backend", ["s2o", s2o])
+def test_by_name_and_as_an_object(backend: Any, sparse_calls: list[float]) -> None:
+    args = inputs()
+    with torch.no_grad():
+        options = {**EXACT.arguments(), "threshold": 0.0}
+        output = torch.compile(causal, backend=backend, options=options)(*args)
+    torch.testing.assert_close(output, causal(*args))
+    assert sparse_calls == [0.0]
+
+
+def test_with_config(sparse_calls: list[float]) -> None:
+    backend = s2o.with_config(S2OConfig(min_length=0, threshold=0.25))
+    with torch.no_grad():
+        torch.compile(causal, backend=backend)(*inputs())
+        torch.compile(lambda *x: causal(*x), backend=backend, options={"threshold": 0.5})(*inputs())
+    assert sparse_calls == [0.25, 0.5]
+    assert s2o.config == S2OConfig()
+    assert backend.__name__ == "s2o"
+
+
+def test_options_of_inductor_pass_through() -> None:
+    config, patches = s2o.split_options(
+        {"threshold": 0.1, "max-autotune": False, "triton.cudagraphs": False}, "max-autotune-no-cudagraphs"
+    )
+    assert config == S2OConfig(threshold=0.1)
+    assert patches["max_autotune"] is False
+    assert patches["triton.cudagraphs"] is False
+    assert patches["coordinate_descent_tuning"] is True
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"treshold": 0.1}, r"unknown option 'treshold'; the options of s2o are threshold, min_length"),
+        ({"threshold": 2}, r"threshold must be a number from 0 to below 1, not 2"),
+        ({"threshold": "low"}, r"threshold must be a number, not 'low'"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        s2o.split_options(options)
+    with torch.no_grad(), pytest.raises(Exception, match=message):
+        torch.compile(causal, backend="s2o", options=options)(*inputs())
+
+
+@pytest.mark.timeout(280)
+def test_through_inductor() -> None:
+    def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return causal(q * 2, k, v).transpose(1, 2).reshape(2, -1, 16).relu()
+
+    counts.clear()
+    compiled = torch.compile(block, backend=Counting(EXACT), dynamic=True, fullgraph=True)
+    for length in (20, 33, 48, 57, 80):
+        args = inputs(queries=length)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*args), block(*args), atol=1e-4, rtol=1e-4)
+    assert len(counts) == 1
+
+
+def test_gradients_still_work() -> None:
+    args = [x.requires_grad_() for x in inputs()]
+    torch.compile(causal, backend=s2o.with_config(EXACT))(*args).sum().backward()
+    assert all(x.grad is not None for x in args)
+
+
+@pytest.mark.usefixtures("sparse_calls")
+class TestModels:
+    """Whole models; Inductor is replaced by running the graphs as they are."""
+
+    def compile(self, model: torch.nn.Module, **kwargs: Any) -> tuple[Any, CompileCounterWithBackend]:
+        counter = CompileCounterWithBackend("eager")
+        backend = s2o.with_config(EXACT)
+
+        def counted(module: torch.fx.GraphModule, args: Any) -> Any:
+            counter.frame_count += 1
+            return backend(module, args)
+
+        return torch.compile(model, backend=counted, **kwargs), counter
+
+    def test_five_lengths_compile_once(self, sparse_calls: list[float]) -> None:
+        model = tiny("llama")
+        compiled, counter = self.compile(model, dynamic=True, fullgraph=True)
+        for length in (20, 31, 40, 55, 64):
+            ids = tokens(length)
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+        assert counter.frame_count == 1
+        assert len(sparse_calls) == 2
+
+    def test_inference_mode(self, sparse_calls: list[float]) -> None:
+        model, ids = tiny("llama"), tokens(40)
+        compiled, _ = self.compile(model, fullgraph=True)
+        with torch.inference_mode():
+            torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+        assert len(sparse_calls) == 2
+
+    def test_a_model_is_reused(self, sparse_calls: list[float]) -> None:
+        model, ids = tiny("gpt2"), tokens(40)
+        compiled, counter = self.compile(model)
+        with torch.no_grad():
+            first, second = compiled(ids).logits, compiled(ids).logits
+        torch.testing.assert_close(first, second)
+        assert counter.frame_count == 1
+
+    def test_graph_breaks(self, sparse_calls: list[float]) -> None:
+        class Broken(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.project = torch.nn.Linear(8, 8)
+
+            def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+                x = causal(q, k, v)
+                torch._dynamo.graph_break()
+                return sdpa(self.project(x), k, v)
+
+        model, args = Broken(), inputs()
+        compiled, _ = self.compile(model)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*args), model(*args), atol=1e-4, rtol=1e-4)
+        assert len(sparse_calls) == 2
+
+
+def test_attention_front() -> None:
+    args = inputs()
+    output = s2o_compile.attention(*args, is_causal=True, config=EXACT)
+    torch.testing.assert_close(output, causal(*args))
+    result = s2o_compile.attention(*args, is_causal=True, config=EXACT, return_stats=True)
+    torch.testing.assert_close(result.output, output)
+    assert result.visited.shape == (2, 2, 2)
+    assert result.lse.shape == (2, 2, 20)
+
+
+def test_import_is_light() -> None:
+    heavy = ("triton", "transformers", "matplotlib", "rich", "torch._inductor", "torch._dynamo")
+    code = f"import sys, s2o_compile; print([m for m in {heavy!r} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

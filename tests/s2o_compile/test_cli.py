@@ -1,0 +1,94 @@
+"""The command line: what users do wrong is one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from s2o_compile import cli, demo
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command line, expect exit code 2 and one line on stderr; return it."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and not captured.out
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("s2o: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["demo", "--help"], []])
+def test_harmless_calls(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 0 and capsys.readouterr().out
+
+
+@pytest.mark.xfail(reason="the package itself imports torch")
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, s2o_compile.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "No such command"),
+        (["demo", "--nonsense"], "No such option"),
+        (["demo", "--length", "many"], "'--length'"),
+        (["demo", "--length", "10"], "--length must be at least 1024"),
+        (["demo", "--repeats", "0"], "--repeats at least 1"),
+        (["demo", "--threshold", "3"], "threshold must be a number from 0 to below 1, not 3.0"),
+        (["demo", "--option", "segment"], "--option takes NAME=VALUE"),
+        (["demo", "--option", "segment=33"], "segment must be a power of two"),
+        (["demo", "--option", "segmnt=32"], "unknown option 'segmnt'; the options of s2o are threshold"),
+        (["demo", "--option", "tail_means=maybe"], "tail_means must be True or False"),
+        (["demo", "--device", "tpu"], "--device must be auto, cpu or cuda"),
+        (["demo", "--dtype", "int8"], "--dtype must be auto, float16"),
+    ],
+)
+def test_bad_options(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = ["--output", str(tmp_path)] if arguments[0] == "demo" else []
+    assert message in fail(capsys, *arguments, *output)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be made" in fail(capsys, "demo", "--output", str(tmp_path / "file" / "folder"))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (demo.DemoError("Too short."), "Too short."),
+        (ModuleNotFoundError("No module", name="gguf"), "needs the package gguf"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_errors_of_the_demo(
+    error: Exception,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run_demo(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    assert message in fail(capsys, "demo", "--output", str(tmp_path))
+
+
+def test_defects_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_demo(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    with pytest.raises(AssertionError):
+        cli.main(["demo", "--output", str(tmp_path)])

