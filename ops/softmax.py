@@ -1,4 +1,4 @@
-"""The online softmax that the reference and the CPU implementation share."""
+"""The online softmax, as the specification spells it out."""
 
 from __future__ import annotations
 
@@ -45,11 +45,3 @@ class OnlineSoftmax:
     def lse(self) -> torch.Tensor:
         """The log of the mass [..., R]; -inf where no key was added."""
         return self.maximum + self.mass.log()
-
-    def select(self, units: torch.Tensor) -> OnlineSoftmax:
-        """The entries `units` of the first dimension."""
-        return OnlineSoftmax(self.maximum[units], self.mass[units], self.total[units])
-
-    def update(self, units: torch.Tensor, part: OnlineSoftmax) -> None:
-        """Write `part` back to the entries `units` of the first dimension."""
-        self.maximum[units], self.mass[units], self.total[units] = part.maximum, part.mass, part.total
