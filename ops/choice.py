@@ -21,13 +21,9 @@ def choose_sparse(query: torch.Tensor, key: torch.Tensor, config: S2OConfig) -> 
         least = DEFAULT_MIN_LENGTH.get(query.device.type, DEFAULT_MIN_LENGTH["cuda"])
     if least == 0:
         return True
-    long, wide = key.shape[2] >= least, query.shape[2] > max(config.last_queries, config.segment)
-    if _known(long) and _known(wide):
+    densely = max(config.last_queries, config.segment)
+    if statically_known_true(key.shape[2] >= least) and statically_known_true(query.shape[2] > densely):
         return True
-    if _known(key.shape[2] < least) or _known(query.shape[2] <= max(config.last_queries, config.segment)):
+    if statically_known_true(key.shape[2] < least) or statically_known_true(query.shape[2] <= densely):
         return False
     return None
-
-
-def _known(condition: bool) -> bool:
-    return statically_known_true(condition)
