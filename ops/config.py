@@ -16,8 +16,8 @@ class S2OConfig:
     head of the KV group gives them. `S2OConfig.paper` is the published method.
 
     Attributes:
-        threshold: The share of a query's softmax mass below which keys no longer matter. 0 visits every key and
-            equals dense attention to rounding.
+        threshold: The share of a query's softmax mass from which a key is sure to be visited; what becomes of
+            the others, `tail` says. 0 visits every key and equals dense attention to rounding.
         min_length: Calls with fewer keys run dense. None chooses by device, 0 forces the sparse path.
         segment: Consecutive query positions that share one ranking; a power of two from 16 to 1024.
         tile: Query positions that one program handles, and that stop together; a power of two, at least 16, at
@@ -29,22 +29,24 @@ class S2OConfig:
         mean_weight: Weight of the mean probability over all guides of a list; importance is the larger term.
         sample: A guide's log-sum-exp is estimated from its dense span and every `sample`-th key of the history;
             1 is exact.
-        stop: "importance" ends the walk where a key's importance falls below `threshold`. "gain" (the paper's
+        stop: "importance" decides key by key, comparing its importance with `threshold`. "gain" (the paper's
             rule) sorts the whole history by importance and ends a tile's walk after the first `chunk` of keys in
             which no row gains `threshold` of its softmax mass.
+        tail: What becomes of keys below the threshold. "sampled" visits each with probability importance /
+            `threshold` and weighs it by the inverse, which leaves softmax sums unbiased (`ops.sampling`).
+            "means" lets those of each block of 64 enter as one key, the block's mean key and value, weighted by
+            how many they are. "none" leaves them out, as the "gain" rule always does.
         chunk: Keys between two checks of the "gain" rule; a multiple of 64.
         first_keys: Keys at the start that are always visited.
         near_keys: Keys before each segment that are attended densely (rounded up to a multiple of 64).
         last_queries: The last queries of a call, attended densely (rounded up to whole segments).
-        tail_means: Whether the keys not listed in each block of 64 enter as one key, the block's mean key and
-            value, weighted by how many they are.
 
     Raises:
         TypeError: A field has the wrong type.
         ValueError: A field has a value that is not allowed.
     """
 
-    threshold: float = 5e-4
+    threshold: float = 4e-3
     min_length: int | None = None
     segment: int = 32
     tile: int = 32
@@ -55,11 +57,11 @@ class S2OConfig:
     mean_weight: float = 0.0
     sample: int = 16
     stop: str = "importance"
+    tail: str = "sampled"
     chunk: int = 512
     first_keys: int = 1
     near_keys: int = 128
     last_queries: int = 128
-    tail_means: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -83,6 +85,7 @@ class S2OConfig:
             _check(self, name, getattr(self, name) in choices, " or ".join(map(repr, choices)))
         _check(self, "lists", self.lists == "group" or self.guides == "head", "'group' when guides is 'group'")
         _check(self, "lists", self.lists == "head" or self.stop != "gain", "'head' when stop is 'gain'")
+        _check(self, "tail", self.tail == "none" or self.stop != "gain", "'none' when stop is 'gain'")
         for name in ("max_weight", "mean_weight"):
             value = getattr(self, name)
             _check(self, name, 0 <= value < math.inf, "a finite number, at least 0")
@@ -105,7 +108,7 @@ class S2OConfig:
         """
         published: dict[str, Any] = {
             "segment": 512, "tile": 128, "pool": 512, "lists": "head", "sample": 1, "stop": "gain", "chunk": 128,
-            "first_keys": 0, "near_keys": 0, "last_queries": 0, "tail_means": False,
+            "tail": "none", "first_keys": 0, "near_keys": 0, "last_queries": 0,
         }  # fmt: skip
         return cls(threshold=threshold, **(published | changes))
 
@@ -123,16 +126,26 @@ class S2OConfig:
         return cls(**options)
 
     @property
-    def has_tail(self) -> bool:
+    def has_means(self) -> bool:
         """Whether block means stand for keys that are not listed."""
-        return self.tail_means and self.stop == "importance" and self.threshold > 0
+        return self.tail == "means" and self.threshold > 0
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether keys below the threshold are sampled."""
+        return self.tail == "sampled" and self.threshold > 0
 
     def arguments(self) -> dict[str, Any]:
         """The fields as keyword arguments of ``torch.ops.s2o.attention``."""
         return dataclasses.asdict(self)
 
 
-_CHOICES = {"guides": ("head", "group"), "lists": ("group", "head"), "stop": ("importance", "gain")}
+_CHOICES = {
+    "guides": ("head", "group"),
+    "lists": ("group", "head"),
+    "stop": ("importance", "gain"),
+    "tail": ("sampled", "means", "none"),
+}
 _NUMBERS = {"threshold", "max_weight", "mean_weight"}
 
 
@@ -141,8 +154,6 @@ def _check_type(name: str, value: object) -> None:
         right, wanted = isinstance(value, str), "a string"
     elif name in _NUMBERS:
         right, wanted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
-    elif name == "tail_means":
-        right, wanted = isinstance(value, bool), "True or False"
     else:
         right = isinstance(value, int) and not isinstance(value, bool)
         wanted = "an integer"

@@ -9,7 +9,8 @@ Every other implementation is tested against this one. It follows S2O (arXiv 260
 4. Pass 2 walks the list in order of importance and stops early, by one of two rules:
    "importance" stops where the importance falls below the threshold; "gain" stops after the first chunk of keys
    in which no row of the tile gained a share `threshold` of its softmax mass.
-5. With `tail_means`, the keys of each block that were not listed enter as one key, the block's mean.
+5. Keys below the threshold are the tail. Of a sampled tail, some are listed all the same, and weigh more
+   (`ops.sampling`); or the keys of each block that were not listed enter as one key, the block's mean.
 
 It is slow and meant to be read. Give it float32 or float64.
 """
@@ -24,6 +25,7 @@ from .config import S2OConfig
 from .geometry import BLOCK, Geometry, round_up
 from .guides import pool_guides
 from .result import AttentionResult
+from .sampling import draws
 from .softmax import OnlineSoftmax
 
 
@@ -92,6 +94,7 @@ class Segment:
     ) -> None:
         self.query, self.key, self.value, self.valid = query, key, value, valid
         self.geometry, self.config, self.scale = geometry, config, scale
+        self.index = index
         self.rows = range(index * config.segment, min((index + 1) * config.segment, geometry.queries))
         self.low, self.high = geometry.span(index)
         positions = torch.arange(geometry.keys, device=key.device)
@@ -99,27 +102,33 @@ class Segment:
         if not geometry.is_causal:
             history |= positions >= self.high
         self.positions, self.history = positions, history & valid
-        self.lists = self.ranking()
+        self.lists, self.log_weights = self.ranking()
 
     def tiles(self) -> range:
         """The tiles of this segment."""
         return range(self.rows.start // self.config.tile, -(-self.rows.stop // self.config.tile))
 
-    def ranking(self) -> list[torch.Tensor]:
-        """The keys to visit in order, one list per query head; the heads of a group may share theirs."""
+    def ranking(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The keys to visit in order, and the logs of what they weigh, by query head; a group may share one list."""
         heads = len(self.query)
         guides = pool_guides(self.query[:, self.rows.start : self.rows.stop], self.config)
         starts = torch.arange(self.rows.start, self.rows.stop, self.config.pool, device=self.key.device)
         importance = self.importance(guides, starts)
-        if self.config.stop == "gain":
-            listed = self.history.expand_as(importance)
-        else:
-            listed = self.history & ~(importance < self.config.threshold)
+        listed, log_weight = self.history.expand_as(importance), torch.zeros_like(importance)
+        if self.config.has_samples:
+            probability = (importance / self.config.threshold).clamp_max(1)
+            segment = torch.tensor(self.index, device=self.key.device)
+            listed = listed & (probability >= draws(self.positions, segment))
+            log_weight = -probability.log()
+        elif self.config.stop == "importance":
+            listed = listed & (importance >= self.config.threshold)
         lists = [
             row.argsort(descending=True, stable=True)[: int(keep.sum())]
             for row, keep in zip(importance.masked_fill(~listed, -1), listed, strict=True)
         ]
-        return lists if len(lists) == heads else lists * heads
+        weights = [row[ranked] for row, ranked in zip(log_weight, lists, strict=True)]
+        copies = heads // len(lists)
+        return lists * copies, weights * copies
 
     def importance(self, guides: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """The importance of every key [lists, Lk], from guides [heads, n, D] whose first positions are `starts`.
@@ -160,7 +169,7 @@ class Segment:
 
     def attend_head(self, head: int, rows: slice, end: int) -> tuple[OnlineSoftmax, int]:
         """Both passes for one head of a tile; also the keys visited, counted in blocks."""
-        query, ranked = self.query[head, rows], self.lists[head]
+        query, ranked, log_weight = self.query[head, rows], self.lists[head], self.log_weights[head]
         softmax = OnlineSoftmax.empty(query, self.value.shape[-1])
         seen = self.valid[self.low : end].expand(len(query), -1)
         if self.geometry.is_causal:
@@ -172,17 +181,18 @@ class Segment:
         keys = round_up(max(0, end - self.low))
         chunk = self.config.chunk if self.config.stop == "gain" else max(1, len(ranked))
         for start in range(0, len(ranked), chunk):
-            index = ranked[start : start + chunk]
-            gain = softmax.add(query @ self.key[index].T * self.scale, self.value[index])
+            part = slice(start, start + chunk)
+            index = ranked[part]
+            gain = softmax.add(query @ self.key[index].T * self.scale + log_weight[part], self.value[index])
             keys += round_up(len(index))
             if self.config.stop == "gain" and bool((gain < self.config.threshold).all()):
                 break
-        if self.config.has_tail:
-            softmax.add(*self.tail(query, ranked))
+        if self.config.has_means:
+            softmax.add(*self.means(query, ranked))
             keys += round_up(self.geometry.history_blocks(self.low, self.high))
         return softmax, keys
 
-    def tail(self, query: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def means(self, query: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [R, blocks] and values [blocks, Dv] of the block means that stand for keys not listed.
 
         A block's mean is over all its valid keys; its weight is the number of them that were not listed.

@@ -1,4 +1,4 @@
-"""Attention of tiles: the dense span, the listed keys by index until they no longer matter, and the block means."""
+"""Attention of tiles: the dense span, the listed keys by index until they no longer matter, and block means."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -36,6 +36,7 @@ def attend_kernel(
     value,
     padding,
     index,
+    log_weight,
     count,
     skipped,
     mean_key,
@@ -76,7 +77,8 @@ def attend_kernel(
     HEADS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
-    HAS_TAIL: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
+    SAMPLED: tl.constexpr,
     STOP_BY_GAIN: tl.constexpr,
     CHUNK: tl.constexpr,
     D: tl.constexpr,
@@ -138,6 +140,7 @@ def attend_kernel(
 
     listed = tl.load(count + place)
     index += place.to(tl.int64) * capacity
+    log_weight += place.to(tl.int64) * capacity
     if STOP_BY_GAIN:
         done = 0
         while done < listed:
@@ -173,12 +176,15 @@ def attend_kernel(
             chosen = tl.load(index + column, mask=inside, other=0)
             key_block = load_rows(key, chosen, inside, key_stride_n, D, BLOCK_D)
             value_block = load_rows(value, chosen, inside, value_stride_n, DV, BLOCK_DV)
+            bias = no_bias
+            if SAMPLED:
+                bias = tl.load(log_weight + column, mask=inside, other=0.0)
             maximum, mass, total = _add(
-                maximum, mass, total, rows, key_block, value_block, scale, no_bias, inside[None, :], PRECISION
+                maximum, mass, total, rows, key_block, value_block, scale, bias, inside[None, :], PRECISION
             )
         seen_keys += _round_up(listed)
 
-    if HAS_TAIL:
+    if HAS_MEANS:
         end_block = low // KEY_BLOCK
         history_blocks = end_block
         if not CAUSAL:

@@ -6,9 +6,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import sampling
+
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e38)
 KEY_BLOCK = tl.constexpr(64)
+KEY_STEP = tl.constexpr(sampling.KEY_STEP)
+SEGMENT_STEP = tl.constexpr(sampling.SEGMENT_STEP)
 
 
 @triton.jit
@@ -35,6 +39,13 @@ def dense_span(segment, queries, keys, offset, near_keys, ranked_segments, SEGME
     if CAUSAL:
         high = clip(end + offset, keys)
     return low, tl.maximum(low, high)
+
+
+@triton.jit
+def draws(keys, segment):
+    """`sampling.draws`: numbers between 0 and 1 for key positions [N] and a segment."""
+    bits = keys.to(tl.uint32) * KEY_STEP + (tl.zeros_like(keys) + segment).to(tl.uint32) * SEGMENT_STEP
+    return ((bits >> 9).to(tl.float32) + 0.5) * (2.0**-23)
 
 
 @triton.jit

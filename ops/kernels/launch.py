@@ -31,6 +31,7 @@ class Lists:
     """The keys to visit, one list per (batch entry, group, list, segment of the run), as the kernels lay them out."""
 
     index: torch.Tensor
+    log_weight: torch.Tensor
     count: torch.Tensor
     skipped: torch.Tensor
 
@@ -121,7 +122,7 @@ def sparse_attention(
     call = Call(query, key, value, padding, key_padding is not None, geometry, scale, config)
     guides = pool_guides(query.unflatten(1, (call.groups, call.group)), config)
     means: tuple[torch.Tensor, ...] = (query.new_empty(1), query.new_empty(1))
-    if config.has_tail:
+    if config.has_means:
         valid = None if key_padding is None else key_padding[:, None]
         means = tuple(block_means(x, valid).to(x.dtype) for x in (key, value))
     for segments in runs(call):
@@ -135,6 +136,8 @@ def runs(call: Call) -> list[range]:
     per_key = call.query.shape[0] * call.groups * call.lists * 4
     if call.config.stop == "gain":
         per_key *= 8  # Scores, weights and the sort's own index.
+    if call.config.has_samples:
+        per_key *= 2
     found, first = [], 0
     while first < call.geometry.segments:
         end = first + 1
@@ -158,16 +161,17 @@ def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
     part = guides[:, :, :, segments.start * per_segment : segments.stop * per_segment]
     padding = call.padding if call.has_padding else None
     index, count = sorted_history(part, call.key, padding, segments, call.geometry, call.scale, call.config)
-    return Lists(index.contiguous(), count.contiguous(), count)
+    return Lists(index.contiguous(), call.key.new_empty(1), count.contiguous(), count)
 
 
 def select(call: Call, guides: torch.Tensor, segments: range) -> Lists:
-    """The keys whose importance reaches the threshold, by two kernels."""
+    """The keys that `importance` and draws choose, by two kernels."""
     config, key = call.config, call.key
     batch, guide_heads, per_head = guides.shape[0], guides.shape[2], guides.shape[3]
     longest = capacity(call, segments[-1])
     lists = batch * call.groups * call.lists * len(segments)
     index = key.new_empty(lists, longest, dtype=torch.int32)
+    log_weight = key.new_empty(index.shape if config.has_samples else 1, dtype=torch.float32)
     count = key.new_empty(lists, dtype=torch.int32)
     skipped = key.new_empty(lists, call.blocks, dtype=torch.int32)
     lse = key.new_empty(guides.shape[:-1], dtype=torch.float32)
@@ -203,7 +207,7 @@ def select(call: Call, guides: torch.Tensor, segments: range) -> Lists:
     )  # fmt: skip
     rows = block_rows(guide_heads // call.lists * per_segment)
     wrap_triton(select_kernel)[(len(segments), call.lists, batch * call.groups)](
-        guides, lse, key, call.padding, index, count, skipped,
+        guides, lse, key, call.padding, index, log_weight, count, skipped,
         *guides.stride()[:4], *key.stride()[:3], call.padding.stride(0),
         capacity=longest,
         blocks=call.blocks,
@@ -212,11 +216,12 @@ def select(call: Call, guides: torch.Tensor, segments: range) -> Lists:
         mean_weight=config.mean_weight,
         HAS_MAX=config.max_weight > 0,
         HAS_MEAN=config.mean_weight > 0,
+        SAMPLED=config.has_samples,
         LISTS=call.lists,
         **common, **shape,
         BLOCK_M=rows, num_warps=warps(rows), num_stages=2,
     )  # fmt: skip
-    return Lists(index, count, skipped)
+    return Lists(index, log_weight, count, skipped)
 
 
 def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: range, result: AttentionResult) -> None:
@@ -228,8 +233,8 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
     per_segment = config.segment // config.tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     wrap_triton(attend_kernel)[(tiles, parts, call.query.shape[0] * call.groups)](
-        call.query, call.key, call.value, call.padding, lists.index, lists.count, lists.skipped, *means,
-        *result,
+        call.query, call.key, call.value, call.padding,
+        lists.index, lists.log_weight, lists.count, lists.skipped, *means, *result,
         *call.query.stride()[:3], *call.key.stride()[:3], *call.value.stride()[:3], call.padding.stride(0),
         *result.output.stride()[:3],
         **call.places,
@@ -242,8 +247,8 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
         threshold=config.threshold,
         scale=call.scale * _LOG2_E,
         SEGMENT=config.segment, TILE=config.tile, GROUP=call.group, LISTS=call.lists, HEADS=heads,
-        CAUSAL=geometry.is_causal, HAS_PADDING=call.has_padding, HAS_TAIL=config.has_tail,
-        STOP_BY_GAIN=config.stop == "gain", CHUNK=config.chunk,
+        CAUSAL=geometry.is_causal, HAS_PADDING=call.has_padding, HAS_MEANS=config.has_means,
+        SAMPLED=config.has_samples, STOP_BY_GAIN=config.stop == "gain", CHUNK=config.chunk,
         D=call.key.shape[-1], DV=call.value.shape[-1],
         BLOCK_M=rows, BLOCK_N=block_keys(call),
         BLOCK_D=channels(call.key.shape[-1]), BLOCK_DV=channels(call.value.shape[-1]),

@@ -1,4 +1,4 @@
-"""The keys whose importance reaches the threshold, appended to one list per segment."""
+"""The keys whose importance reaches the threshold or their draw below it, appended to one list per segment."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import KEY_BLOCK, LOWEST, dense_span, float32, load_padding, load_rows
+from .helpers import KEY_BLOCK, LOWEST, dense_span, draws, float32, load_padding, load_rows
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def select_kernel(
     key,
     padding,
     index,
+    log_weight,
     count,
     skipped,
     guides_stride_b,
@@ -64,6 +65,7 @@ def select_kernel(
     HAS_PADDING: tl.constexpr,
     HAS_MAX: tl.constexpr,
     HAS_MEAN: tl.constexpr,
+    SAMPLED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -71,8 +73,9 @@ def select_kernel(
 ):
     """Write one list: its keys, how many, and how many keys of each block are not in it.
 
-    Lists stand in the order [batch, group, list, segment]: index [lists, capacity], count [lists], skipped
-    [lists, blocks]. Program (segment, list of the group, batch entry and group).
+    Lists stand in the order [batch, group, list, segment]: index [lists, capacity], log_weight (in units of log 2,
+    where SAMPLED) likewise, count [lists], skipped [lists, blocks]. Program (segment, list of the group, batch entry
+    and group).
     """
     scale, log2_threshold = float32(scale), float32(log2_threshold)
     log2_max_weight, mean_weight = float32(log2_max_weight), float32(mean_weight)
@@ -84,6 +87,7 @@ def select_kernel(
     total: tl.constexpr = heads * per_segment
     place = ((tl.program_id(2) * LISTS + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     index += place * capacity
+    log_weight += place * capacity
     skipped += place * blocks
     first_head = tl.program_id(1) * heads
     guides += batch * guides_stride_b + group * guides_stride_g + first_head.to(tl.int64) * guides_stride_h
@@ -137,11 +141,17 @@ def select_kernel(
             importance = largest + log2_max_weight
         if HAS_MEAN:
             importance = _larger(importance, tl.log2(mean * mean_weight / (heads * present)))
-        importance = tl.where((importance != importance) | (blind > 0), float("inf"), importance)
-        wanted = tl.maximum(importance, LOWEST) >= log2_threshold
-        keep = inside & (wanted | (column < first_keys))
+        sure = (importance != importance) | (blind > 0) | (column < first_keys)
+        importance = tl.where(sure, float("inf"), tl.maximum(importance, LOWEST))
+        bar = log2_threshold + tl.zeros([KEY_BLOCK], tl.float32)
+        if SAMPLED:
+            bar += tl.log2(draws(column, segment))
+        keep = inside & (importance >= bar)
         kept = keep.to(tl.int32)
-        tl.store(index + listed + tl.cumsum(kept, 0) - kept, column, mask=keep)
+        rank = listed + tl.cumsum(kept, 0) - kept
+        tl.store(index + rank, column, mask=keep)
+        if SAMPLED:
+            tl.store(log_weight + rank, tl.maximum(log2_threshold - importance, 0.0), mask=keep)
         listed += tl.sum(kept, 0)
         tl.store(skipped + start // KEY_BLOCK, tl.sum(inside.to(tl.int32), 0) - tl.sum(kept, 0))
     tl.store(count + place, listed)

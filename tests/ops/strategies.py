@@ -100,7 +100,7 @@ def configs(draw: st.DrawFn, thresholds: tuple[float, ...] = (0.0, 1e-3, 1e-2, 5
         first_keys=draw(st.sampled_from([0, 1, 5])),
         near_keys=draw(st.sampled_from([0, 20, 64])),
         last_queries=draw(st.sampled_from([0, 0, 40])),
-        tail_means=draw(st.booleans()),
+        tail="none" if stop == "gain" else draw(st.sampled_from(["sampled", "means", "none"])),
     )
 
 

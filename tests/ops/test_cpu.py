@@ -7,6 +7,8 @@ import torch
 from hypothesis import given
 
 from s2o_compile.ops import AttentionResult, S2OConfig, cpu
+from s2o_compile.ops.cpu import attend, rank
+from s2o_compile.ops.geometry import Geometry
 from s2o_compile.ops.reference import reference_attention
 
 from .comparison import assert_same, dense, largest_difference, sdpa
@@ -51,11 +53,11 @@ def test_low_precision_ranking_finds_the_same_keys_but_for_those_at_the_threshol
 
 
 def test_works_through_many_runs_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_SCORES", 2**12)
-    monkeypatch.setattr(cpu, "_GATHERED", 2**8)
+    monkeypatch.setattr(rank, "_SCORES", 2**12)
+    monkeypatch.setattr(attend, "_GATHERED", 2**8)
     torch.manual_seed(1)
     query, key, value = (torch.randn(1, 2, 500, 16, dtype=torch.float64) for _ in "qkv")
     call_config = S2OConfig(threshold=1e-2, last_queries=50)
-    geometry = cpu.Geometry.of(query, key, True, 0, call_config)
+    geometry = Geometry.of(query, key, True, 0, call_config)
     got = cpu.sparse_attention(query, key, value, geometry, None, 0.25, call_config)
     assert_same(got, reference_attention(query, key, value, is_causal=True, config=call_config), 1e-9)

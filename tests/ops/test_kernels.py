@@ -147,7 +147,8 @@ def test_no_synchronisation() -> None:
 def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which: str) -> None:
     torch.manual_seed(7)
     tensors = {name: torch.randn(1, 2, 190, 16, device=DEVICE) for name in ("query", "key", "value")}
-    config = S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, lists="head", tail_means=which != "query")
+    tail = "none" if which == "query" else "sampled"
+    config = S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, lists="head", tail=tail)
     geometry = Geometry.of(tensors["query"], tensors["key"], True, 0, config)
     tensors[which][0, 1, 90, 3] = bad
     output = launch.sparse_attention(*tensors.values(), geometry, None, 0.25, config).output

@@ -188,7 +188,7 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("change", [{"threshold": "0"}, {"segment": 32.0}, {"tail_means": 1}, {"pool": True}])
+@pytest.mark.parametrize("change", [{"threshold": "0"}, {"segment": 32.0}, {"tail": 1}, {"pool": True}])
 def test_bad_types_of_fields(change: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"{next(iter(change))} must be"):
         S2OConfig(**change)

@@ -36,7 +36,7 @@ def needle(length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 @pytest.mark.parametrize(
     "config",
     [
-        S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, tail_means=False),
+        S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, tail="none"),
         S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, pool=4, lists="head"),
         S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, guides="group", max_weight=0.0, mean_weight=1.0),
         S2OConfig.paper(1e-2, segment=64, tile=32, pool=64, chunk=64),
@@ -62,7 +62,7 @@ def test_a_higher_threshold_visits_less_and_errs_more() -> None:
     want = dense(query, key, value, torch.ones(512, 512, dtype=torch.bool).tril())
     visited, errors = [], []
     for threshold in (0.0, 1e-4, 1e-2, 1e-1):
-        config = S2OConfig(threshold=threshold, tail_means=False, last_queries=0, near_keys=0)
+        config = S2OConfig(threshold=threshold, tail="none", last_queries=0, near_keys=0)
         result = reference_attention(query, key, value, is_causal=True, config=config)
         visited.append(int(result.visited.sum()))
         errors.append(float((result.output - want).square().sum()))
@@ -77,7 +77,7 @@ def test_block_means_stand_for_skipped_keys() -> None:
     key, value = (
         torch.randn(1, 1, 8, 16, generator=generator, dtype=torch.float64).repeat_interleave(64, 2) for _ in "kv"
     )
-    config = S2OConfig(threshold=0.5, near_keys=0, last_queries=0, first_keys=0)
+    config = S2OConfig(threshold=0.5, tail="means", near_keys=0, last_queries=0, first_keys=0)
     result = reference_attention(query, key, value, is_causal=True, config=config)
     want = dense(query, key, value, torch.ones(512, 512, dtype=torch.bool).tril())
     assert largest_difference(result.output, want) < 1e-12

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from s2o_compile.ops import S2OConfig
 from s2o_compile.passes import Decision, rewrite
 
-EXACT = S2OConfig(min_length=0, threshold=0, segment=16, tile=16, near_keys=0, last_queries=0, tail_means=False)
+EXACT = S2OConfig(min_length=0, threshold=0, segment=16, tile=16, near_keys=0, last_queries=0, tail="none")
 """Takes the sparse path at any length and visits every key."""
 
 

@@ -48,7 +48,7 @@ def test_help_does_not_import_torch() -> None:
         (["demo", "--option", "segment"], "--option takes NAME=VALUE"),
         (["demo", "--option", "segment=33"], "segment must be a power of two"),
         (["demo", "--option", "segmnt=32"], "unknown option 'segmnt'; the options of s2o are threshold"),
-        (["demo", "--option", "tail_means=maybe"], "tail_means must be True or False"),
+        (["demo", "--option", "tail=maybe"], "tail must be 'sampled' or 'means' or 'none'"),
         (["demo", "--device", "tpu"], "--device must be auto, cpu or cuda"),
         (["demo", "--dtype", "int8"], "--dtype must be auto, float16"),
     ],

@@ -1,0 +1,150 @@
+"""Attention of a group's tiles: first all dense spans, then the listed keys, gathered for many tiles at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.nn.functional import pad
+
+from ..block_means import block_means
+from ..geometry import round_up
+from ..result import AttentionResult
+from . import flash
+from .group import Group
+from .rank import Lists
+
+_GATHERED = 2**14
+"""How many keys are gathered at once: few enough to stay in the last-level cache."""
+
+
+class Attention:
+    """The attention of one group so far; made with that of the dense spans.
+
+    `output` [tiles, G, tile, Dv], `lse` [tiles, G, tile], and `keys` [tiles, G], the keys visited, counted in blocks.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group, self.geometry, self.config = group, group.geometry, group.config
+        self.key, self.value = group.key, group.value
+        if self.config.has_means:
+            self.key, self.value = (torch.cat([x, block_means(x, group.valid)]) for x in (group.key, group.value))
+        self.seen_bias, self.unseen_bias = group.key.new_tensor([0.0, -math.inf])
+        tile = self.config.tile
+        padded = pad(group.query, (0, 0, 0, -self.geometry.queries % tile))
+        self.query = padded.unflatten(1, (-1, tile)).transpose(0, 1).contiguous()
+        tiles = torch.arange(self.geometry.tiles)
+        segments = tiles // (self.config.segment // tile)
+        low, high = group.spans[segments].unbind(1)
+        rows = tiles[:, None] * tile + torch.arange(tile)
+        end = high
+        if self.geometry.is_causal:
+            last = rows[:, -1].clamp_max(self.geometry.queries - 1) + self.geometry.offset
+            end = (last + 1).clamp(0, self.geometry.keys).maximum(low)
+        self.output, self.lse = self.spans(self.query, rows, low, end)
+        self.keys = round_up(end - low)[:, None].repeat(1, group.heads)
+
+    def guide_lse(self) -> torch.Tensor:
+        """Each guide's log-sum-exp over its dense span [heads, segments, n]."""
+        guides, pool = self.group.guides, self.config.pool
+        if pool == 1 and self.config.guides == "head":
+            lse = self.lse.transpose(0, 1).flatten(1)[:, : self.geometry.queries]
+            return self.group.by_segment(lse[..., None])[..., 0]
+        rows = (torch.arange(guides.shape[1] * guides.shape[2]) * pool).view(guides.shape[1:3])
+        return self.spans(guides.transpose(0, 1), rows, *self.group.spans.unbind(1))[1].transpose(0, 1)
+
+    def spans(
+        self, query: torch.Tensor, rows: torch.Tensor, low: torch.Tensor, end: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend the keys [low, end) of each unit, for queries [U, H, R, D] at positions `rows` [U, R]."""
+        output = query.new_zeros(*query.shape[:3], self.value.shape[-1])
+        lse = query.new_full(query.shape[:3], -math.inf)
+        for units in batches(end - low):
+            keys = low[units, None] + torch.arange(int((end - low)[units].max()))
+            seen = (keys < end[units, None])[:, None]
+            if self.geometry.is_causal:
+                seen = seen & (keys[:, None] <= rows[units, :, None] + self.geometry.offset)
+            keys = keys.clamp_max(self.geometry.keys - 1)
+            if self.group.valid is not None:
+                seen = seen & self.group.valid[keys][:, None]
+            bias = torch.where(seen, self.seen_bias, self.unseen_bias)
+            output[units], lse[units] = self.gather(query[units], keys, bias)
+        return output, lse
+
+    def visit(self, lists: Lists) -> None:
+        """Visit the keys of all lists of a run."""
+        per_segment = self.config.segment // self.config.tile
+        first = lists.segments.start * per_segment
+        end = min(lists.segments.stop * per_segment, self.geometry.tiles)
+        segment = torch.arange(end - first) // per_segment
+        start, count = (x[segment].flatten() for x in (lists.start, lists.count))
+        for units in batches(count):
+            places = units + first * self.group.lists
+            if self.config.stop == "gain":
+                self.walk(places, lists, start[units], count[units])
+            else:
+                self.add(places, *listed(lists, start[units], count[units]), round_up(count[units]))
+        if self.config.has_means:
+            self.visit_means(lists, segment.repeat_interleave(self.group.lists), first * self.group.lists)
+
+    def visit_means(self, lists: Lists, segment: torch.Tensor, first: int) -> None:
+        """Let block means stand for the keys left out, in the tiles from `first` on, of these segments [U]."""
+        left = lists.left_per_block().flatten(0, 1)
+        left = left[segment * self.group.lists + torch.arange(len(segment)) % self.group.lists]
+        low, high = self.group.spans[lists.segments.start + segment].unbind(1)
+        size = round_up(self.geometry.history_blocks(low, high))
+        for units in batches(torch.full((len(segment),), left.shape[1])):
+            blocks = (self.geometry.keys + torch.arange(left.shape[1])).expand(len(units), -1)
+            self.add(units + first, blocks, left[units].to(self.key.dtype).log(), size[units])
+
+    def walk(self, places: torch.Tensor, lists: Lists, start: torch.Tensor, count: torch.Tensor) -> None:
+        """Visit lists chunk by chunk until no row of a tile gains enough."""
+        while len(places):
+            size = count.clamp_max(self.config.chunk)
+            gain = self.add(places, *listed(lists, start, size), round_up(size))
+            goes_on = (gain >= self.config.threshold).flatten(1).any(1) & (count > size)
+            places, start, count = places[goes_on], (start + size)[goes_on], (count - size)[goes_on]
+
+    def add(self, places: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        """Attend `keys` [U, n] with `bias` [U, n] at (tile, list) pairs `places`; return each row's gain in mass."""
+        query, output, lse, visited = (
+            x.unflatten(1, (self.group.lists, -1)).flatten(0, 1) for x in (self.query, self.output, self.lse, self.keys)
+        )
+        part, gained = self.gather(query[places], keys, bias[:, None])
+        before = lse[places]
+        lse[places] = after = torch.logaddexp(before, gained)
+        share = (gained - after.masked_fill(after == -math.inf, 0)).exp()
+        output[places] = torch.lerp(output[places], part, share[..., None])
+        visited[places] += size[:, None]
+        return (gained - before).exp()
+
+    def gather(self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend `keys` [U, n] with `bias` [U, R or 1, n], for queries [U, H, R, D]; return output and log-sum-exp."""
+        key, value = (x.index_select(0, keys.flatten()).unflatten(0, keys.shape) for x in (self.key, self.value))
+        return flash.attend(query, key, value, bias, self.group.finite)
+
+    def write(self, result: AttentionResult) -> None:
+        """Fill the group's part of the result: [G, Lq, Dv], [G, Lq] and [G, tiles]."""
+        length, tile = self.geometry.queries, self.config.tile
+        result.output.copy_(self.output.transpose(0, 1).flatten(1, 2)[:, :length])
+        result.lse.copy_(self.lse.transpose(0, 1).flatten(1)[:, :length])
+        rows = (length - torch.arange(self.geometry.tiles) * tile).clamp_max(tile)
+        result.visited.copy_(self.keys.T * rows)
+
+
+def listed(lists: Lists, start: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` keys from `start` [U] on, and their log-weights, side by side [U, n]; the shorter end in -inf."""
+    place = torch.arange(int(count.max()))
+    index = torch.where(place < count[:, None], start[:, None] + place, len(lists.keys) - 1)
+    return lists.keys[index], lists.log_weight[index]
+
+
+def batches(sizes: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Units with keys to attend, in batches of like size."""
+    order = sizes.argsort(descending=True)[: int((sizes > 0).sum())]
+    sorted_sizes, first = sizes[order].tolist(), 0
+    while first < len(order):
+        end = first + max(1, _GATHERED // sorted_sizes[first])
+        yield order[first:end]
+        first = end

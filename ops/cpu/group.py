@@ -1,0 +1,83 @@
+"""The inputs of one KV group of one batch entry, in the form in which they are computed with."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from ..config import S2OConfig
+from ..geometry import Geometry
+from ..guides import pool_guides
+
+
+@dataclass(frozen=True)
+class Group:
+    """One KV group: `query` [G, Lq, D] with the scale in it, `key` [Lk, D], `value` [Lk, Dv], `valid` [Lk] or None.
+
+    Rows of padding are zero. `finite` says whether the tensors are known to be finite; `spans` [segments, 2] holds
+    the segments' dense spans.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    valid: torch.Tensor | None
+    finite: bool
+    geometry: Geometry
+    spans: torch.Tensor
+    config: S2OConfig
+
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor | None,
+        geometry: Geometry,
+        scale: float,
+        config: S2OConfig,
+    ) -> Group:
+        """Take the tensors of a group as they come."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        key, value = (masked(x.to(dtype), valid).contiguous() for x in (key, value))
+        query = (query.to(dtype) * scale).contiguous()
+        # A sum is finite only if all its terms are.
+        finite = all(math.isfinite(x.sum()) for x in (query, key, value))
+        spans = torch.tensor([geometry.span(segment) for segment in range(geometry.segments)])
+        return cls(query, key, value, valid, finite, geometry, spans, config)
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return len(self.query)
+
+    @functools.cached_property
+    def guides(self) -> torch.Tensor:
+        """The pooled queries of each segment [G or 1, segments, n, D]; zeros past a ragged end."""
+        return self.by_segment(pool_guides(self.query, self.config))
+
+    @functools.cached_property
+    def real_guides(self) -> torch.Tensor:
+        """Which guides of a segment are not past a ragged end [segments, n]."""
+        pooled = -(-self.geometry.queries // self.config.pool)
+        return self.by_segment(torch.ones(1, pooled, 1, dtype=torch.bool))[0, :, :, 0]
+
+    def by_segment(self, guides: torch.Tensor) -> torch.Tensor:
+        """Cut guides [heads, n, D] into segments [heads, segments, n, D], filled up with zeros."""
+        size = self.config.segment // self.config.pool
+        return pad(guides, (0, 0, 0, -guides.shape[1] % size)).unflatten(1, (-1, size))
+
+    @property
+    def lists(self) -> int:
+        """Lists of keys per segment."""
+        return 1 if self.config.lists == "group" else self.heads
+
+
+def masked(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """`x` [Lk, D] with the rows of padding set to zero, whatever they hold."""
+    return x if valid is None else torch.where(valid[:, None], x, 0)

@@ -1,0 +1,53 @@
+"""Sparse attention on a CPU: one KV group of one batch entry at a time, and of that, a run of segments at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..config import S2OConfig
+from ..geometry import Geometry
+from ..result import AttentionResult
+from .attend import Attention
+from .group import Group
+from .rank import Ranking
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    geometry: Geometry,
+    key_padding: torch.Tensor | None,
+    scale: float,
+    config: S2OConfig,
+) -> AttentionResult:
+    """Sparse attention; shapes as in `ops.reference`, `geometry` from the lengths of `query` and `key`.
+
+    Arithmetic is in float32 at least, but for the scores that rank keys, which are in bfloat16 where that is fast.
+    """
+    batch, _, length, _ = query.shape
+    groups = key.shape[1]
+    result = AttentionResult.empty(query, value, config.tile)
+    if 0 in (batch, length, key.shape[2]):
+        result.output.zero_(), result.lse.fill_(-math.inf), result.visited.zero_()
+        return result
+    parts = [x.unflatten(1, (groups, -1)) for x in result]
+    for b in range(batch):
+        for g in range(groups):
+            members = query[b].unflatten(0, (groups, -1))[g]
+            valid = None if key_padding is None else key_padding[b]
+            group = Group.of(members, key[b, g], value[b, g], valid, geometry, scale, config)
+            attend_group(group, AttentionResult(*(part[b, g] for part in parts)))
+    return result
+
+
+def attend_group(group: Group, result: AttentionResult) -> None:
+    """Attend one group and fill its part of `result`: [G, Lq, Dv], [G, Lq] and [G, tiles]."""
+    attention = Attention(group)
+    if group.geometry.ranked_segments:
+        ranking = Ranking(group, attention.guide_lse())
+        for segments in ranking.runs():
+            attention.visit(ranking.lists(segments))
+    attention.write(result)

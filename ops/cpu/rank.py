@@ -1,0 +1,199 @@
+"""Which keys the segments of a group visit besides their dense spans, by importance."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from ..geometry import BLOCK
+from ..sampling import draws
+from .group import Group
+
+_SCORES = 2**23
+"""How many scores are held at once: small enough to stay in the last-level cache."""
+_MORE = 4
+"""Channels added to the keys: two for the normaliser, two to fill up."""
+_NEVER = 1e30
+"""A log-sum-exp that leaves a guide no share in any key."""
+
+
+@dataclass
+class Lists:
+    """The keys to visit of the `segments` of a run, one list after another.
+
+    `keys` holds all lists end to end, and one key more, of weight 0; `log_weight` goes with it. List l of segment s
+    of the run has `count`[s, l] of them, from `start`[s, l]. `left` [segments, lists, keys] is true for the keys of
+    the history that are not listed.
+    """
+
+    segments: range
+    keys: torch.Tensor
+    log_weight: torch.Tensor
+    start: torch.Tensor
+    count: torch.Tensor
+    left: torch.Tensor
+
+    def left_per_block(self) -> torch.Tensor:
+        """How many keys of each block are not listed [segments, lists, blocks]."""
+        return pad(self.left, (0, -self.left.shape[2] % BLOCK)).unflatten(-1, (-1, BLOCK)).sum(-1)
+
+
+class Ranking:
+    """The ranking of one group.
+
+    Args:
+        group: The group.
+        near: Each guide's log-sum-exp over its dense span [heads, segments, n].
+    """
+
+    def __init__(self, group: Group, near: torch.Tensor) -> None:
+        self.group, self.geometry, self.config = group, group.geometry, group.config
+        self.guides, self.real, self.near = group.guides, group.real_guides, near
+        self.positions = torch.arange(self.geometry.keys)
+        exact = group.query.dtype
+        dtype = torch.bfloat16 if exact == torch.float32 and _has_fast_bfloat16() else exact
+        self.comparable = dtype == torch.bfloat16 and group.finite
+        self.key = pad(group.key, (0, _MORE)).to(dtype)
+        self.key[:, -_MORE : 2 - _MORE] = 1
+        self.buffer = torch.empty(max(_SCORES, self.rows * self.geometry.keys), dtype=dtype)
+        first, sample = self.config.first_keys, self.config.sample
+        drawn = self.positions[sample // 2 :: sample]
+        self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
+        self.drawn_key = group.key[self.drawn].to(dtype)
+        self.drawn_weight = group.key.new_full(self.drawn.shape, math.log(sample)).masked_fill(self.drawn < first, 0)
+
+    @property
+    def rows(self) -> int:
+        """Guides of a segment, of all heads."""
+        return len(self.guides) * self.guides.shape[2]
+
+    def runs(self) -> Iterator[range]:
+        """Consecutive segments whose scores are held at once."""
+        first, ranked = 0, self.geometry.ranked_segments
+        while first < ranked:
+            end = first + 1
+            while end < ranked and (end + 1 - first) * self.rows * self.reach(end) <= _SCORES:
+                end += 1
+            yield range(first, end)
+            first = end
+
+    def reach(self, segment: int) -> int:
+        """The end of the keys that the segments up to `segment` rank."""
+        return self.geometry.span(segment)[0] if self.geometry.is_causal else self.geometry.keys
+
+    def lists(self, segments: range) -> Lists:
+        """The keys to visit of each segment of a run."""
+        config, history = self.config, self.history(segments)
+        keep, log_weight = history[:, None].expand(-1, self.group.lists, -1), self.near.new_zeros(())
+        if config.threshold == 0 or not history.shape[1]:
+            return pack(segments, history, keep, keep.nonzero()[:, -1], log_weight)
+        importance = self.importance(segments, history)
+        if config.stop == "gain":
+            ranked = importance.clamp_min(-1e30).masked_fill(~keep, -math.inf)
+            order = ranked.argsort(dim=-1, descending=True, stable=True)
+            listed = self.positions[: history.shape[1]] < keep.sum(-1, keepdim=True)
+            return pack(segments, history, keep, order[listed], log_weight)
+        bar = importance.new_tensor(math.log(config.threshold))
+        if config.has_samples:
+            segment = torch.arange(segments.start, segments.stop)[:, None]
+            keep = keep & (importance >= bar + draws(self.positions[: history.shape[1]], segment).log()[:, None])
+            log_weight = (bar - importance[keep]).clamp_min(0)
+        else:
+            keep = keep & (importance >= bar)
+        return pack(segments, history, keep, keep.nonzero()[:, -1], log_weight)
+
+    def history(self, segments: range) -> torch.Tensor:
+        """Which keys the segments of a run rank [segments, keys]."""
+        low, high = self.group.spans[segments.start : segments.stop].unbind(1)
+        positions = self.positions[: self.reach(segments[-1])]
+        history = positions < low[:, None]
+        if not self.geometry.is_causal:
+            history |= positions >= high[:, None]
+        if self.group.valid is not None:
+            history &= self.group.valid[: len(positions)]
+        return history
+
+    def importance(self, segments: range, history: torch.Tensor) -> torch.Tensor:
+        """The log of the importance of the keys [segments, lists, keys], given the history [segments, keys]."""
+        config, part = self.config, slice(segments.start, segments.stop)
+        guides, real = self.guides[:, part].transpose(0, 1), self.real[part]
+        normaliser = torch.logaddexp(self.near[:, part].transpose(0, 1), self.far(guides, history))
+        surprisal = self.surprisal(guides, normaliser.masked_fill(~real[:, None], _NEVER), history.shape[-1])
+        surprisal = surprisal.unflatten(1, (self.group.lists, -1)).flatten(2, 3)
+        importance = torch.full((), -math.inf)
+        if config.max_weight:
+            least = least_by_bits(surprisal, 2) if self.comparable else surprisal.amin(2)
+            importance = math.log(config.max_weight) - least.to(normaliser.dtype)
+        if config.mean_weight:
+            guides_of_list = real.sum(1) * (len(self.guides) // self.group.lists)
+            mean = surprisal.neg().logsumexp(2).to(normaliser.dtype)
+            mean = mean - guides_of_list.to(mean.dtype).log()[:, None, None]
+            importance = torch.maximum(importance, mean + math.log(config.mean_weight))
+        importance = importance.masked_fill(importance.isnan(), math.inf)
+        importance[..., : config.first_keys] = math.inf
+        return importance
+
+    def surprisal(self, guides: torch.Tensor, normaliser: torch.Tensor, keys: int) -> torch.Tensor:
+        """Negative log-probabilities of the first keys [segments, heads, guides, keys].
+
+        The normaliser enters the product as two more channels, its high and its low part.
+        """
+        table = self.key[:keys]
+        high = normaliser.to(table.dtype)
+        low = (normaliser - high).to(table.dtype)
+        rows = torch.cat([-guides.to(table.dtype), high[..., None], low[..., None]], -1)
+        rows = pad(rows, (0, table.shape[-1] - rows.shape[-1])).flatten(0, 2)
+        product = self.buffer[: len(rows) * keys].view(len(rows), keys)
+        torch.mm(rows, table.T, out=product)
+        return product.unflatten(0, normaliser.shape)
+
+    def far(self, guides: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+        """Each guide's log-sum-exp over its history [segments, heads, guides], from one key in `sample` of it."""
+        drawn = history[:, self.drawn[: int((self.drawn < history.shape[-1]).sum())]]
+        table = self.drawn_key[: drawn.shape[-1]]
+        weight = torch.where(drawn, self.drawn_weight[: drawn.shape[-1]], -math.inf)
+        logits = (guides.flatten(0, 2).to(table.dtype) @ table.T).to(guides.dtype).view(*guides.shape[:3], -1)
+        return log_sum_exp(logits.add_(weight[:, None, None]))
+
+
+def pack(
+    segments: range, history: torch.Tensor, keep: torch.Tensor, keys: torch.Tensor, log_weight: torch.Tensor
+) -> Lists:
+    """The `keys` of lists that `keep` [segments, lists, keys] of the `history` [segments, keys], end to end."""
+    count = keep.sum(-1)
+    return Lists(
+        segments,
+        pad(keys, (0, 1)),
+        pad(log_weight.expand(len(keys)), (0, 1), value=-math.inf),
+        (count.flatten().cumsum(0) - count.flatten()).view_as(count),
+        count,
+        history[:, None] & ~keep,
+    )
+
+
+def least_by_bits(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The least of bfloat16 numbers along `dim`, or where some are negative, one of these.
+
+    The bits of non-negative floats are in the order of the numbers, and integers are compared several times as fast.
+    """
+    return x.view(torch.int16).amin(dim).view(torch.bfloat16)
+
+
+def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp over the last dimension, by way of the softmax kernel, which is fused."""
+    if not logits.shape[-1]:
+        return logits.new_full(logits.shape[:-1], -math.inf)
+    largest = logits.amax(-1)
+    share = logits.softmax(-1).amax(-1)
+    return torch.where(largest == -math.inf, largest, largest - share.log())
+
+
+@functools.cache
+def _has_fast_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

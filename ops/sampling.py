@@ -1,0 +1,22 @@
+"""Sampling of the tail: which keys below the threshold are visited, and what they then weigh.
+
+A key of importance p below the threshold t is visited with probability p / t and weighs t / p, so that softmax sums
+stay unbiased (Horvitz and Thompson, 1952). If the importance bounds a row's share of mass in the key, the variance of
+that row's mass is at most t times the mass of its tail. Draws are a function of position and segment alone, so that
+results repeat.
+"""
+
+from __future__ import annotations
+
+import torch
+
+KEY_STEP = 2654435769
+"""2^32 over the golden ratio: along the keys, draws are evenly spread however few are taken (a Weyl sequence)."""
+SEGMENT_STEP = 1779033703
+"""2^32 times the fraction of the square root of 2: spreads the draws of a key over segments in the same way."""
+
+
+def draws(keys: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    """Numbers between 0 and 1, float32, for key positions and segment indices (integers, broadcast together)."""
+    bits = (keys * KEY_STEP + segments * SEGMENT_STEP) & 0xFFFFFFFF
+    return ((bits >> 9).float() + 0.5) * 2.0**-23

@@ -1,0 +1,66 @@
+"""Compile the kernels, as calls of one dtype launch them, to machine code of the GPUs that are supported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from s2o_compile.ops import S2OConfig
+from s2o_compile.ops.geometry import Geometry
+from s2o_compile.ops.kernels import launch
+
+CAPABILITIES = (80, 90)
+CONFIGS = (S2OConfig(), S2OConfig(tail="means", lists="head", mean_weight=1.0), S2OConfig.paper())
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+class Builder:
+    """Stands where a kernel is launched, and compiles it instead."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.build
+
+    def build(self, *positional: Any, num_warps: int, num_stages: int, **named: Any) -> None:
+        values = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
+        signature, constants = {}, {}
+        for parameter in self.kernel.params:
+            value = values[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name] = "constexpr"
+                constants[(parameter.num,)] = value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = TYPES[value.dtype]
+            else:
+                signature[parameter.name] = "fp64" if isinstance(value, float) else "i32"
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        for capability in CAPABILITIES:
+            source, target = ASTSource(self.kernel, signature, constants), GPUTarget("cuda", capability, 32)
+            assert triton.compile(source, target=target, options=options).asm["cubin"]
+            print(f"{self.kernel.__name__}-{capability}")
+
+
+def main(dtype: torch.dtype) -> None:
+    launch.wrap_triton = Builder  # type: ignore[assignment]
+    query, key = torch.empty(1, 4, 300, 16, dtype=dtype), torch.empty(1, 2, 300, 16, dtype=dtype)
+    for config in CONFIGS:
+        launch.sparse_attention(query, key, key, Geometry.of(query, key, True, 0, config), None, 0.125, config)
+
+
+if __name__ == "__main__":
+    main(getattr(torch, sys.argv[1]))
