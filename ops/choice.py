@@ -7,7 +7,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .config import S2OConfig
 
-DEFAULT_MIN_LENGTH = {"cpu": 16384, "cuda": 2**20}
+DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 2**20}
 """Fewest keys from which the default settings were measured, or are extrapolated, to beat SDPA: see the README."""
 
 

@@ -46,7 +46,7 @@ class S2OConfig:
         ValueError: A field has a value that is not allowed.
     """
 
-    threshold: float = 4e-3
+    threshold: float = 8e-3
     min_length: int | None = None
     segment: int = 32
     tile: int = 32
@@ -60,8 +60,8 @@ class S2OConfig:
     tail: str = "sampled"
     chunk: int = 512
     first_keys: int = 1
-    near_keys: int = 128
-    last_queries: int = 128
+    near_keys: int = 64
+    last_queries: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

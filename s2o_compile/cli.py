@@ -67,7 +67,7 @@ def demo(
     """Prefill a long document with dense and with sparse attention and compare time and answers."""
     from .demo import Progress, Settings, run_demo
 
-    config = _read_config(threshold, min_length, option or [])
+    config = read_config(threshold, min_length, option or [])
     settings = Settings(length, document, model, config, device, dtype, repeats, seed)
     _make_folder(output)
     results = run_demo(settings, Progress())
@@ -112,7 +112,12 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-def _read_config(threshold: float | None, min_length: int | None, options: list[str]) -> S2OConfig:
+def read_config(threshold: float | None, min_length: int | None, options: list[str]) -> S2OConfig:
+    """The settings that a command line asks for; `options` are NAME=VALUE.
+
+    Raises:
+        UsageError: An option is unknown or has a value that is not allowed.
+    """
     from .ops.config import S2OConfig
 
     fields = dict(map(_read_option, options))

@@ -53,24 +53,25 @@ class Ranking:
 
     def __init__(self, group: Group, near: torch.Tensor) -> None:
         self.group, self.geometry, self.config = group, group.geometry, group.config
-        self.guides, self.real, self.near = group.guides, group.real_guides, near
+        self.real, self.near = group.real_guides, near.transpose(0, 1)
         self.positions = torch.arange(self.geometry.keys)
         exact = group.query.dtype
         dtype = torch.bfloat16 if exact == torch.float32 and _has_fast_bfloat16() else exact
         self.comparable = dtype == torch.bfloat16 and group.finite
-        self.key = pad(group.key, (0, _MORE)).to(dtype)
+        self.guides = pad(group.guides.transpose(0, 1), (0, _MORE)).to(dtype)
+        self.key = pad(-group.key, (0, _MORE)).to(dtype)
         self.key[:, -_MORE : 2 - _MORE] = 1
         self.buffer = torch.empty(max(_SCORES, self.rows * self.geometry.keys), dtype=dtype)
         first, sample = self.config.first_keys, self.config.sample
         drawn = self.positions[sample // 2 :: sample]
         self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
         self.drawn_key = group.key[self.drawn].to(dtype)
-        self.drawn_weight = group.key.new_full(self.drawn.shape, math.log(sample)).masked_fill(self.drawn < first, 0)
+        self.drawn_weight = self.key.new_full(self.drawn.shape, math.log(sample)).masked_fill(self.drawn < first, 0)
 
     @property
     def rows(self) -> int:
         """Guides of a segment, of all heads."""
-        return len(self.guides) * self.guides.shape[2]
+        return self.guides.shape[1] * self.guides.shape[2]
 
     def runs(self) -> Iterator[range]:
         """Consecutive segments whose scores are held at once."""
@@ -121,16 +122,17 @@ class Ranking:
     def importance(self, segments: range, history: torch.Tensor) -> torch.Tensor:
         """The log of the importance of the keys [segments, lists, keys], given the history [segments, keys]."""
         config, part = self.config, slice(segments.start, segments.stop)
-        guides, real = self.guides[:, part].transpose(0, 1), self.real[part]
-        normaliser = torch.logaddexp(self.near[:, part].transpose(0, 1), self.far(guides, history))
-        surprisal = self.surprisal(guides, normaliser.masked_fill(~real[:, None], _NEVER), history.shape[-1])
+        real = self.real[part]
+        normaliser = torch.logaddexp(self.near[part], self.far(self.guides[part], history))
+        normaliser = normaliser.masked_fill(~real[:, None], _NEVER)
+        surprisal = self.surprisal(self.guides[part], normaliser, history.shape[-1])
         surprisal = surprisal.unflatten(1, (self.group.lists, -1)).flatten(2, 3)
         importance = torch.full((), -math.inf)
         if config.max_weight:
             least = least_by_bits(surprisal, 2) if self.comparable else surprisal.amin(2)
             importance = math.log(config.max_weight) - least.to(normaliser.dtype)
         if config.mean_weight:
-            guides_of_list = real.sum(1) * (len(self.guides) // self.group.lists)
+            guides_of_list = real.sum(1) * (self.guides.shape[1] // self.group.lists)
             mean = surprisal.neg().logsumexp(2).to(normaliser.dtype)
             mean = mean - guides_of_list.to(mean.dtype).log()[:, None, None]
             importance = torch.maximum(importance, mean + math.log(config.mean_weight))
@@ -141,24 +143,21 @@ class Ranking:
     def surprisal(self, guides: torch.Tensor, normaliser: torch.Tensor, keys: int) -> torch.Tensor:
         """Negative log-probabilities of the first keys [segments, heads, guides, keys].
 
-        The normaliser enters the product as two more channels, its high and its low part.
+        The normaliser enters the product as two more channels of the guides, its high and its low part.
         """
-        table = self.key[:keys]
-        high = normaliser.to(table.dtype)
-        low = (normaliser - high).to(table.dtype)
-        rows = torch.cat([-guides.to(table.dtype), high[..., None], low[..., None]], -1)
-        rows = pad(rows, (0, table.shape[-1] - rows.shape[-1])).flatten(0, 2)
+        guides[..., -_MORE] = normaliser
+        guides[..., 1 - _MORE] = normaliser - guides[..., -_MORE]
+        rows = guides.flatten(0, 2)
         product = self.buffer[: len(rows) * keys].view(len(rows), keys)
-        torch.mm(rows, table.T, out=product)
+        torch.mm(rows, self.key[:keys].T, out=product)
         return product.unflatten(0, normaliser.shape)
 
     def far(self, guides: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         """Each guide's log-sum-exp over its history [segments, heads, guides], from one key in `sample` of it."""
         drawn = history[:, self.drawn[: int((self.drawn < history.shape[-1]).sum())]]
-        table = self.drawn_key[: drawn.shape[-1]]
-        weight = torch.where(drawn, self.drawn_weight[: drawn.shape[-1]], -math.inf)
-        logits = (guides.flatten(0, 2).to(table.dtype) @ table.T).to(guides.dtype).view(*guides.shape[:3], -1)
-        return log_sum_exp(logits.add_(weight[:, None, None]))
+        weight = self.drawn_weight[: drawn.shape[-1]].masked_fill(~drawn, -math.inf)
+        logits = guides[..., :-_MORE].flatten(0, 2) @ self.drawn_key[: drawn.shape[-1]].T
+        return log_sum_exp(logits.view(*guides.shape[:3], -1).add_(weight[:, None, None])).to(self.near.dtype)
 
 
 def pack(
@@ -189,7 +188,7 @@ def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
     if not logits.shape[-1]:
         return logits.new_full(logits.shape[:-1], -math.inf)
     largest = logits.amax(-1)
-    share = logits.softmax(-1).amax(-1)
+    share = logits.softmax(-1).amax(-1).to(torch.promote_types(logits.dtype, torch.float32))
     return torch.where(largest == -math.inf, largest, largest - share.log())
 
 
