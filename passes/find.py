@@ -1,50 +1,41 @@
-"""Finds attention in the graph that Dynamo hands to a backend."""
+"""Finds attention in the graph that Dynamo hands to a backend: calls of SDPA, and what is written out by hand."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention call, with the arguments of ``scaled_dot_product_attention`` by name.
-
-    Attributes:
-        node: The node whose value is the attention's output.
-        query: [B, Hq, Lq, D].
-        key: [B, Hkv, Lk, D].
-        value: [B, Hkv, Lk, Dv].
-        mask: The attention mask, or None.
-        is_causal: Whether query i sees only the keys up to i, counted from the top left.
-        scale: The factor of the logits: a number, a node that holds one, or None for D ** -0.5.
-        enable_gqa: Whether fewer key heads than query heads are allowed.
-        dropout_p: The dropout probability, or a node that holds it.
-    """
-
-    node: Node
-    query: Node
-    key: Node
-    value: Node
-    mask: Node | None
-    is_causal: bool | Node
-    scale: float | Node | None
-    enable_gqa: bool | Node
-    dropout_p: float | Node
+from .axes import Misaligned, fresh, is_size, leaves
+from .handwritten import handwritten_site
+from .inputs import Input, choose, fewest_axes, laid_out
+from .masks import AXES, MaskTerm
+from .operations import Product, operation_name, read_operation
+from .site import AttentionSite
+from .symbolic import Reader
+from .values import fake_tensor
+from .walk import Factor, Walker
 
 
-def find_attention(graph: Graph) -> Iterator[AttentionSite]:
-    """The attention sites of a graph, in its order."""
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target is torch.nn.functional.scaled_dot_product_attention:
-            yield _sdpa_site(node, *node.args, **node.kwargs)
+def find_attention(graph: Graph, reader: Reader | None = None) -> Iterator[AttentionSite]:
+    """The attention sites of a graph, in its order; the graph may change between two of them."""
+    walker = Walker(graph, reader or Reader())
+    for node in list(graph.nodes):
+        if node._erased:
+            continue
+        if operation_name(node) == "scaled_dot_product_attention":
+            yield _sdpa_site(walker, node, *node.args, **node.kwargs)
+        elif isinstance(product := read_operation(node), Product):
+            site = handwritten_site(walker, node, product)
+            if site is not None:
+                yield site
 
 
 def _sdpa_site(
+    walker: Walker,
     node: Node,
     query: Node,
     key: Node,
@@ -55,4 +46,52 @@ def _sdpa_site(
     scale: Any = None,
     enable_gqa: Any = False,
 ) -> AttentionSite:
-    return AttentionSite(node, query, key, value, attn_mask, is_causal, scale, enable_gqa, dropout_p)
+    site = AttentionSite(
+        node,
+        Input(query),
+        Input(key),
+        Input(value),
+        masks=() if attn_mask is None else (_mask_term(attn_mask),),
+        is_causal=is_causal,
+        scale=None if scale is None else (Factor(scale),),
+        enable_gqa=enable_gqa,
+        dropout_p=dropout_p,
+    )
+    return _without_repeats(walker, site)
+
+
+def _mask_term(mask: Node) -> MaskTerm:
+    tensor = fake_tensor(mask)
+    added = tensor is not None and tensor.is_floating_point()
+    rank = 4 if tensor is None else min(4, tensor.dim())
+    return MaskTerm(mask, AXES[4 - rank :], None if added else True, 1.0 if added else -math.inf)
+
+
+def _without_repeats(walker: Walker, site: AttentionSite) -> AttentionSite:
+    """A site with the heads of key and value as they were before each was repeated for a group of query heads."""
+    tensors = [fake_tensor(item.node) for item in (site.key, site.value)]
+    query = fake_tensor(site.query.node)
+    if query is None or any(tensor is None or tensor.dim() != 4 for tensor in tensors):
+        return site
+    key, value = (tensor.shape for tensor in tensors if tensor is not None)
+    if not all(is_size(key[n], value[n]) for n in range(3)) or not is_size(query.shape[1], key[1]):
+        return site
+    batch, heads, keys, channels, value_channels = fresh((*key, value[3]))
+    sources = [
+        walker.operands(item.node, (batch, heads, keys, last), site.node, scaled=False)
+        for item, last in ((site.key, channels), (site.value, value_channels))
+    ]
+    kept = tuple(x for x in leaves(heads) if x in fewest_axes(sources[0]) | fewest_axes(sources[1]))
+    if len(kept) == len(leaves(heads)) or leaves(heads)[: len(kept)] != kept:
+        return site
+    try:
+        inputs = [
+            laid_out(choose(operands, layout), layout)
+            for operands, layout in zip(
+                sources, ((batch, kept, keys, channels), (batch, kept, keys, value_channels)), strict=True
+            )
+        ]
+    except Misaligned:
+        return site
+    passed = frozenset(node for operands in sources for node in operands[-1].passed)
+    return replace(site, key=inputs[0], value=inputs[1], enable_gqa=True, passed=passed)

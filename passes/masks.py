@@ -6,22 +6,49 @@ of terms that the operator has itself: ``j <= i + c`` and ``pad[b, j]``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
 from torch.fx import Graph, Node
 
-from .mutation import mutated_storages, storage
-from .symbolic import Reader, Unreadable, axis
+from .mutation import storage, writes
+from .symbolic import Reader, Unreadable, as_choice, axis
 from .values import fake_tensor, symbolic, symbolic_shape
 
 KEY, QUERY, HEAD, BATCH = (axis(place) for place in range(1, 5))
+AXES = (BATCH, HEAD, QUERY, KEY)
+OTHER_AXES = tuple(axis(place) for place in range(5, 13))
+HIDDEN = -1e4
+"""Added to scores, or put in their place, numbers from here down hide a key.
+
+Where a row sees no key at all, scores filled with a finite number give equal weights, while the operator gives zeros;
+such a row has no meaning, and SDPA differs there likewise.
+"""
 
 
 class NotProven(Exception):
     """A mask says what the operator cannot, or nothing that can be read; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """One of the masks of an attention.
+
+    Attributes:
+        node: A boolean mask, or one that is added to the scores.
+        axes: The index along each of its dimensions: one of `AXES`, or of `OTHER_AXES` where it is none of these.
+        keep: Whether keys are hidden where a boolean mask is false, or where it is true; None if it is added.
+        value: What hidden scores become, or what an added mask is multiplied by; None if that is not known.
+    """
+
+    node: Node
+    axes: tuple[sympy.Symbol, ...]
+    keep: bool | None
+    value: float | None
 
 
 @dataclass(frozen=True)
@@ -62,38 +89,55 @@ class Prover:
 
     def __init__(self, graph: Graph) -> None:
         self.reader = Reader()
-        self._mutated = mutated_storages(graph)
+        self._mutated = writes(graph)
 
-    def prove(self, mask: Node, query: torch.Tensor, key: torch.Tensor) -> Mask:
-        """What a boolean attention mask says.
+    def prove(self, masks: Iterable[MaskTerm], query: torch.Tensor, key: torch.Tensor) -> Mask:
+        """What the masks of an attention say together.
 
         Args:
-            mask: The mask's node; its value broadcasts to [B, H, Lq, Lk].
+            masks: The masks, all of which hold.
             query: The query's fake tensor [B, Hq, Lq, D].
             key: The key's fake tensor [B, Hkv, Lk, D].
 
         Raises:
-            NotProven: The mask is not the conjunction of a causal mask and key padding, as far as it shows.
+            NotProven: They are not the conjunction of a causal mask and key padding, as far as they show.
         """
-        tensor = fake_tensor(mask)
-        if tensor is None or tensor.dtype != torch.bool:
-            kind = "unknown" if tensor is None else str(tensor.dtype).removeprefix("torch.")
-            raise NotProven(f"the mask is {kind}, not boolean; pass a boolean mask, True where a query may see a key")
-        try:
-            predicate = self.reader.read(mask).expression
-        except Unreadable as unreadable:
-            raise NotProven(f"the mask cannot be read: {unreadable}") from None
-        self._refuse_mutated(mask)
         causal: list[sympy.Expr] = []
         paddings: list[Padding] = []
-        for term in sympy.And.make_args(predicate):
-            unknown = term.atoms(AppliedUndef)
-            if unknown:
-                paddings.append(_padding(term, unknown.pop(), query, key, self.reader))
-            elif term is not sympy.true:
-                causal.append(_causal_offset(term))
+        last = None
+        for mask in masks:
+            last = mask.node
+            for term in sympy.And.make_args(self._allowed(mask)):
+                unknown = term.atoms(AppliedUndef)
+                if unknown:
+                    paddings.append(_padding(term, unknown.pop(), query, key, self.reader))
+                elif term is not sympy.true:
+                    causal.append(_causal_offset(term))
         paddings.sort(key=lambda padding: padding.node.name)
-        return Mask(bool(causal), _least(causal, mask), tuple(paddings))
+        return Mask(bool(causal), _least(causal, last), tuple(dict.fromkeys(paddings)))
+
+    def _allowed(self, mask: MaskTerm) -> sympy.Basic:
+        """Where a mask lets a query see a key, as a predicate over `AXES`."""
+        tensor = fake_tensor(mask.node)
+        if tensor is None:
+            raise NotProven("the shape of the mask is not known while compiling")
+        if mask.keep is not None and tensor.dtype != torch.bool:
+            raise NotProven(f"the mask is {_short(tensor.dtype)}, not boolean; use a boolean mask to fill scores")
+        try:
+            expression = self.reader.read(mask.node).expression
+        except Unreadable as unreadable:
+            raise NotProven(f"the mask cannot be read: {unreadable}") from None
+        self._refuse_mutated(mask.node)
+        if mask.keep is None:
+            predicate = _where_nothing_is_added(mask, expression)
+        else:
+            if mask.value is None or not mask.value <= HIDDEN:
+                raise NotProven(f"masked scores become {_number(mask.value)}, which hides no key; fill them with -inf")
+            predicate = expression if mask.keep else sympy.Not(expression)
+        if predicate.has(sympy.Or):
+            raise NotProven(f"the mask {_origin(mask.node)} is a disjunction; only conjunctions are known")
+        rank = tensor.dim()
+        return predicate.xreplace({axis(rank - place): symbol for place, symbol in enumerate(mask.axes)})
 
     def _refuse_mutated(self, mask: Node) -> None:
         for node in self._sources(mask):
@@ -115,6 +159,24 @@ class Prover:
         return found
 
 
+def _where_nothing_is_added(mask: MaskTerm, expression: sympy.Basic) -> Boolean:
+    """Where an added mask is zero, if it hides keys everywhere else."""
+    content = NotProven(
+        f"scores get an additive bias with content, {_origin(mask.node)}, such as ALiBi or relative positions; "
+        "only masks that add 0, or -inf to hide a key, can be proven"
+    )
+    choice = as_choice(expression)
+    if choice is None or mask.value is None:
+        raise content
+    added = [float(value) * mask.value for value in choice.values]
+    if not all(value == 0 or value <= HIDDEN for value in added):
+        raise content
+    allowed, otherwise = (sympy.true if value == 0 else sympy.false for value in added)
+    if allowed == otherwise:
+        return allowed
+    return choice.predicate if allowed else sympy.Not(choice.predicate)
+
+
 def _causal_offset(term: sympy.Basic) -> sympy.Expr:
     """The c of a term ``j <= i + c``."""
     if term is sympy.false:
@@ -122,7 +184,7 @@ def _causal_offset(term: sympy.Basic) -> sympy.Expr:
     if isinstance(term, (sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt)):
         difference = term.gts - term.lts - int(isinstance(term, (sympy.Gt, sympy.Lt)))
         offset = sympy.expand(difference - QUERY + KEY)
-        if not offset.free_symbols & {KEY, QUERY, HEAD, BATCH}:
+        if not offset.free_symbols & {*AXES, *OTHER_AXES}:
             return offset
     raise NotProven(
         f"the mask requires {_readable(term)}, where b, h, i and j are batch, head, query and key; "
@@ -135,9 +197,9 @@ def _readable(term: sympy.Basic) -> str:
     return str(term.xreplace({symbol: sympy.Symbol(name) for symbol, name in names.items()}))
 
 
-def _least(offsets: list[sympy.Expr], mask: Node) -> int | Node:
+def _least(offsets: list[sympy.Expr], mask: Node | None) -> int | Node:
     """The least of the offsets, as an argument for a node of the graph."""
-    if not offsets:
+    if not offsets or mask is None:
         return 0
     offset = sympy.Min(*offsets)
     if offset.is_Integer:
@@ -184,6 +246,14 @@ def _place(
     if start.is_Integer and keys.is_Integer:
         return int(start), int(start + keys)
     raise NotProven(f"the mask indexes {_origin(node)} by {_readable(place)}, not by batch and key alone")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _number(value: float | None) -> str:
+    return "a value that is not known" if value is None else f"{value:g}"
 
 
 def _origin(node: Node) -> str:

@@ -22,10 +22,14 @@ _IN_PLACE_MAGIC = {"__setitem__"} | {f"__{function.__name__}__" for function in 
 _PURE = {"and_", "or_", "not_", "is_"}
 
 
-def mutated_storages(graph: Graph) -> set[StorageWeakRef]:
-    """The storages that some node of the graph writes to; a view shares the storage of its base."""
-    written = (fake_tensor(node) for user in graph.nodes for node in _written(user))
-    return {storage(tensor) for tensor in written if tensor is not None}
+def writes(graph: Graph) -> dict[StorageWeakRef, list[Node]]:
+    """The nodes of a graph that write to a storage, in order; a view shares the storage of its base."""
+    found: dict[StorageWeakRef, list[Node]] = {}
+    for node in graph.nodes:
+        tensors = [fake_tensor(argument) for argument in _written(node)]
+        for written in {storage(tensor) for tensor in tensors if tensor is not None}:
+            found.setdefault(written, []).append(node)
+    return found
 
 
 def storage(tensor: torch.Tensor) -> StorageWeakRef:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 from ..ops.choice import choose_sparse
 from ..ops.config import S2OConfig
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
-from .find import AttentionSite, find_attention
+from .axes import Step
+from .find import find_attention
 from .masks import Mask, NotProven, Padding, Prover
 from .report import Decision, site_name, source_location
+from .site import AttentionSite
 from .values import constant, fake_tensor
+from .walk import Factor
 
 
 class Refused(Exception):
@@ -33,7 +37,7 @@ def rewrite(module: GraphModule, config: S2OConfig) -> list[Decision]:
         One decision per site. The node of a rewritten site has its decision in ``meta["s2o_decision"]``.
     """
     rewriter = _Rewriter(module.graph, config)
-    decisions = [rewriter.visit(site) for site in list(find_attention(module.graph))]
+    decisions = [rewriter.visit(site) for site in find_attention(module.graph, rewriter.prover.reader)]
     if any(decision.rewritten for decision in decisions):
         module.graph.lint()
         module.recompile()
@@ -52,7 +56,7 @@ class _Rewriter:
         decision = Decision(
             name=site_name(site.node),
             location=source_location(site.node),
-            shapes={name: _shape(node) for name, node in tensors.items()},
+            shapes={name: _shape(item.tensor) for name, item in tensors.items()},
             rewritten=False,
             reason="",
         )
@@ -67,39 +71,80 @@ class _Rewriter:
         return decision
 
     def accept(self, site: AttentionSite) -> Mask:
-        """What the mask of a site says, if the site can become the operator."""
-        query, key, value = (fake_tensor(node) for node in (site.query, site.key, site.value))
+        """What the masks of a site say, if the site can become the operator."""
+        if site.obstacle:
+            raise Refused(site.obstacle)
+        query, key, value = (item.tensor for item in (site.query, site.key, site.value))
         if query is None or key is None or value is None:
             raise Refused("the shapes of query, key and value are not known while compiling")
         _check_tensors(query, key, value, constant(site.enable_gqa))
         _check_call(site)
         _check_length(query, key, self.config)
-        return self.mask(site, query, key)
+        mask = self.mask(site, query, key)
+        if not site.scores <= self.unused_without(site):
+            raise Refused("the attention scores or probabilities are used elsewhere; do not return or keep them")
+        return mask
 
     def mask(self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor) -> Mask:
-        """What the mask and the causal flag of a site say together."""
-        if site.mask is None:
-            return Mask(is_causal=bool(site.is_causal))
-        if site.is_causal:
+        """What the masks and the causal flag of a site say together."""
+        if not site.is_causal:
+            return self.prover.prove(site.masks, query, key)
+        if site.masks:
             raise Refused("attn_mask and is_causal=True exclude each other; pass one of them")
-        return self.prover.prove(site.mask, query, key)
+        return Mask(is_causal=True)
 
     def replace(self, site: AttentionSite, mask: Mask, decision: Decision) -> None:
-        """Put the operator where a site is, and remove what only its mask needed."""
+        """Put the operator where a site is, and remove what only the site needed."""
+        unused = self.unused_without(site)
         arguments: dict[str, Any] = {"is_causal": mask.is_causal, "causal_offset": mask.offset}
-        arguments["scale"] = constant(site.scale)
         with self.graph.inserting_before(site.node):
-            arguments["key_padding"] = self.padding(mask.paddings, site)
+            arguments["scale"] = self.scale(site)
+            inputs = tuple(self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
+            arguments["key_padding"] = self.padding(mask.paddings, inputs[0], site)
             node = self.graph.call_function(
-                torch.ops.s2o.attention.default,
-                (site.query, site.key, site.value),
-                arguments | self.config.arguments(),
+                torch.ops.s2o.attention.default, inputs, arguments | self.config.arguments()
             )
-        node.meta = dict(site.node.meta, s2o_decision=decision)
-        site.node.replace_all_uses_with(self.laid_out(node, site.node))
-        self.graph.erase_node(site.node)
-        if site.mask is not None:
-            self.erase_unused(site.mask)
+            node.meta = dict(site.node.meta, s2o_decision=decision)
+            output = self.apply(site.output, node)
+            if output is not node:
+                output.meta = dict(site.node.meta)
+        site.node.replace_all_uses_with(self.laid_out(output, site.node))
+        self.erase(unused)
+
+    def scale(self, site: AttentionSite) -> float | Node | None:
+        """The factor of the logits, as a number or as a node that computes it."""
+        if site.scale is None:
+            return None
+        factors = [Factor(constant(factor.value), factor.inverted) for factor in site.scale]
+        known = [factor.number for factor in factors if factor.number is not None]
+        scale: Any = math.prod(known)
+        for factor in factors:
+            if factor.number is None:
+                function = operator.truediv if factor.inverted else operator.mul
+                scale = self.graph.call_function(function, (scale, factor.value))
+        return scale
+
+    def apply(self, steps: tuple[Step, ...], node: Node) -> Node:
+        """The result of tensor methods that are called one after another."""
+        for name, arguments in steps:
+            node = self.graph.call_method(name, (node, *arguments))
+        return node
+
+    def unused_without(self, site: AttentionSite) -> set[Node]:
+        """A site's node and all that computes only its masks, scores and inputs."""
+        removable = site.scores | site.passed | self.prover.reader.understood
+        found = {site.node}
+        for node in reversed(self.graph.nodes):
+            if node in removable and found.issuperset(node.users):
+                found.add(node)
+        return found
+
+    def erase(self, nodes: set[Node]) -> None:
+        """Remove those of the nodes that nothing uses."""
+        for node in reversed(self.graph.nodes):
+            if node in nodes and not node.users:
+                self.graph.erase_node(node)
+                self.prover.reader.understood.discard(node)
 
     def laid_out(self, node: Node, replaced: Node) -> Node:
         """The operator's output as code that was traced with the output of `replaced` needs it in memory."""
@@ -109,20 +154,20 @@ class _Rewriter:
         with self.graph.inserting_after(node):
             return self.graph.call_method("contiguous", (node,))
 
-    def padding(self, terms: tuple[Padding, ...], site: AttentionSite) -> Node | None:
+    def padding(self, terms: tuple[Padding, ...], query: Node, site: AttentionSite) -> Node | None:
         """The key padding [batch, keys] of a site; sites with the same terms share it."""
         if not terms:
             return None
         if terms not in self.paddings:
-            node = self.padding_term(terms[0], site)
+            node = self.padding_term(terms[0], query, site)
             for term in terms[1:]:
-                node = self.graph.call_function(operator.and_, (node, self.padding_term(term, site)))
+                node = self.graph.call_function(operator.and_, (node, self.padding_term(term, query, site)))
             self.paddings[terms] = node
         return self.paddings[terms]
 
-    def padding_term(self, term: Padding, site: AttentionSite) -> Node:
+    def padding_term(self, term: Padding, query: Node, site: AttentionSite) -> Node:
         """One term of a key padding, as a boolean [batch, keys]."""
-        node, tensor, batch = term.node, fake_tensor(term.node), self.batch_size(site.query)
+        node, tensor = term.node, fake_tensor(term.node)
         index = tuple(slice(*item) if isinstance(item, tuple) else _or_all(item) for item in term.index)
         if any(item != slice(None) for item in index):
             node = self.graph.call_function(operator.getitem, (node, index))
@@ -130,33 +175,21 @@ class _Rewriter:
             node = self.graph.call_method("to", (node, torch.bool))
         if term.inverted:
             node = self.graph.call_function(torch.logical_not, (node,))
-        return node if term.per_batch else self.graph.call_method("expand", (node, batch, -1))
+        return node if term.per_batch else self.graph.call_method("expand", (node, self.batch(query, site), -1))
 
-    def batch_size(self, query: Node) -> int | Node:
+    def batch(self, query: Node, site: AttentionSite) -> int | Node:
         """The batch size of a site, as a number or as a node that computes it."""
-        tensor = fake_tensor(query)
+        tensor = site.query.tensor
         assert tensor is not None
         size = tensor.shape[0]
         return size if isinstance(size, int) else self.graph.call_method("size", (query, 0))
-
-    def erase_unused(self, node: Node) -> None:
-        """Remove a node that nothing uses, and then its inputs likewise; only what has no side effects."""
-        understood = self.prover.reader.understood
-        if node.users or node not in understood:
-            return
-        sources = node.all_input_nodes
-        self.graph.erase_node(node)
-        understood.discard(node)
-        for source in sources:
-            self.erase_unused(source)
 
 
 def _or_all(item: int | None) -> int | slice:
     return slice(None) if item is None else item
 
 
-def _shape(node: Any) -> tuple[int | str, ...]:
-    tensor = fake_tensor(node)
+def _shape(tensor: torch.Tensor | None) -> tuple[int | str, ...]:
     return () if tensor is None else tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
 
 

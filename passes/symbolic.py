@@ -1,7 +1,8 @@
 """Reads tensors of a graph as symbolic functions of their own indices.
 
 A tensor of integers becomes a sympy expression over `axis(1)`, its last index, `axis(2)`, the one before, and
-so on; a tensor of booleans, or of zeros and ones, becomes a sympy predicate. Counting from the right makes
+so on; a tensor of booleans, or of zeros and ones, becomes a sympy predicate; one of a single floating point number
+becomes that number, and one of two numbers a `Choice`. Counting from the right makes
 broadcasting free, as an axis of size 1 never occurs in an expression. What cannot be read becomes a *leaf*:
 an unknown function of its indices. So every reading is exact, and only says less the more leaves it has.
 """
@@ -9,6 +10,7 @@ an unknown function of its indices. So every reading is exact, and only says les
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +22,11 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
+from .operations import operation_name
 from .values import fake_tensor, symbolic, symbolic_shape
 
 _INTEGERS = (torch.int32, torch.int64)
+_ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
 Shape = tuple[sympy.Expr, ...]
 
 
@@ -33,6 +37,31 @@ def axis(place: int) -> sympy.Symbol:
 
 class Unreadable(Exception):
     """A node's value cannot be read."""
+
+
+class Choice(sympy.Basic):
+    """One number where a predicate holds and another elsewhere."""
+
+    @property
+    def predicate(self) -> Boolean:
+        """Where the first of `values` stands."""
+        return self.args[0]
+
+    @property
+    def values(self) -> tuple[sympy.Expr, sympy.Expr]:
+        """The number where the predicate holds, and the one elsewhere."""
+        return self.args[1], self.args[2]
+
+
+def as_choice(expression: sympy.Basic) -> Choice | None:
+    """A reading as a choice of two numbers; None if it is none."""
+    if isinstance(expression, Choice):
+        return expression
+    if expression in (sympy.true, sympy.false):
+        expression = _ONE if expression == sympy.true else _ZERO
+    if _is_predicate(expression):
+        return Choice(expression, _ONE, _ZERO)
+    return Choice(sympy.true, expression, expression) if expression.is_number else None
 
 
 @dataclass(frozen=True)
@@ -80,7 +109,7 @@ class Reader:
         return expression
 
     def _operation(self, node: Node) -> sympy.Basic:
-        handler = _HANDLERS.get(_operation_name(node))
+        handler = _HANDLERS.get(operation_name(node))
         if handler is None or "out" in node.kwargs:
             raise Unreadable
         try:
@@ -107,7 +136,22 @@ class Reader:
             return reading.expression
         if isinstance(value, bool):
             return sympy.true if value else sympy.false
-        return self.integer(value)
+        return _sympy_number(value) if isinstance(value, float) else self.integer(value)
+
+    def number(self, node: Node) -> float | None:
+        """The number that all elements of a tensor are; None if there is none or it is not known."""
+        tensor = fake_tensor(node)
+        if tensor is None or tensor.dtype == torch.bool:
+            return None
+        choice = as_choice(self.read(node).expression)
+        return float(choice.values[0]) if choice is not None and choice.predicate is sympy.true else None
+
+    def choice(self, value: Any, shape: Shape) -> Choice:
+        """An operand as a choice of two numbers."""
+        choice = as_choice(self.operand(value, shape))
+        if choice is None:
+            raise Unreadable
+        return choice
 
     def integer(self, value: Any) -> sympy.Expr:
         """A whole number, a symbolic size or a node that holds one."""
@@ -123,19 +167,15 @@ class Reader:
     def affine(self, value: Any, shape: Shape) -> sympy.Expr:
         """An operand as whole numbers that depend on the axes alone."""
         expression = self.operand(value, shape)
-        if _is_predicate(expression) or expression.atoms(AppliedUndef):
+        if not isinstance(expression, sympy.Expr) or expression.atoms(AppliedUndef):
+            raise Unreadable
+        if not all(number.is_Integer for number in expression.atoms(sympy.Number)):
             raise Unreadable
         return expression
 
 
-def _operation_name(node: Node) -> str | None:
-    if node.op == "call_method":
-        return str(node.target)
-    name = getattr(node.target, "__name__", None)
-    if node.op == "call_function" and isinstance(name, str):
-        known = (getattr(module, name, None) for module in (operator, torch))
-        return name if any(function is node.target for function in known) else None
-    return None
+def _sympy_number(value: float) -> sympy.Expr:
+    return sympy.Integer(int(value)) if value.is_integer() and abs(value) < 2**53 else sympy.Float(value)
 
 
 def _without_unit_axes(expression: sympy.Basic, shape: Shape) -> sympy.Basic:
@@ -157,9 +197,61 @@ def _is_predicate(expression: sympy.Basic) -> bool:
 def _nonzero(expression: sympy.Basic) -> Boolean:
     if _is_predicate(expression):
         return expression
+    if isinstance(expression, Choice):
+        return _holds(expression, lambda value: value != 0)
     if expression.is_Integer or isinstance(expression, AppliedUndef):
         return sympy.Ne(expression, 0)
     raise Unreadable
+
+
+def _choice(predicate: Boolean, first: sympy.Expr, second: sympy.Expr) -> sympy.Basic:
+    """The reading of one number where a predicate holds and another elsewhere."""
+    if predicate == sympy.true or first == second:
+        return first
+    if predicate == sympy.false:
+        return second
+    return predicate if (first, second) == (1, 0) else Choice(predicate, first, second)
+
+
+def _chosen(predicate: Boolean, first: Choice, second: Choice) -> sympy.Basic:
+    """The reading of one choice where a predicate holds and another elsewhere, if two numbers are left."""
+    if second.predicate != sympy.true:
+        if first.predicate != sympy.true:
+            raise Unreadable
+        return _chosen(sympy.Not(predicate), second, first)
+    value, (inside, outside) = second.values[0], first.values
+    if first.predicate == sympy.true:
+        return _choice(predicate, inside, value)
+    if value == outside:
+        return _choice(sympy.And(predicate, first.predicate), inside, outside)
+    if value == inside:
+        return _choice(sympy.And(predicate, sympy.Not(first.predicate)), outside, inside)
+    raise Unreadable
+
+
+def _combined(form: Callable[[Any, Any], Any], left: Choice, right: Choice) -> sympy.Basic:
+    """The reading of an operation on two choices, if two numbers are left."""
+    if right.predicate == sympy.true:
+        predicate = left.predicate
+    elif left.predicate in (sympy.true, right.predicate):
+        predicate = right.predicate
+    elif form is operator.mul and left.values[1] == right.values[1] == 0:
+        predicate = sympy.And(left.predicate, right.predicate)
+    else:
+        raise Unreadable
+    pairs = (map(float, pair) for pair in zip(left.values, right.values, strict=True))
+    try:
+        return _choice(predicate, *(_sympy_number(form(*pair)) for pair in pairs))
+    except ZeroDivisionError:
+        raise Unreadable from None
+
+
+def _holds(choice: Choice, test: Callable[[sympy.Expr], bool]) -> Boolean:
+    """Where a choice has values that pass a test."""
+    first, second = (bool(test(value)) for value in choice.values)
+    if first == second:
+        return sympy.true if first else sympy.false
+    return choice.predicate if first else sympy.Not(choice.predicate)
 
 
 def bounds(expression: sympy.Expr, shape: Shape) -> tuple[sympy.Expr, sympy.Expr]:
@@ -194,6 +286,11 @@ def _dtype(node: Any) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
 
 
+def _is_floating(node: Any) -> bool:
+    dtype = _dtype(node)
+    return dtype is not None and dtype.is_floating_point
+
+
 def _need_integers(node: Node) -> None:
     if _dtype(node) not in _INTEGERS:
         raise Unreadable
@@ -216,20 +313,45 @@ def _ones(reader: Reader, node: Node, *_: Any, **__: Any) -> sympy.Basic:
     return sympy.true
 
 
+def _zeros(reader: Reader, node: Node, *_: Any, **__: Any) -> sympy.Basic:
+    return sympy.false
+
+
 def _full(reader: Reader, node: Node, *args: Any, fill_value: Any = None, **_: Any) -> sympy.Basic:
     value = args[-1] if fill_value is None else fill_value
-    if not isinstance(value, (bool, int)):
+    if not isinstance(value, (bool, int, float)):
         raise Unreadable
     if isinstance(value, bool) or _dtype(node) == torch.bool:
         return sympy.true if value else sympy.false
-    _need_integers(node)
-    return sympy.Integer(value)
+    if not _is_floating(node):
+        _need_integers(node)
+    return _sympy_number(float(value)) if _is_floating(node) else sympy.Integer(value)
+
+
+def _tensor(reader: Reader, node: Node, data: Any, **_: Any) -> sympy.Basic:
+    return _full(reader, node, data)
 
 
 def _triangle(reader: Reader, node: Node, input: Any, diagonal: Any, sign: int) -> sympy.Basic:
     shape = _shape(node)
     below = axis(2) + reader.integer(diagonal) - axis(1)
-    return sympy.And(_flag(reader.read(input).expression), _at_least_zero(sign * below, shape))
+    return _chosen(_at_least_zero(sign * below, shape), reader.choice(input, shape), reader.choice(0, shape))
+
+
+def _where(reader: Reader, node: Node, condition: Any, input: Any, other: Any) -> sympy.Basic:
+    if node.op == "call_method":
+        condition, input = input, condition
+    return _select(reader, node, _flag(reader.operand(condition, _shape(node))), input, other)
+
+
+def _masked_fill(reader: Reader, node: Node, input: Any, mask: Any, value: Any) -> sympy.Basic:
+    return _select(reader, node, sympy.Not(_flag(reader.operand(mask, _shape(node)))), input, value)
+
+
+def _select(reader: Reader, node: Node, predicate: Boolean, first: Any, second: Any) -> sympy.Basic:
+    shape = _shape(node)
+    chosen = _chosen(predicate, reader.choice(first, shape), reader.choice(second, shape))
+    return _nonzero(chosen) if _dtype(node) == torch.bool else chosen
 
 
 def _flag(expression: sympy.Basic) -> Boolean:
@@ -256,9 +378,11 @@ def _comparison(form: Callable[[Any, Any], Any]) -> Callable[..., sympy.Basic]:
 
 
 def _equal(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+    expression = reader.operand(input, _shape(node))
+    if isinstance(expression, Choice) and isinstance(other, (int, float)):
+        return _holds(expression, lambda value: float(value) == other)
     if other not in (0, 1):
         raise Unreadable
-    expression = reader.operand(input, _shape(node))
     if other == 1:
         return _flag(expression)
     return sympy.Not(_nonzero(expression))
@@ -291,18 +415,22 @@ def _not(reader: Reader, node: Node, input: Any) -> sympy.Basic:
 
 def _arithmetic(form: Callable[[Any, Any], Any]) -> Callable[..., sympy.Basic]:
     def handler(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
-        _need_integers(node)
         shape = _shape(node)
+        if _is_floating(node):
+            return _combined(form, reader.choice(input, shape), reader.choice(other, shape))
+        _need_integers(node)
         return sympy.expand(form(reader.affine(input, shape), reader.affine(other, shape)))
 
     return handler
 
 
 def _multiply(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+    shape = _shape(node)
     if _dtype(node) == torch.bool:
         return _and(reader, node, input, other)
+    if _is_floating(node):
+        return _combined(operator.mul, reader.choice(input, shape), reader.choice(other, shape))
     _need_integers(node)
-    shape = _shape(node)
     factors = reader.affine(input, shape), reader.affine(other, shape)
     if not any(factor.is_Integer for factor in factors):
         raise Unreadable
@@ -310,8 +438,22 @@ def _multiply(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic
 
 
 def _negative(reader: Reader, node: Node, input: Any) -> sympy.Basic:
+    if _is_floating(node):
+        return _combined(operator.mul, reader.choice(input, _shape(node)), reader.choice(-1, _shape(node)))
     _need_integers(node)
     return -reader.affine(input, _shape(node))
+
+
+def _divide(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+    shape = _shape(node)
+    return _combined(operator.truediv, reader.choice(input, shape), reader.choice(other, shape))
+
+
+def _sqrt(reader: Reader, node: Node, input: Any) -> sympy.Basic:
+    value = reader.number(input)
+    if value is None or value < 0:
+        raise Unreadable
+    return _sympy_number(math.sqrt(value))
 
 
 def _cast(reader: Reader, node: Node, input: Any, *_: Any, **__: Any) -> sympy.Basic:
@@ -322,6 +464,8 @@ def _cast(reader: Reader, node: Node, input: Any, *_: Any, **__: Any) -> sympy.B
         return expression
     if old in _INTEGERS and new in _INTEGERS:
         return reader.affine(input, _shape(node))
+    if _is_floating(node) and (_is_floating(input) or expression.is_Integer):
+        return reader.operand(input, _shape(node))
     raise Unreadable
 
 
@@ -440,12 +584,18 @@ _HANDLERS: dict[str | None, Callable[..., sympy.Basic]] = {
     "permute": _permute,
     "getitem": _getitem,
     **dict.fromkeys(("ones", "new_ones", "ones_like"), _ones),
+    **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), _zeros),
+    **dict.fromkeys(("tensor", "scalar_tensor"), _tensor),
+    "where": _where,
+    "masked_fill": _masked_fill,
+    **dict.fromkeys(("div", "truediv"), _divide),
+    "sqrt": _sqrt,
     **dict.fromkeys(("full", "new_full", "full_like"), _full),
     **dict.fromkeys(("and_", "bitwise_and", "__and__"), _and),
     **dict.fromkeys(("or_", "bitwise_or", "__or__", "logical_or"), _or),
     "logical_and": _logical_and,
     **dict.fromkeys(("invert", "inv", "bitwise_not", "logical_not"), _not),
-    **dict.fromkeys(("to", "bool", "long", "int", "type"), _cast),
+    **dict.fromkeys(("to", "bool", "long", "int", "type", "type_as", "float", "half", "bfloat16"), _cast),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "clone", "contiguous", "detach"), _same),
     **dict.fromkeys(("view", "reshape", "unsqueeze", "squeeze"), _reshape),
 }

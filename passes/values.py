@@ -16,6 +16,11 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def are_tensors(*values: Any) -> bool:
+    """Whether all values are nodes that hold tensors."""
+    return all(fake_tensor(value) is not None for value in values)
+
+
 def symbolic(value: Any) -> sympy.Expr | None:
     """A size, an index or a node that holds one, as a sympy expression; None for anything else."""
     if isinstance(value, Node):
@@ -41,3 +46,12 @@ def constant(value: Any) -> Any:
         expression = held.node.expr
         held = expression if not expression.free_symbols else None
     return float(held) if isinstance(held, (numbers.Real, sympy.Number)) else value
+
+
+def number(value: Any) -> float | Node | None:
+    """A number that is known, or a node that holds one while the graph runs; None for anything else."""
+    value = constant(value)
+    if isinstance(value, Node):
+        held = value.meta.get("example_value")
+        return value if isinstance(held, (torch.SymInt, torch.SymFloat)) else None
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None

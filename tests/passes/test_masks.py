@@ -105,7 +105,7 @@ NOT_PROVEN: dict[str, tuple[Build, str]] = {
     "nothing": (lambda pad: j() > i() + L, "hides every key"),
     "blocks": (lambda pad: j() // 4 <= i() // 4, "varies over queries"),
     "random": (lambda pad: torch.ones(L, L) > torch.zeros(L, L).cumsum(0), "varies over queries"),
-    "additive": (lambda pad: torch.zeros(L, L), "not boolean"),
+    "relative positions": (lambda pad: -(i() - j()).abs().float(), "additive bias with content"),
 }
 
 

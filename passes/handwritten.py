@@ -1,0 +1,245 @@
+"""Recognises attention that is written out by hand, from the product of probabilities and value upwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+from torch.fx import Node
+
+from .axes import Axis, Dim, Layout, Misaligned, Size, Step, all_leaves, fresh, is_size, leaves, relayout
+from .inputs import Input, choose, fewest_axes, laid_out
+from .masks import AXES, OTHER_AXES, MaskTerm
+from .operations import Dropout, Expanded, Permuted, Product, Same, Viewed, read_operation
+from .scores import NotAttention, ScoreMask, Scores, ScoreWalk
+from .site import AttentionSite
+from .softmax import FoundSoftmax, find_softmax
+from .values import fake_tensor
+from .walk import Changed, Walker, source_layout
+
+
+def handwritten_site(walker: Walker, node: Node, product: Product) -> AttentionSite | None:
+    """The attention whose output is a product of probabilities and a value, if it is one."""
+    layout = fresh(_shape(node))
+    if product.bias is not None or product.scale != 1:
+        return None
+    for swapped in (False, True):
+        try:
+            return _Matched.of(walker, node, product, layout, swapped).site()
+        except (NotAttention, Misaligned, Changed):
+            continue
+    return None
+
+
+def operand_layouts(product: Product, node: Node, layout: Layout) -> tuple[Layout, Layout, Dim]:
+    """The axes of both operands of a product, from those of its result, and the axes that are summed over.
+
+    Raises:
+        Misaligned: They cannot be told.
+    """
+    axes = dict(zip(product.axes, layout, strict=True))
+    sizes = [
+        dict(zip(names, _shape(operand), strict=True))
+        for names, operand in ((product.left_axes, product.left), (product.right_axes, product.right))
+    ]
+    for name in product.contracted:
+        if not is_size(sizes[0][name], sizes[1][name]):
+            raise Misaligned
+        (axes[name],) = fresh((sizes[0][name],))
+    left, right = (tuple(() if is_size(size, 1) else axes[name] for name, size in own.items()) for own in sizes)
+    return left, right, all_leaves(tuple(axes[name] for name in product.contracted))
+
+
+def _shape(node: Node) -> Sequence[Size]:
+    tensor = fake_tensor(node)
+    if tensor is None:
+        raise Misaligned
+    return tensor.shape
+
+
+@dataclass
+class _Probabilities:
+    """The softmax that probabilities come from, the axes of its result, and the nodes on the way."""
+
+    softmax: FoundSoftmax
+    layout: Layout
+    nodes: list[Node]
+    obstacles: list[str]
+
+
+def _probabilities(walker: Walker, node: Node, layout: Layout, user: Node) -> _Probabilities:
+    nodes: list[Node] = []
+    obstacles: list[str] = []
+    while True:
+        node = walker.current(node, user, obstacles)
+        softmax = find_softmax(node, walker)
+        if softmax is not None:
+            return _Probabilities(softmax, layout, [*nodes, *softmax.nodes], obstacles)
+        operation = read_operation(node)
+        if not isinstance(operation, (Same, Dropout, Viewed, Permuted, Expanded)):
+            raise NotAttention
+        if isinstance(operation, Dropout):
+            obstacles.append("dropout is active; call model.eval() or set its probability to 0")
+        layout = source_layout(operation, node, layout, operation.source)
+        nodes.append(node)
+        node, user = operation.source, node
+
+
+@dataclass
+class _Matched:
+    """Both products of an attention and the axes of all that is between them."""
+
+    walker: Walker
+    node: Node
+    layout: Layout
+    value: Node
+    value_layout: Layout
+    summed: Dim
+    probabilities: _Probabilities
+    scores: Scores
+
+    @classmethod
+    def of(cls, walker: Walker, node: Node, product: Product, layout: Layout, swapped: bool) -> _Matched:
+        """The match at a product of which `swapped` says whether the value is on the left.
+
+        Raises:
+            NotAttention: There is none.
+            Misaligned: The dimensions cannot be told apart.
+            Changed: A tensor of it is changed in place in a way that cannot be followed.
+        """
+        left, right, summed = operand_layouts(product, node, layout)
+        sides = [(product.left, left), (product.right, right)]
+        (weights, weights_layout), (value, value_layout) = sides[::-1] if swapped else sides
+        probabilities = _probabilities(walker, weights, weights_layout, node)
+        softmax = probabilities.softmax
+        scores = ScoreWalk(walker).find(softmax.source, probabilities.layout, softmax.reader)
+        return cls(walker, node, layout, value, value_layout, summed, probabilities, scores)
+
+    def site(self) -> AttentionSite:
+        """The attention site, with its obstacle if there is one."""
+        left, right, channels = operand_layouts(self.scores.product, self.scores.node, self.scores.layout)
+        query, key = (self.scores.product.left, left), (self.scores.product.right, right)
+        if not set(self.keys) <= set(all_leaves(right)):
+            query, key = key, query
+        value = (self.value, self.value_layout)
+        nodes = dict(zip(("query", "key", "value"), (query[0], key[0], value[0]), strict=True))
+        obstacles = [*self.probabilities.obstacles, *self.scores.obstacles, *self._changes(nodes)]
+        if set(self.keys) != set(leaves(self.summed)):
+            obstacles.append(
+                "the softmax runs over another dimension than keys; use the dimension that value sums over"
+            )
+        plain = AttentionSite(self.node, **{name: Input(node) for name, node in nodes.items()}, scores=self._nodes())
+        if obstacles:
+            return replace(plain, obstacle=obstacles[0])
+        try:
+            return self._arranged(plain, query, key, value, channels)
+        except Misaligned:
+            return replace(plain, obstacle="query, key, value and output do not share batch and heads; expand them")
+
+    @property
+    def keys(self) -> Dim:
+        """The axes that the softmax runs over."""
+        return leaves(self.probabilities.layout[self.probabilities.softmax.dim])
+
+    def _nodes(self) -> frozenset[Node]:
+        return frozenset([*self.probabilities.nodes, *self.scores.nodes])
+
+    def _changes(self, nodes: dict[str, Node]) -> list[str]:
+        """What is wrong with reading the inputs where the output is computed."""
+        return [
+            f"{name} is changed in place while attention is computed; change it afterwards"
+            for name, node in nodes.items()
+            if self.walker.is_changed(node, self.scores.node, self.node)
+        ]
+
+    def _arranged(
+        self,
+        site: AttentionSite,
+        query: tuple[Node, Layout],
+        key: tuple[Node, Layout],
+        value: tuple[Node, Layout],
+        channels: Dim,
+    ) -> AttentionSite:
+        """The site with everything laid out as the operator takes it."""
+        queries, keys = (self.walker.operands(*item, self.node) for item in (query, key))
+        values = self.walker.operands(*value, self.node, scaled=False)
+        rows, batch = self._rows(query[1], key[1])
+        value_channels = tuple(x for x in all_leaves(self.value_layout) if x not in {*rows, *batch, *self.keys})
+        kept = fewest_axes(keys) | fewest_axes(values)
+        roles = Roles.of(batch, kept, rows, self.keys, leaves(channels), value_channels)
+        chosen_query, chosen_key = choose(queries, roles.query), choose(keys, roles.key)
+        inputs = chosen_query, chosen_key, choose(values, roles.value)
+        dtype = reduce(torch.promote_types, (operand.tensor.dtype for operand in inputs))
+        masks = self.scores.masks
+        factors = [*self.scores.factors, *chosen_query.factors, *chosen_key.factors]
+        return replace(
+            site,
+            **{
+                name: laid_out(operand, layout, dtype)
+                for name, operand, layout in zip(
+                    ("query", "key", "value"), inputs, (roles.query, roles.key, roles.value), strict=True
+                )
+            },
+            masks=tuple(roles.mask_term(mask) for mask in masks),
+            scale=tuple(factors),
+            enable_gqa=bool(roles.groups),
+            output=(*relayout(roles.output, self.layout), *self._cast(dtype)),
+            passed=frozenset(node for item in (queries, keys, values) for node in item[-1].passed)
+            | frozenset(self.scores.passed),
+        )
+
+    def _cast(self, dtype: torch.dtype) -> tuple[Step, ...]:
+        """The tensor methods that give an output of `dtype` the dtype of the matched one."""
+        output = fake_tensor(self.node)
+        return () if output is None or output.dtype == dtype else (("to", (output.dtype,)),)
+
+    def _rows(self, query: Layout, key: Layout) -> tuple[Dim, Dim]:
+        """The axes of the queries' positions, and those of batch and heads."""
+        order = [x for x in all_leaves(self.probabilities.layout) if x not in self.keys]
+        others = {*all_leaves(key), *all_leaves(self.value_layout)}
+        own = [x for x in order if x in all_leaves(query) and x not in others]
+        return tuple(own[-1:]), tuple(x for x in order if x not in own[-1:])
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the axes of an attention are; the heads of key and value are `heads`, each for a group of query heads."""
+
+    batch: Dim
+    heads: Dim
+    groups: Dim
+    queries: Dim
+    keys: Dim
+    channels: Dim
+    value_channels: Dim
+
+    @classmethod
+    def of(cls, batch: Dim, kept: set[Axis], queries: Dim, keys: Dim, channels: Dim, value_channels: Dim) -> Roles:
+        """The roles, of which `batch` are batch and heads, those in `kept` also of key and value."""
+        own = tuple(x for x in batch if x in kept)
+        groups = tuple(x for x in batch if x not in kept)
+        return cls(own[:1], own[1:], groups, queries, keys, channels, value_channels)
+
+    @property
+    def query(self) -> Layout:
+        return self.batch, self.heads + self.groups, self.queries, self.channels
+
+    @property
+    def key(self) -> Layout:
+        return self.batch, self.heads, self.keys, self.channels
+
+    @property
+    def value(self) -> Layout:
+        return self.batch, self.heads, self.keys, self.value_channels
+
+    @property
+    def output(self) -> Layout:
+        return self.batch, self.heads + self.groups, self.queries, self.value_channels
+
+    def mask_term(self, mask: ScoreMask) -> MaskTerm:
+        """A mask with the axes of its dimensions as those of scores [batch, heads, queries, keys]."""
+        known = dict(zip((self.batch, self.heads + self.groups, self.queries, self.keys), AXES, strict=True))
+        axes = tuple(known.get(leaves(dim), other) for dim, other in zip(mask.layout, OTHER_AXES, strict=False))
+        return MaskTerm(mask.node, axes, mask.keep, mask.value)

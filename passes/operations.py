@@ -1,0 +1,354 @@
+"""Reads nodes as normalised operations, whatever their spelling."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .values import constant, fake_tensor, symbolic_shape
+
+_MODULES = (operator, torch, torch.nn.functional, torch.special)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ARITHMETIC = ("add", "sub", "mul", "multiply", "div", "divide", "true_divide", "subtract", "masked_fill", "nan_to_num")
+_IN_PLACE = {f"{name}_": name for name in _ARITHMETIC} | {
+    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv",
+}  # fmt: skip
+
+
+def operation_name(node: Node) -> str | None:
+    """The name of a method, or of a function of torch, as it is spelled; None for anything else."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return None
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket.__name__ if node.target.namespace == "aten" else None
+    name = getattr(node.target, "__name__", None)
+    known = isinstance(name, str) and any(getattr(module, name, None) is node.target for module in _MODULES)
+    return name if known or node.target is getattr else None
+
+
+@dataclass(frozen=True)
+class Product:
+    """A sum over the axes that `left` and `right` share and the result lacks; an axis is named by its letter.
+
+    `bias`, if any, is added with the factor `bias_scale`; the product itself has the factor `scale`.
+    """
+
+    left: Node
+    right: Node
+    left_axes: str
+    right_axes: str
+    axes: str
+    scale: Any = 1
+    bias: Node | None = None
+    bias_scale: Any = 1
+
+    @property
+    def contracted(self) -> str:
+        """The axes that are summed over."""
+        return "".join(axis for axis in self.left_axes if axis not in self.axes)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """A softmax over the dimension `dim`."""
+
+    source: Node
+    dim: int
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """`source` times `factor`, or divided by it; which operand of a product is which is not known."""
+
+    source: Any
+    factor: Any
+    inverted: bool = False
+
+
+@dataclass(frozen=True)
+class Sum:
+    """`left` plus `sign` times `right`."""
+
+    left: Any
+    right: Any
+    sign: int = 1
+
+
+@dataclass(frozen=True)
+class Filled:
+    """`source` where `mask` is `keep`, `value` elsewhere."""
+
+    source: Any
+    mask: Node
+    value: Any
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Same:
+    """`source` itself, up to its precision."""
+
+    source: Node
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """`source` with random elements set to zero."""
+
+    source: Node
+
+
+@dataclass(frozen=True)
+class Viewed:
+    """The elements of `source` in the same order, in another shape."""
+
+    source: Node
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """`source` with its dimensions in another order."""
+
+    source: Node
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """`source` broadcast to another shape."""
+
+    source: Node
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """`source` with each element along `dim` repeated in place."""
+
+    source: Node
+    dim: int
+
+
+Operation = Product | Softmax | Scaled | Sum | Filled | Same | Dropout | Viewed | Permuted | Expanded | Repeated
+
+
+def read_operation(node: Node) -> Operation | None:
+    """The operation that computes a node; an in-place one as the operation whose result it stores."""
+    name = operation_name(node)
+    if name is None or "out" in node.kwargs:
+        return None
+    handler = _HANDLERS.get(_IN_PLACE.get(name, name))
+    if handler is None:
+        return None
+    try:
+        inspect.signature(handler).bind(node, *node.args, **node.kwargs)
+    except TypeError:
+        return None
+    return handler(node, *node.args, **node.kwargs)
+
+
+def _rank(node: Any) -> int:
+    tensor = fake_tensor(node)
+    return 0 if tensor is None else tensor.dim()
+
+
+def _matmul(node: Node, input: Node, other: Node) -> Operation | None:
+    ranks = _rank(input), _rank(other)
+    if min(ranks) < 2:
+        return None
+    batch = string.ascii_lowercase[: max(ranks) - 2]
+    left, right = (batch[len(batch) + 2 - rank :] for rank in ranks)
+    return Product(input, other, f"{left}XY", f"{right}YZ", f"{batch}XZ")
+
+
+def _bmm(node: Node, input: Node, mat2: Node) -> Operation | None:
+    return _matmul(node, input, mat2)
+
+
+def _baddbmm(node: Node, input: Node, batch1: Node, batch2: Node, *, beta: Any = 1, alpha: Any = 1) -> Operation | None:
+    return Product(batch1, batch2, "aXY", "aYZ", "aXZ", alpha, input, beta)
+
+
+def _einsum(node: Node, equation: str, *operands: Any) -> Operation | None:
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    names = terms.split(",")
+    if len(names) != 2 or len(operands) != 2 or (not arrow and "..." in terms):
+        return None
+    if not arrow:
+        result = "".join(sorted(axis for axis in set(terms) - {","} if terms.count(axis) == 1))
+    left, right = (_without_ellipsis(name, _rank(operand)) for name, operand in zip(names, operands, strict=True))
+    result = _without_ellipsis(result, _rank(node))
+    return _product(*operands, left, right, result)
+
+
+def _without_ellipsis(axes: str, rank: int) -> str:
+    """Axes with digits, counted from the right, in place of an ellipsis."""
+    digits = string.digits[::-1]
+    missing = rank - len(axes.replace("...", ""))
+    return axes.replace("...", digits[len(digits) - missing :])
+
+
+def _product(left: Node, right: Node, left_axes: str, right_axes: str, axes: str) -> Operation | None:
+    summed = (set(left_axes) | set(right_axes)) - set(axes)
+    distinct = all(len(set(names)) == len(names) for names in (left_axes, right_axes, axes))
+    if not distinct or not summed <= set(left_axes) & set(right_axes):
+        return None
+    return Product(left, right, left_axes, right_axes, axes)
+
+
+def _softmax(node: Node, input: Node, dim: Any = None, *_: Any, **__: Any) -> Operation | None:
+    return Softmax(input, dim % _rank(node)) if isinstance(dim, int) and _rank(node) else None
+
+
+def _mul(node: Node, input: Any, other: Any) -> Operation | None:
+    return Scaled(input, other)
+
+
+def _div(node: Node, input: Any, other: Any, *, rounding_mode: Any = None) -> Operation | None:
+    return Scaled(input, other, inverted=True) if rounding_mode is None else None
+
+
+def _add(node: Node, input: Any, other: Any, *, alpha: Any = 1) -> Operation | None:
+    return Sum(input, other) if alpha == 1 else None
+
+
+def _sub(node: Node, input: Any, other: Any, *, alpha: Any = 1) -> Operation | None:
+    return Sum(input, other, -1) if alpha == 1 else None
+
+
+def _masked_fill(node: Node, input: Node, mask: Node, value: Any) -> Operation | None:
+    return Filled(input, mask, value, keep=False)
+
+
+def _where(node: Node, condition: Node, input: Any, other: Any) -> Operation | None:
+    if node.op == "call_method":
+        condition, input = input, condition
+    return Filled(input, condition, other, keep=True)
+
+
+def _same(node: Node, input: Node, *_: Any, **__: Any) -> Operation | None:
+    old, new = fake_tensor(input), fake_tensor(node)
+    if old is None or new is None or old.device != new.device:
+        return None
+    return Same(input) if old.dtype in _FLOATS and new.dtype in _FLOATS else None
+
+
+def _nan_to_num(node: Node, input: Node, nan: Any = 0.0) -> Operation | None:
+    return Same(input) if nan in (0.0, None) else None
+
+
+def _dropout(
+    node: Node, input: Node, p: Any = 0.5, training: Any = True, inplace: Any = False, train: Any = True
+) -> Operation | None:
+    return Same(input) if constant(p) == 0 or training is False or train is False else Dropout(input)
+
+
+def _view(node: Node, input: Node, *_: Any, **__: Any) -> Operation | None:
+    old, new = fake_tensor(input), fake_tensor(node)
+    return Viewed(input) if old is not None and new is not None and old.dtype == new.dtype else None
+
+
+def _getitem(node: Node, input: Node, index: Any) -> Operation | None:
+    items = index if isinstance(index, tuple) else (index,)
+    whole = all(item is None or item is Ellipsis or item == slice(None) for item in items if not isinstance(item, Node))
+    return _view(node, input) if whole and not any(isinstance(item, Node) for item in items) else None
+
+
+def _permuted(input: Node, order: Sequence[Any]) -> Operation | None:
+    rank = _rank(input)
+    if len(order) != rank or not all(isinstance(dim, int) for dim in order):
+        return None
+    return Permuted(input, tuple(dim % rank for dim in order))
+
+
+def _permute(node: Node, input: Node, *dims: Any, **named: Any) -> Operation | None:
+    order = named.get("dims", dims)
+    return _permuted(input, order[0] if len(order) == 1 and isinstance(order[0], (tuple, list)) else order)
+
+
+def _transpose(node: Node, input: Node, dim0: Any, dim1: Any) -> Operation | None:
+    order = list(range(_rank(input)))
+    if not order or not isinstance(dim0, int) or not isinstance(dim1, int):
+        return None
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _permuted(input, order)
+
+
+def _swapaxes(node: Node, input: Node, axis0: Any, axis1: Any) -> Operation | None:
+    return _transpose(node, input, axis0, axis1)
+
+
+def _t(node: Node, input: Node) -> Operation | None:
+    return _permuted(input, (1, 0))
+
+
+def _getattr(node: Node, input: Node, name: str) -> Operation | None:
+    return _transpose(node, input, -2, -1) if name == "mT" or (name == "T" and _rank(input) == 2) else None
+
+
+def _movedim(node: Node, input: Node, source: Any, destination: Any) -> Operation | None:
+    pairs = [dims if isinstance(dims, (tuple, list)) else (dims,) for dims in (source, destination)]
+    rank = _rank(input)
+    moved = {to % rank: dim % rank for dim, to in zip(*pairs, strict=True)}
+    rest = iter(dim for dim in range(rank) if dim not in moved.values())
+    return _permuted(input, [moved[place] if place in moved else next(rest) for place in range(rank)])
+
+
+def _expand(node: Node, input: Node, *_: Any, **__: Any) -> Operation | None:
+    return Expanded(input)
+
+
+def _repeat(node: Node, input: Node, *sizes: Any) -> Operation | None:
+    """Repeating only dimensions of size 1 is broadcasting; the layout of anything else is another."""
+    old, new = fake_tensor(input), fake_tensor(node)
+    if old is None or new is None:
+        return None
+    sizes = zip(symbolic_shape(old)[::-1], symbolic_shape(new)[::-1], strict=False)
+    return Expanded(input) if all(size in (1, repeated) for size, repeated in sizes) else None
+
+
+def _repeat_interleave(node: Node, input: Node, repeats: Any, dim: Any = None, **_: Any) -> Operation | None:
+    if fake_tensor(repeats) is not None or not isinstance(dim, int):
+        return None
+    return Repeated(input, dim % _rank(input))
+
+
+_HANDLERS: dict[str, Callable[..., Operation | None]] = {
+    "matmul": _matmul,
+    "bmm": _bmm,
+    "mm": _bmm,
+    "baddbmm": _baddbmm,
+    "einsum": _einsum,
+    **dict.fromkeys(("softmax", "_safe_softmax"), _softmax),
+    **dict.fromkeys(("mul", "multiply"), _mul),
+    **dict.fromkeys(("div", "divide", "truediv", "true_divide"), _div),
+    "add": _add,
+    **dict.fromkeys(("sub", "subtract"), _sub),
+    "masked_fill": _masked_fill,
+    "where": _where,
+    "nan_to_num": _nan_to_num,
+    **dict.fromkeys(("to", "type", "type_as", "float", "half", "bfloat16"), _same),
+    **dict.fromkeys(("contiguous", "clone", "detach", "alias"), _same),
+    **dict.fromkeys(("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten"), _view),
+    **dict.fromkeys(("unsqueeze", "squeeze"), _view),
+    "getitem": _getitem,
+    "getattr": _getattr,
+    "permute": _permute,
+    "transpose": _transpose,
+    **dict.fromkeys(("swapaxes", "swapdims"), _swapaxes),
+    "t": _t,
+    **dict.fromkeys(("movedim", "moveaxis"), _movedim),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
+    "repeat": _repeat,
+    "repeat_interleave": _repeat_interleave,
+}

@@ -1,0 +1,211 @@
+"""Walks from a softmax to the product of query and key, and collects what scales and masks the scores on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch.fx import Node
+
+from .axes import Layout, Misaligned, broadcast
+from .operations import (
+    Dropout,
+    Expanded,
+    Filled,
+    Permuted,
+    Product,
+    Repeated,
+    Same,
+    Scaled,
+    Sum,
+    Viewed,
+    operation_name,
+    read_operation,
+)
+from .values import are_tensors, fake_tensor
+from .walk import Factor, Walker, source_layout
+
+
+ACTIVE_DROPOUT = "dropout is active; call model.eval() or set its probability to 0"
+
+
+class NotAttention(Exception):
+    """What was walked is no attention."""
+
+
+@dataclass
+class ScoreMask:
+    """A mask of scores, before it is read.
+
+    Attributes:
+        node: A boolean tensor, or one that is added.
+        layout: The axes of its dimensions.
+        keep: Whether scores stay where the mask is true, or are filled there; None for a mask that is added.
+        value: What the scores are filled with, or what an added mask is multiplied by; None if it is not known.
+    """
+
+    node: Node
+    layout: Layout
+    keep: bool | None
+    value: float | None
+
+
+@dataclass
+class Scores:
+    """A product with what is done to it up to the softmax.
+
+    Attributes:
+        product: The product of query and key.
+        node: Its node.
+        layout: The axes of its dimensions.
+        factors: What it is multiplied by.
+        masks: What masks it.
+        nodes: The nodes between the product and the softmax, the product included.
+        passed: Nodes between masks and what they are made from.
+        obstacles: Why it cannot become the operator, in sentences.
+    """
+
+    product: Product
+    node: Node
+    layout: Layout
+    factors: list[Factor] = field(default_factory=list)
+    masks: list[ScoreMask] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    passed: list[Node] = field(default_factory=list)
+    obstacles: list[str] = field(default_factory=list)
+
+    def scale(self, factor: Factor) -> None:
+        """Multiply the scores, masked as they are so far."""
+        self.factors.append(factor)
+        known = factor.number if factor.number is not None and factor.number > 0 else None
+        for mask in self.masks:
+            mask.value = None if known is None or mask.value is None else mask.value * known
+
+
+class ScoreWalk:
+    """Walks from one softmax to its product."""
+
+    def __init__(self, walker: Walker) -> None:
+        self.walker = walker
+
+    def find(self, node: Node, layout: Layout, user: Node) -> Scores:
+        """The product that a node, as `user` reads it, is made from.
+
+        Raises:
+            NotAttention: It is made from none.
+        """
+        obstacles: list[str] = []
+        node = self.walker.current(node, user, obstacles)
+        try:
+            found = self._step(node, layout)
+        except Misaligned:
+            raise NotAttention from None
+        found.nodes.append(node)
+        found.obstacles += obstacles
+        return found
+
+    def _step(self, node: Node, layout: Layout) -> Scores:
+        operation = read_operation(node)
+        if isinstance(operation, Product):
+            return self._product(operation, node, layout)
+        handler = self._handlers.get(type(operation))
+        if handler is not None:
+            return handler(self, operation, node, layout)
+        if not isinstance(operation, (Viewed, Permuted, Expanded, Repeated)):
+            raise NotAttention
+        return self.find(operation.source, source_layout(operation, node, layout, operation.source), node)
+
+    def _product(self, product: Product, node: Node, layout: Layout) -> Scores:
+        found = Scores(product, node, layout)
+        factor = self.walker.factor(product.scale)
+        if factor is None:
+            found.obstacles.append(f"the scale is computed from tensors ({product.scale}); pass a number")
+        elif factor != 1:
+            found.factors.append(Factor(factor))
+        if product.bias is not None:
+            self._add(found, node, layout, product.bias, self.walker.factor(product.bias_scale))
+        return found
+
+    def _same(self, same: Same, node: Node, layout: Layout) -> Scores:
+        return self.find(same.source, layout, node)
+
+    def _dropout(self, dropout: Dropout, node: Node, layout: Layout) -> Scores:
+        found = self.find(dropout.source, layout, node)
+        found.obstacles.append(ACTIVE_DROPOUT)
+        return found
+
+    def _sum(self, total: Sum, node: Node, layout: Layout) -> Scores:
+        orders = [(total.left, total.right)] + [(total.right, total.left)] * (total.sign == 1)
+        found, other = self._first(orders, node, layout)
+        self._add(found, node, layout, other, float(total.sign))
+        return found
+
+    def _scaled(self, scaled: Scaled, node: Node, layout: Layout) -> Scores:
+        orders = [(scaled.source, scaled.factor)] + [(scaled.factor, scaled.source)] * (not scaled.inverted)
+        found, other = self._first(orders, node, layout)
+        factor = self.walker.factor(other)
+        if factor is None:
+            found.obstacles.append("the scores are scaled by a tensor with content; only a number can be the scale")
+        elif factor == 0 or not math.isfinite(factor if isinstance(factor, float) else 1):
+            found.obstacles.append(f"the scores are scaled by {factor}; use another number")
+        else:
+            found.scale(Factor(factor, scaled.inverted))
+        return found
+
+    def _filled(self, filled: Filled, node: Node, layout: Layout) -> Scores:
+        found, other = self._first([(filled.source, filled.value), (filled.value, filled.source)], node, layout)
+        keep = filled.keep if other is filled.value else not filled.keep
+        value = self.walker.factor(other)
+        known = value if isinstance(value, float) else None
+        self._mask(found, ScoreMask(filled.mask, self._operand(node, layout, filled.mask), keep, known), node)
+        return found
+
+    def _first(self, orders: list[tuple[Any, Any]], node: Node, layout: Layout) -> tuple[Scores, Any]:
+        """The scores and the other operand of an operation, in the first order in which there are scores."""
+        for source, other in orders:
+            if fake_tensor(source) is not None:
+                try:
+                    return self.find(source, self._operand(node, layout, source), node), other
+                except (NotAttention, Misaligned):
+                    continue
+        raise NotAttention
+
+    def _add(self, found: Scores, node: Node, layout: Layout, other: Any, factor: float | Node | None) -> None:
+        """Note what is added to scores; a number that is added to all of them changes nothing."""
+        if factor == 0 and operation_name(other) in ("empty", "new_empty", "empty_like"):
+            found.passed.append(other)
+        elif fake_tensor(other) is not None and factor != 0:
+            known = factor if isinstance(factor, float) else None
+            self._mask(found, ScoreMask(other, self._operand(node, layout, other), None, known), node)
+
+    def _mask(self, found: Scores, mask: ScoreMask, user: Node) -> None:
+        """Note a mask, or, where added masks are a sum, each of them."""
+        source = self.walker.operands(mask.node, mask.layout, user)[-1]
+        found.passed += source.passed
+        for factor in source.factors:
+            mask.value = None if mask.value is None or factor.number is None else mask.value * factor.number
+        total = read_operation(source.node)
+        if mask.keep is None and isinstance(total, Sum) and are_tensors(total.left, total.right):
+            found.passed.append(source.node)
+            for term, sign in ((total.left, 1), (total.right, total.sign)):
+                value = None if mask.value is None else sign * mask.value
+                layout = self._operand(source.node, source.layout, term)
+                self._mask(found, ScoreMask(term, layout, None, value), user)
+        else:
+            found.masks.append(replace(mask, node=source.node, layout=source.layout))
+
+    def _operand(self, node: Node, layout: Layout, operand: Node) -> Layout:
+        tensor, own = fake_tensor(node), fake_tensor(operand)
+        if tensor is None or own is None:
+            raise Misaligned
+        return broadcast(layout, tensor.shape, own.shape)
+
+    _handlers: ClassVar[dict[type, Callable[..., Scores]]] = {
+        Same: _same,
+        Dropout: _dropout,
+        Sum: _sum,
+        Scaled: _scaled,
+        Filled: _filled,
+    }

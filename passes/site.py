@@ -1,0 +1,47 @@
+"""What is known of one attention before it is rewritten."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from .axes import Step
+from .inputs import Input
+from .masks import MaskTerm
+from .walk import Factor
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention, in the terms of ``scaled_dot_product_attention``.
+
+    Attributes:
+        node: The node whose value is the attention's output.
+        query: [B, Hq, Lq, D].
+        key: [B, Hkv, Lk, D].
+        value: [B, Hkv, Lk, Dv].
+        masks: What masks the scores, all together.
+        is_causal: Whether query i sees only the keys up to i, counted from the top left.
+        scale: The factors of the logits, or None for D ** -0.5.
+        enable_gqa: Whether fewer key heads than query heads are allowed.
+        dropout_p: The dropout probability, or a node that holds it.
+        output: The tensor methods that turn [B, Hq, Lq, Dv] into the layout of `node`.
+        scores: The nodes that hold scores or probabilities; nothing else may use them.
+        passed: Nodes that may be left without use.
+        obstacle: Why the site cannot become the operator, in one sentence; empty if nothing is known.
+    """
+
+    node: Node
+    query: Input
+    key: Input
+    value: Input
+    masks: tuple[MaskTerm, ...] = ()
+    is_causal: bool | Node = False
+    scale: tuple[Factor, ...] | None = None
+    enable_gqa: bool | Node = False
+    dropout_p: float | Node = 0.0
+    output: tuple[Step, ...] = ()
+    scores: frozenset[Node] = frozenset()
+    passed: frozenset[Node] = frozenset()
+    obstacle: str = ""

@@ -1,0 +1,91 @@
+"""Recognises a softmax, also where it is written out as exp(x - max(x)) / sum(exp(x - max(x)))."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from .operations import Scaled, Softmax, Sum, operation_name, read_operation
+from .values import are_tensors, fake_tensor
+from .walk import Walker
+
+
+@dataclass(frozen=True)
+class FoundSoftmax:
+    """A softmax of `source`, as `reader` reads it, over `dim`; `nodes` are those that compute it."""
+
+    source: Node
+    reader: Node
+    dim: int
+    nodes: tuple[Node, ...]
+
+
+def find_softmax(node: Node, walker: Walker) -> FoundSoftmax | None:
+    """The softmax whose result a node is, if it is one.
+
+    Raises:
+        Changed: A part of it is changed in place in a way that cannot be followed.
+    """
+    operation = read_operation(node)
+    if isinstance(operation, Softmax):
+        return FoundSoftmax(operation.source, node, operation.dim, (node,))
+    if not isinstance(operation, Scaled) or not operation.inverted or not are_tensors(*node.args[:2]):
+        return None
+    dividend, total = (walker.value(item, node) for item in (operation.source, operation.factor))
+    summed = _reduction(total, "sum")
+    if summed is None or operation_name(dividend) not in ("exp", "exp_"):
+        return None
+    if walker.value(summed.source, summed.nodes[-1]) is not dividend:
+        return None
+    return _exponential(walker, dividend, summed.dim, (node, *summed.nodes, dividend))
+
+
+def _exponential(walker: Walker, node: Node, dim: int, nodes: tuple[Node, ...]) -> FoundSoftmax | None:
+    """The softmax that is made from an exponential, of a difference from the maximum or not."""
+    if not are_tensors(*node.args[:1]):
+        return None
+    shifted = walker.value(node.all_input_nodes[0], node)
+    operation = read_operation(shifted)
+    if isinstance(operation, Sum) and operation.sign == -1 and are_tensors(operation.left, operation.right):
+        largest = _reduction(walker.value(operation.right, shifted), "max", "amax")
+        if largest is not None and largest.dim == dim:
+            compared = walker.value(largest.source, largest.nodes[-1])
+            if compared is walker.value(operation.left, shifted):
+                return FoundSoftmax(operation.left, shifted, dim, (*nodes, shifted, *largest.nodes))
+    return FoundSoftmax(shifted, node, dim, nodes)
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """A reduction of `source` that keeps the dimension `dim`; the last of `nodes` reads the source."""
+
+    source: Node
+    dim: int
+    nodes: tuple[Node, ...]
+
+
+def _reduction(node: Node, *names: str) -> _Reduction | None:
+    nodes = (node,)
+    if operation_name(node) in ("getitem", "getattr") and node.args[1] in (0, "values"):
+        # Only the maximum along a dimension is a pair, of values and indices.
+        nodes = (node, node.args[0])
+    reduced = nodes[-1]
+    is_pair = operation_name(reduced) == "max"
+    if operation_name(reduced) not in names or is_pair != (len(nodes) == 2):
+        return None
+    source, dim, keepdim = _arguments(reduced)
+    tensor = fake_tensor(source)
+    if tensor is None or not isinstance(dim, int) or keepdim is not True:
+        return None
+    return _Reduction(source, dim % tensor.dim(), nodes)
+
+
+def _arguments(node: Node) -> tuple[Any, Any, Any]:
+    names = ("input", "dim", "keepdim")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    dim = given.get("dim")
+    if isinstance(dim, (tuple, list)) and len(dim) == 1:
+        dim = dim[0]
+    return given.get("input"), dim, given.get("keepdim", False)
