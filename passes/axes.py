@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 import torch
 
-from .values import symbolic
+from .values import symbolic_size
 
 Size = int | torch.SymInt
 Step = tuple[str, tuple[Any, ...]]
@@ -57,7 +57,7 @@ def fresh(shape: Iterable[Size]) -> Layout:
 
 def is_size(size: Size, other: Size) -> bool:
     """Whether two sizes are known to be equal."""
-    return symbolic(size) == symbolic(other)
+    return symbolic_size(size) == symbolic_size(other)
 
 
 def broadcast(layout: Layout, shape: Sequence[Size], operand: Sequence[Size]) -> Layout:
@@ -116,7 +116,7 @@ def take(size: Size, pending: list[Axis]) -> Dim:
 
 
 def _divides(divisor: Size, size: Size) -> bool:
-    return sympy.denom(sympy.cancel(symbolic(size) / symbolic(divisor))) == 1
+    return sympy.denom(sympy.cancel(symbolic_size(size) / symbolic_size(divisor))) == 1
 
 
 def relayout(source: Layout, target: Layout) -> list[Step]:

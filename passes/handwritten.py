@@ -124,13 +124,13 @@ class _Matched:
         if not set(self.keys) <= set(all_leaves(right)):
             query, key = key, query
         value = (self.value, self.value_layout)
-        nodes = dict(zip(("query", "key", "value"), (query[0], key[0], value[0]), strict=True))
+        nodes = {"query": query[0], "key": key[0], "value": value[0]}
         obstacles = [*self.probabilities.obstacles, *self.scores.obstacles, *self._changes(nodes)]
         if set(self.keys) != set(leaves(self.summed)):
             obstacles.append(
                 "the softmax runs over another dimension than keys; use the dimension that value sums over"
             )
-        plain = AttentionSite(self.node, **{name: Input(node) for name, node in nodes.items()}, scores=self._nodes())
+        plain = AttentionSite(self.node, Input(query[0]), Input(key[0]), Input(value[0]), scores=self._nodes())
         if obstacles:
             return replace(plain, obstacle=obstacles[0])
         try:
@@ -170,20 +170,15 @@ class _Matched:
         kept = fewest_axes(keys) | fewest_axes(values)
         roles = Roles.of(batch, kept, rows, self.keys, leaves(channels), value_channels)
         chosen_query, chosen_key = choose(queries, roles.query), choose(keys, roles.key)
-        inputs = chosen_query, chosen_key, choose(values, roles.value)
-        dtype = reduce(torch.promote_types, (operand.tensor.dtype for operand in inputs))
-        masks = self.scores.masks
-        factors = [*self.scores.factors, *chosen_query.factors, *chosen_key.factors]
+        chosen_value = choose(values, roles.value)
+        dtype = reduce(torch.promote_types, (x.tensor.dtype for x in (chosen_query, chosen_key, chosen_value)))
         return replace(
             site,
-            **{
-                name: laid_out(operand, layout, dtype)
-                for name, operand, layout in zip(
-                    ("query", "key", "value"), inputs, (roles.query, roles.key, roles.value), strict=True
-                )
-            },
-            masks=tuple(roles.mask_term(mask) for mask in masks),
-            scale=tuple(factors),
+            query=laid_out(chosen_query, roles.query, dtype),
+            key=laid_out(chosen_key, roles.key, dtype),
+            value=laid_out(chosen_value, roles.value, dtype),
+            masks=tuple(map(roles.mask_term, self.scores.masks)),
+            scale=(*self.scores.factors, *chosen_query.factors, *chosen_key.factors),
             enable_gqa=bool(roles.groups),
             output=(*relayout(roles.output, self.layout), *self._cast(dtype)),
             passed=frozenset(node for item in (queries, keys, values) for node in item[-1].passed)

@@ -313,8 +313,8 @@ def _repeat(node: Node, input: Node, *sizes: Any) -> Operation | None:
     old, new = fake_tensor(input), fake_tensor(node)
     if old is None or new is None:
         return None
-    sizes = zip(symbolic_shape(old)[::-1], symbolic_shape(new)[::-1], strict=False)
-    return Expanded(input) if all(size in (1, repeated) for size, repeated in sizes) else None
+    pairs = zip(symbolic_shape(old)[::-1], symbolic_shape(new)[::-1], strict=False)
+    return Expanded(input) if all(size in (1, repeated) for size, repeated in pairs) else None
 
 
 def _repeat_interleave(node: Node, input: Node, repeats: Any, dim: Any = None, **_: Any) -> Operation | None:

@@ -27,7 +27,6 @@ from .operations import (
 from .values import are_tensors, fake_tensor
 from .walk import Factor, Walker, source_layout
 
-
 ACTIVE_DROPOUT = "dropout is active; call model.eval() or set its probability to 0"
 
 

@@ -67,7 +67,7 @@ class _Reduction:
 
 
 def _reduction(node: Node, *names: str) -> _Reduction | None:
-    nodes = (node,)
+    nodes: tuple[Any, ...] = (node,)
     if operation_name(node) in ("getitem", "getattr") and node.args[1] in (0, "values"):
         # Only the maximum along a dimension is a pair, of values and indices.
         nodes = (node, node.args[0])

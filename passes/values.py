@@ -32,9 +32,14 @@ def symbolic(value: Any) -> sympy.Expr | None:
     return None
 
 
+def symbolic_size(size: int | torch.SymInt) -> sympy.Expr:
+    """A size as a sympy expression."""
+    return sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
+
+
 def symbolic_shape(tensor: torch.Tensor) -> tuple[sympy.Expr, ...]:
     """The sizes of a tensor as sympy expressions."""
-    return tuple(sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size) for size in tensor.shape)
+    return tuple(map(symbolic_size, tensor.shape))
 
 
 def constant(value: Any) -> Any:
