@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from .axes import Misaligned, fresh, is_size, leaves
 from .handwritten import handwritten_site
 from .inputs import Input, choose, fewest_axes, laid_out
+from .mask_operations import HANDLERS
 from .masks import AXES, MaskTerm
 from .operations import Product, operation_name, read_operation
 from .site import AttentionSite
@@ -22,7 +23,7 @@ from .walk import Factor, Walker
 
 def find_attention(graph: Graph, reader: Reader | None = None) -> Iterator[AttentionSite]:
     """The attention sites of a graph, in its order; the graph may change between two of them."""
-    walker = Walker(graph, reader or Reader())
+    walker = Walker(graph, reader or Reader(HANDLERS))
     for node in list(graph.nodes):
         if node._erased:
             continue

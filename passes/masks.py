@@ -1,13 +1,15 @@
 """Proves what an attention mask says, from the part of the graph that builds it.
 
-A mask is read as a predicate over batch b, head h, query i and key j. It is proven when it is a conjunction
-of terms that the operator has itself: ``j <= i + c`` and ``pad[b, j]``.
+A mask is read as a predicate over batch b, head h, query i and key j, and split into the terms that the operator
+has itself: ``j <= i + c``, ``i - j < w``, ``pad[b, j]`` and ``doc[b, i] == doc[b, j]``. The rest of it, if any, is
+passed as a boolean mask.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -15,9 +17,11 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch.fx import Graph, Node
 
+from .clauses import Clause, TooMany, clauses
+from .mask_operations import HANDLERS
 from .mutation import storage, writes
-from .symbolic import Reader, Unreadable, as_choice, axis
-from .values import fake_tensor, symbolic, symbolic_shape
+from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis
+from .values import fake_tensor, symbolic_shape
 
 KEY, QUERY, HEAD, BATCH = (axis(place) for place in range(1, 5))
 AXES = (BATCH, HEAD, QUERY, KEY)
@@ -52,43 +56,47 @@ class MaskTerm:
 
 
 @dataclass(frozen=True)
-class Padding:
-    """A term ``pad[b, j]``: ``node[index]`` is [batch, keys] if `per_batch`, else [keys].
-
-    It is true for keys that may be attended, or, where `inverted`, for those that may not.
-    """
-
-    node: Node
-    index: tuple[int | tuple[int, int] | None, ...]
-    per_batch: bool
-    inverted: bool
-
-
-@dataclass(frozen=True)
 class Mask:
-    """What a mask says: the terms that all hold where a query may see a key.
+    """What a mask says: the terms that all hold where a query may see a key, as expressions over `AXES`.
 
     Attributes:
-        is_causal: Whether query i sees only the keys up to i + `offset`.
-        offset: A number, or a node that holds one.
-        paddings: The keys that may be attended.
+        is_causal: Whether there is a term ``j <= i + c``.
+        offset: That c; without the term, the c of the window's.
+        window: The w of a term ``i + c - j < w``, at least 1; None without one.
+        key_padding: A predicate over batch and key.
+        documents: Two whole numbers, over batch and query and over batch and key, that are equal.
+        rest: A predicate that is none of these.
+        sources: The inputs and operations that the predicates depend on, in words.
     """
 
     is_causal: bool = False
-    offset: int | Node = 0
-    paddings: tuple[Padding, ...] = ()
+    offset: sympy.Expr = sympy.S.Zero
+    window: sympy.Expr | None = None
+    key_padding: Boolean = sympy.true
+    documents: tuple[sympy.Expr, sympy.Expr] | None = None
+    rest: Boolean = sympy.true
+    sources: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        offset = self.offset.name if isinstance(self.offset, Node) else self.offset
-        terms = [f"causal, offset {offset}"] if self.is_causal else []
-        return "; ".join(terms + ["key padding"] * bool(self.paddings)) or "everything"
+        terms = [f"causal, offset {self.offset}"] * self.is_causal
+        if self.window is not None:
+            terms.append(f"window {self.window}" + (f", offset {self.offset}" if not self.is_causal else ""))
+        sources = dict(self.sources)
+        for name, has_term in (
+            ("key padding", self.key_padding != sympy.true),
+            ("documents", self.documents is not None),
+            ("boolean mask", self.rest != sympy.true),
+        ):
+            source = sources.get(name)
+            terms += [f"{name} from {source}" if source else name] * has_term
+        return "; ".join(terms) or "everything"
 
 
 class Prover:
     """Proves the masks of one graph, reading each node once."""
 
     def __init__(self, graph: Graph) -> None:
-        self.reader = Reader()
+        self.reader = Reader(HANDLERS)
         self._mutated = writes(graph)
 
     def prove(self, masks: Iterable[MaskTerm], query: torch.Tensor, key: torch.Tensor) -> Mask:
@@ -100,23 +108,22 @@ class Prover:
             key: The key's fake tensor [B, Hkv, Lk, D].
 
         Raises:
-            NotProven: They are not the conjunction of a causal mask and key padding, as far as they show.
+            NotProven: They cannot be read, or add something else to the scores than 0 or a number that hides.
         """
-        causal: list[sympy.Expr] = []
-        paddings: list[Padding] = []
-        last = None
-        for mask in masks:
-            last = mask.node
-            for term in sympy.And.make_args(self._allowed(mask)):
-                unknown = term.atoms(AppliedUndef)
-                if unknown:
-                    paddings.append(_padding(term, unknown.pop(), query, key, self.reader))
-                elif term is not sympy.true:
-                    causal.append(_causal_offset(term))
-        paddings.sort(key=lambda padding: padding.node.name)
-        return Mask(bool(causal), _least(causal, last), tuple(dict.fromkeys(paddings)))
+        masks = list(masks)
+        allowed = sympy.And(*(self._allowed(mask) for mask in masks))
+        self._refuse_other_devices(allowed, query.device)
+        shape = scores_shape(query, key)
+        try:
+            found = [_within(clause, shape) for clause in clauses(allowed)]
+        except TooMany:
+            raise NotProven("the mask combines more conditions than can be told apart; build it from fewer") from None
+        split = _split(clause for clause in found if clause is not None)
+        if not _hidden_rows_are_marked(split.rest, masks):
+            raise NotProven("the mask hides all keys of some queries by a finite number; hide them with -inf")
+        return replace(split, sources=self._sources_in_words(split))
 
-    def _allowed(self, mask: MaskTerm) -> sympy.Basic:
+    def _allowed(self, mask: MaskTerm) -> Boolean:
         """Where a mask lets a query see a key, as a predicate over `AXES`."""
         tensor = fake_tensor(mask.node)
         if tensor is None:
@@ -134,10 +141,11 @@ class Prover:
             if mask.value is None or not mask.value <= HIDDEN:
                 raise NotProven(f"masked scores become {_number(mask.value)}, which hides no key; fill them with -inf")
             predicate = expression if mask.keep else sympy.Not(expression)
-        if predicate.has(sympy.Or):
-            raise NotProven(f"the mask {_origin(mask.node)} is a disjunction; only conjunctions are known")
         rank = tensor.dim()
-        return predicate.xreplace({axis(rank - place): symbol for place, symbol in enumerate(mask.axes)})
+        predicate = predicate.xreplace({axis(rank - place): symbol for place, symbol in enumerate(mask.axes)})
+        if predicate.free_symbols & {*OTHER_AXES}:
+            raise NotProven(f"the mask {_origin(mask.node)} varies over another dimension than batch, heads and keys")
+        return predicate
 
     def _refuse_mutated(self, mask: Node) -> None:
         for node in self._sources(mask):
@@ -158,6 +166,27 @@ class Prover:
                 pending.extend(node.all_input_nodes if node in self.reader.understood else ())
         return found
 
+    def _leaves(self, *expressions: sympy.Basic) -> list[Node]:
+        """The leaves of expressions, in the order of the graph."""
+        terms = set().union(*(expression.atoms(AppliedUndef) for expression in expressions))
+        return sorted({self.reader.leaves[term.func.__name__] for term in terms})
+
+    def _refuse_other_devices(self, predicate: Boolean, device: torch.device) -> None:
+        for node in self._leaves(predicate):
+            tensor = fake_tensor(node)
+            if tensor is not None and tensor.device != device:
+                raise NotProven(f"the mask depends on {_origin(node)}, which is on another device than the query")
+
+    def _sources_in_words(self, mask: Mask) -> tuple[tuple[str, str], ...]:
+        terms = {"key padding": (mask.key_padding,), "documents": mask.documents or (), "boolean mask": (mask.rest,)}
+        words = {name: " and ".join(map(_origin, self._leaves(*parts))) for name, parts in terms.items()}
+        return tuple(words.items())
+
+
+def scores_shape(query: torch.Tensor, key: torch.Tensor) -> tuple[sympy.Expr, ...]:
+    """The shape [B, Hq, Lq, Lk] of the scores of a query [B, Hq, Lq, D] and a key [B, Hkv, Lk, D]."""
+    return (*symbolic_shape(query)[:3], symbolic_shape(key)[2])
+
 
 def _where_nothing_is_added(mask: MaskTerm, expression: sympy.Basic) -> Boolean:
     """Where an added mask is zero, if it hides keys everywhere else."""
@@ -177,75 +206,79 @@ def _where_nothing_is_added(mask: MaskTerm, expression: sympy.Basic) -> Boolean:
     return choice.predicate if allowed else sympy.Not(choice.predicate)
 
 
-def _causal_offset(term: sympy.Basic) -> sympy.Expr:
-    """The c of a term ``j <= i + c``."""
-    if term is sympy.false:
-        raise NotProven("the mask hides every key from every query")
-    if isinstance(term, (sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt)):
-        difference = term.gts - term.lts - int(isinstance(term, (sympy.Gt, sympy.Lt)))
-        offset = sympy.expand(difference - QUERY + KEY)
-        if not offset.free_symbols & {*AXES, *OTHER_AXES}:
-            return offset
-    raise NotProven(
-        f"the mask requires {_readable(term)}, where b, h, i and j are batch, head, query and key; "
-        "only j <= i + constant and key padding are known"
-    )
-
-
-def _readable(term: sympy.Basic) -> str:
-    names = {BATCH: "b", HEAD: "h", QUERY: "i", KEY: "j"}
-    return str(term.xreplace({symbol: sympy.Symbol(name) for symbol, name in names.items()}))
-
-
-def _least(offsets: list[sympy.Expr], mask: Node | None) -> int | Node:
-    """The least of the offsets, as an argument for a node of the graph."""
-    if not offsets or mask is None:
-        return 0
-    offset = sympy.Min(*offsets)
-    if offset.is_Integer:
-        return int(offset)
-    for node in mask.graph.nodes:
-        if node is mask:
-            break
-        if symbolic(node) == offset:
-            return node
-    raise NotProven(f"the mask is causal with the offset {offset}, which the graph does not compute as a number")
-
-
-def _padding(
-    term: sympy.Basic, unknown: AppliedUndef, query: torch.Tensor, key: torch.Tensor, reader: Reader
-) -> Padding:
-    node = reader.leaves[unknown.func.__name__]
-    if term not in (sympy.Ne(unknown, 0), sympy.Eq(unknown, 0)):
-        raise NotProven(f"the mask depends on {_origin(node)} in a way that cannot be read")
-    if unknown.free_symbols & {QUERY, HEAD}:
-        raise NotProven(f"the mask depends on {_origin(node)}, which cannot be read and varies over queries or heads")
-    leaf = fake_tensor(node)
-    assert leaf is not None
-    if leaf.device != query.device:
-        raise NotProven(f"the mask depends on {_origin(node)}, which is on another device than the query")
-    batch, keys = symbolic_shape(query)[0], symbolic_shape(key)[2]
-    index = tuple(
-        _place(place, size, batch, keys, node) for place, size in zip(unknown.args, symbolic_shape(leaf), strict=True)
-    )
-    kept = [place for place in unknown.args if not place.is_Integer]
-    if [place.free_symbols & {BATCH, KEY} for place in kept] not in ([{BATCH}, {KEY}], [{KEY}]):
-        raise NotProven(f"the mask indexes {_origin(node)} otherwise than by batch and key")
-    return Padding(node, index, len(kept) == 2, isinstance(term, sympy.Eq))
-
-
-def _place(
-    place: sympy.Expr, size: sympy.Expr, batch: sympy.Expr, keys: sympy.Expr, node: Node
-) -> int | tuple[int, int] | None:
-    """One item of a padding's index: a number, a slice as (start, end), or None for the whole dimension."""
-    if place.is_Integer:
-        return int(place)
-    if (place, size) in ((BATCH, batch), (KEY, keys)):
+def _within(clause: Clause, shape: tuple[sympy.Expr, ...]) -> Clause | None:
+    """A clause without the literals that hold nowhere in a shape; None if it holds everywhere."""
+    literals = [
+        at_least_zero_within(literal.lhs, shape) if isinstance(literal, sympy.Ge) else literal for literal in clause
+    ]
+    if sympy.true in literals:
         return None
-    start = place - KEY
-    if start.is_Integer and keys.is_Integer:
-        return int(start), int(start + keys)
-    raise NotProven(f"the mask indexes {_origin(node)} by {_readable(place)}, not by batch and key alone")
+    return frozenset(literal for literal in literals if literal != sympy.false)
+
+
+def _split(found: Iterable[Clause]) -> Mask:
+    """The operator's terms that clauses are, and the rest of them."""
+    offsets: list[sympy.Expr] = []
+    distances: list[sympy.Expr] = []
+    documents: tuple[sympy.Expr, sympy.Expr] | None = None
+    padding, rest = [], []
+    for clause in sorted(found, key=str):
+        if not clause:
+            raise NotProven("the mask hides every key from every query")
+        predicate = sympy.Or(*clause)
+        literal = next(iter(clause)) if len(clause) == 1 else None
+        if not predicate.free_symbols & {QUERY, HEAD}:
+            padding.append(predicate)
+        elif (offset := _bound(literal, KEY - QUERY)) is not None:
+            offsets.append(offset)
+        elif (distance := _bound(literal, QUERY - KEY)) is not None:
+            distances.append(distance)
+        elif documents is None and (sides := _documents(literal)) is not None:
+            documents = sides
+        else:
+            rest.append(predicate)
+    others = Mask(key_padding=sympy.And(*padding), documents=documents, rest=sympy.And(*rest))
+    return _with_band(others, offsets, distances)
+
+
+def _with_band(mask: Mask, offsets: list[sympy.Expr], distances: list[sympy.Expr]) -> Mask:
+    """A mask with the terms ``j - i <= offset`` and ``i - j <= distance`` too."""
+    offset = sympy.Min(*offsets) if offsets else sympy.Integer(0)
+    if not distances:
+        return replace(mask, is_causal=bool(offsets), offset=offset)
+    distance = sympy.Min(*distances)
+    if not offsets and not distance.is_nonnegative:
+        offset = -distance
+    window = sympy.expand(distance + offset + 1)
+    if not window.is_positive:
+        raise NotProven(f"the mask shows each query {window} keys, which may be none")
+    return replace(mask, is_causal=bool(offsets), offset=offset, window=window)
+
+
+def _bound(literal: Boolean | None, difference: sympy.Expr) -> sympy.Expr | None:
+    """The c of a literal ``difference <= c``; None if it is something else."""
+    if not isinstance(literal, sympy.Ge):
+        return None
+    bound = sympy.expand(literal.lhs + difference)
+    return None if bound.atoms(AppliedUndef) or bound.free_symbols & {*AXES} else bound
+
+
+def _documents(literal: Boolean | None) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """The sides of a literal ``f(b, i) == g(b, j)``; None if it is something else."""
+    if not isinstance(literal, sympy.Eq) or HEAD in literal.free_symbols:
+        return None
+    terms = sympy.Add.make_args(literal.lhs)
+    of_query = sympy.Add(*(term for term in terms if QUERY in term.free_symbols))
+    of_key = sympy.expand(of_query - literal.lhs)
+    if KEY in of_query.free_symbols or not of_query.free_symbols & {QUERY} or not of_key.free_symbols & {KEY}:
+        return None
+    return of_query, of_key
+
+
+def _hidden_rows_are_marked(rest: Boolean, masks: list[MaskTerm]) -> bool:
+    """Whether queries that see nothing for a reason of their own give zeros, or else there are none."""
+    by_query = any(KEY not in part.free_symbols for part in sympy.And.make_args(rest) if part != sympy.true)
+    return not by_query or all(mask.keep is not None and mask.value == -math.inf for mask in masks)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -259,6 +292,6 @@ def _number(value: float | None) -> str:
 def _origin(node: Node) -> str:
     """A node in words: an input of the graph, or the operation that computes it."""
     if node.op == "placeholder":
-        return f"the input {node.name.strip('_')}"
+        return f"input {node.name.strip('_').removeprefix('l_').removeprefix('kwargs_')}"
     operation = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
-    return f"{node.name} (computed by {operation})"
+    return f"the result of {operation}"

@@ -6,6 +6,7 @@ import math
 import operator
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -14,10 +15,12 @@ from ..ops.choice import choose_sparse
 from ..ops.config import S2OConfig
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from .axes import Step
+from .emit import Emitter, NotComputed, emit_size
 from .find import find_attention
-from .masks import Mask, NotProven, Padding, Prover
+from .masks import BATCH, HEAD, KEY, QUERY, Mask, NotProven, Prover, scores_shape
 from .report import Decision, site_name, source_location
 from .site import AttentionSite
+from .symbolic import is_predicate
 from .values import constant, fake_tensor
 from .walk import Factor
 
@@ -48,7 +51,7 @@ class _Rewriter:
     def __init__(self, graph: Graph, config: S2OConfig) -> None:
         self.graph, self.config = graph, config
         self.prover = Prover(graph)
-        self.paddings: dict[tuple[Padding, ...], Node] = {}
+        self.tensors: dict[Any, Node] = {}
 
     def visit(self, site: AttentionSite) -> Decision:
         """Rewrite one site or leave it, and say which."""
@@ -96,18 +99,17 @@ class _Rewriter:
     def replace(self, site: AttentionSite, mask: Mask, decision: Decision) -> None:
         """Put the operator where a site is, and remove what only the site needed."""
         unused = self.unused_without(site)
-        arguments: dict[str, Any] = {"is_causal": mask.is_causal, "causal_offset": mask.offset}
         with self.graph.inserting_before(site.node):
-            arguments["scale"] = self.scale(site)
+            arguments = {**self.masking(mask, site), "scale": self.scale(site)}
             inputs = tuple(self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
-            arguments["key_padding"] = self.padding(mask.paddings, inputs[0], site)
             node = self.graph.call_function(
                 torch.ops.s2o.attention.default, inputs, arguments | self.config.arguments()
             )
-            node.meta = dict(site.node.meta, s2o_decision=decision)
             output = self.apply(site.output, node)
+            node.meta = dict(site.node.meta, s2o_decision=decision)
             if output is not node:
                 output.meta = dict(site.node.meta)
+                node.meta.pop("example_value", None)
         site.node.replace_all_uses_with(self.laid_out(output, site.node))
         self.erase(unused)
 
@@ -154,39 +156,50 @@ class _Rewriter:
         with self.graph.inserting_after(node):
             return self.graph.call_method("contiguous", (node,))
 
-    def padding(self, terms: tuple[Padding, ...], query: Node, site: AttentionSite) -> Node | None:
-        """The key padding [batch, keys] of a site; sites with the same terms share it."""
-        if not terms:
-            return None
-        if terms not in self.paddings:
-            node = self.padding_term(terms[0], query, site)
-            for term in terms[1:]:
-                node = self.graph.call_function(operator.and_, (node, self.padding_term(term, query, site)))
-            self.paddings[terms] = node
-        return self.paddings[terms]
+    def masking(self, mask: Mask, site: AttentionSite) -> dict[str, Any]:
+        """The operator's arguments for a mask; sites with the same mask share the tensors."""
+        query, key = site.query.tensor, site.key.tensor
+        assert query is not None and key is not None
+        batch, heads, queries, keys = scores_shape(query, key)
+        arguments: dict[str, Any] = {"is_causal": mask.is_causal, "causal_offset": self.size(mask.offset, site)}
+        if mask.window is not None:
+            arguments["window"] = self.size(mask.window, site)
+        if mask.key_padding != sympy.true:
+            axes = {BATCH: batch, KEY: keys}
+            arguments["key_padding"] = self.tensor(mask.key_padding, axes, site, expanded=True)
+        if mask.documents is not None:
+            for name, axis, size, value in (
+                ("query_documents", QUERY, queries, mask.documents[0]),
+                ("key_documents", KEY, keys, mask.documents[1]),
+            ):
+                arguments[name] = self.tensor(value, {BATCH: batch, axis: size}, site, expanded=True)
+        if mask.rest != sympy.true:
+            axes = {BATCH: batch, HEAD: heads, QUERY: queries, KEY: keys}
+            arguments["mask"] = self.tensor(mask.rest, axes, site)
+        return arguments
 
-    def padding_term(self, term: Padding, query: Node, site: AttentionSite) -> Node:
-        """One term of a key padding, as a boolean [batch, keys]."""
-        node, tensor = term.node, fake_tensor(term.node)
-        index = tuple(slice(*item) if isinstance(item, tuple) else _or_all(item) for item in term.index)
-        if any(item != slice(None) for item in index):
-            node = self.graph.call_function(operator.getitem, (node, index))
-        if tensor is None or tensor.dtype != torch.bool:
-            node = self.graph.call_method("to", (node, torch.bool))
-        if term.inverted:
-            node = self.graph.call_function(torch.logical_not, (node,))
-        return node if term.per_batch else self.graph.call_method("expand", (node, self.batch(query, site), -1))
+    def size(self, expression: sympy.Expr, site: AttentionSite) -> int | Node:
+        """A whole number as an argument of the operator."""
+        try:
+            return emit_size(self.graph, expression, site.node)
+        except NotComputed:
+            raise Refused(f"the mask depends on {expression}, which the graph does not compute as a number") from None
 
-    def batch(self, query: Node, site: AttentionSite) -> int | Node:
-        """The batch size of a site, as a number or as a node that computes it."""
-        tensor = site.query.tensor
-        assert tensor is not None
-        size = tensor.shape[0]
-        return size if isinstance(size, int) else self.graph.call_method("size", (query, 0))
-
-
-def _or_all(item: int | None) -> int | slice:
-    return slice(None) if item is None else item
+    def tensor(
+        self, expression: sympy.Basic, axes: dict[sympy.Symbol, sympy.Expr], site: AttentionSite, expanded: bool = False
+    ) -> Node:
+        """A predicate or whole numbers over `axes` as a tensor, `expanded` to their sizes if asked for."""
+        key = (expression, tuple(axes.items()), expanded)
+        if key not in self.tensors:
+            query = site.query.tensor
+            assert query is not None
+            emitter = Emitter(self.graph, self.prover.reader.leaves, axes, site.node, query.device)
+            node = emitter.predicate(expression) if is_predicate(expression) else emitter.integers(expression)
+            if expanded:
+                sizes = (self.size(size, site) for size in axes.values())
+                node = self.graph.call_method("expand", (node, *sizes))
+            self.tensors[key] = node
+        return self.tensors[key]
 
 
 def _shape(tensor: torch.Tensor | None) -> tuple[int | str, ...]:

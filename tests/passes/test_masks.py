@@ -44,6 +44,7 @@ def random_padding() -> torch.Tensor:
     return pad
 
 
+PAD = "key padding from input pad"
 PROVEN: dict[str, tuple[Build, str]] = {
     "ones": (lambda pad: torch.ones(L, L, dtype=torch.bool), "everything"),
     "full": (lambda pad: torch.full((L, L), True), "everything"),
@@ -73,25 +74,31 @@ PROVEN: dict[str, tuple[Build, str]] = {
         "causal, offset 0",
     ),
     "wide window": (lambda pad: (j() <= i()) & (i() - j() < L), "causal, offset 0"),
-    "padding": (lambda pad: pad[:, None, None, :], "key padding"),
-    "padding by view": (lambda pad: pad.view(2, 1, 1, L), "key padding"),
-    "padding by unsqueeze": (lambda pad: pad.unsqueeze(1).unsqueeze(2).expand(2, 1, L, L), "key padding"),
-    "padding, one of two": (lambda pad: pad[:1, None, None, :], "key padding"),
-    "padding, sliced": (lambda pad: torch.cat([pad, pad], 1)[:, None, None, 3 : L + 3], "key padding"),
-    "padding of four dimensions": (lambda pad: pad.float()[:, None, None, :].log() > -1, "key padding"),
-    "padding inverted": (lambda pad: ~(~pad)[:, None, None, :], "key padding"),
-    "padding from ints": (lambda pad: pad.long()[:, None, None, :] != 0, "key padding"),
-    "padding masked out": (lambda pad: (pad.long() == 0)[:, None, None, :].logical_not(), "key padding"),
+    "padding": (lambda pad: pad[:, None, None, :], PAD),
+    "padding by view": (lambda pad: pad.view(2, 1, 1, L), PAD),
+    "padding by unsqueeze": (lambda pad: pad.unsqueeze(1).unsqueeze(2).expand(2, 1, L, L), PAD),
+    "padding, one of two": (lambda pad: pad[:1, None, None, :], PAD),
+    "padding, sliced": (
+        lambda pad: torch.cat([pad, pad], 1)[:, None, None, 3 : L + 3],
+        "key padding from the result of cat",
+    ),
+    "padding of four dimensions": (
+        lambda pad: pad.float()[:, None, None, :].log() > -1,
+        "key padding from the result of gt",
+    ),
+    "padding inverted": (lambda pad: ~(~pad)[:, None, None, :], PAD),
+    "padding from ints": (lambda pad: pad.long()[:, None, None, :] != 0, PAD),
+    "padding masked out": (lambda pad: (pad.long() == 0)[:, None, None, :].logical_not(), PAD),
     "gather": (
         lambda pad: pad[torch.arange(2)[:, None, None, None], torch.arange(L)[None, None, None, :]],
-        "key padding",
+        PAD,
     ),
     "causal and padding": (
         lambda pad: (j() <= i()).logical_and(pad[:, None, None, :]),
-        "causal, offset 0; key padding",
+        f"causal, offset 0; {PAD}",
     ),
-    "product": (lambda pad: (j() <= i()) * pad[:, None, None, :], "causal, offset 0; key padding"),
-    "two paddings": (lambda pad: pad[:, None, None, :] & (torch.randn(2, 1, 1, L) < 9), "key padding"),
+    "product": (lambda pad: (j() <= i()) * pad[:, None, None, :], f"causal, offset 0; {PAD}"),
+    "two paddings": (lambda pad: pad[:, None, None, :] & (torch.randn(2, 1, 1, L) < 9), f"{PAD} and the result of lt"),
 }
 
 NOT_PROVEN: dict[str, tuple[Build, str]] = {

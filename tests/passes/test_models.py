@@ -31,7 +31,7 @@ def test_every_site_is_rewritten(name: str, side: str | None, dynamic: bool) -> 
     torch.testing.assert_close(output[0][real], expected[0][real], atol=1e-4, rtol=1e-4)
     assert [decision.rewritten for decision in captured.decisions] == [True, True]
     assert_no_mask_left(captured)
-    terms = ["causal, offset 0"] * (name != "bert") + ["key padding"] * (side is not None)
+    terms = ["causal, offset 0"] * (name != "bert") + ["key padding from input attention_mask"] * (side is not None)
     assert captured.decisions[0].mask == ("; ".join(terms) or "everything")
 
 

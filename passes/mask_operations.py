@@ -1,0 +1,459 @@
+"""How each operation that masks are built with is read."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
+from torch.fx import Node
+
+from .clauses import is_zero
+from .symbolic import (
+    INTEGERS,
+    Choice,
+    Handler,
+    Reader,
+    Shape,
+    Unreadable,
+    as_sympy,
+    at_least_zero_within,
+    axis,
+    bounds,
+    cases,
+    is_predicate,
+    merge,
+    nonzero,
+    where,
+)
+from .values import fake_tensor, symbolic_shape
+
+_ZEROS = Choice(sympy.true, sympy.Integer(0), sympy.Integer(0))
+
+
+def _shape(node: Any) -> Shape:
+    tensor = fake_tensor(node)
+    if tensor is None:
+        raise Unreadable
+    return symbolic_shape(tensor)
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    tensor = fake_tensor(node)
+    return None if tensor is None else tensor.dtype
+
+
+def _is_floating(node: Any) -> bool:
+    dtype = _dtype(node)
+    return dtype is not None and dtype.is_floating_point
+
+
+def _need(holds: bool) -> None:
+    if not holds:
+        raise Unreadable
+
+
+def _whole(node: Node, expression: sympy.Expr) -> sympy.Expr:
+    """The result of arithmetic on integers; that of unknown ones may overflow where it is not of 64 bits."""
+    _need(_dtype(node) == torch.int64 or (_dtype(node) == torch.int32 and not expression.atoms(AppliedUndef)))
+    return sympy.expand(expression)
+
+
+def _combined(node: Node, form: Callable[[float, float], float], left: Choice, right: Choice) -> sympy.Basic:
+    """The reading of an operation on the numbers of two choices."""
+    dtype = _dtype(node)
+    most = torch.finfo(dtype).max if dtype is not None and dtype.is_floating_point else math.inf
+
+    def rounded(first: float, second: float) -> float:
+        value = form(first, second)
+        return math.copysign(math.inf, value) if abs(value) > most else value
+
+    try:
+        return merge(
+            (sympy.And(in_first, in_second), rounded(first, second))
+            for in_first, first in cases(left)
+            for in_second, second in cases(right)
+        )
+    except ZeroDivisionError:
+        raise Unreadable from None
+
+
+def _selected(predicate: Boolean, first: Choice, second: Choice) -> sympy.Basic:
+    """The reading of one choice where a predicate holds and another elsewhere."""
+    inside = [(sympy.And(predicate, place), value) for place, value in cases(first)]
+    outside = [(sympy.And(sympy.Not(predicate), place), value) for place, value in cases(second)]
+    return merge(inside + outside)
+
+
+def _arange(
+    reader: Reader, node: Node, *limits: Any, start: Any = 0, end: Any = None, step: Any = 1, **_: Any
+) -> sympy.Basic:
+    if len(limits) > 1:
+        start = limits[0]
+    if len(limits) > 2:
+        step = limits[2]
+    _need(isinstance(step, int))
+    return _whole(node, reader.integer(start) + step * axis(1))
+
+
+def _ones(reader: Reader, node: Node, *_: Any, **__: Any) -> sympy.Basic:
+    return sympy.true
+
+
+def _zeros(reader: Reader, node: Node, *_: Any, **__: Any) -> sympy.Basic:
+    return sympy.false
+
+
+def _full(reader: Reader, node: Node, *args: Any, fill_value: Any = None, **_: Any) -> sympy.Basic:
+    value = args[-1] if fill_value is None else fill_value
+    _need(isinstance(value, (bool, int, float)))
+    if isinstance(value, bool) or _dtype(node) == torch.bool:
+        return sympy.true if value else sympy.false
+    _need(_is_floating(node) or _dtype(node) in INTEGERS)
+    return as_sympy(float(value)) if _is_floating(node) else sympy.Integer(value)
+
+
+def _tensor(reader: Reader, node: Node, data: Any, **_: Any) -> sympy.Basic:
+    return _full(reader, node, data)
+
+
+def _triangle(reader: Reader, node: Node, input: Any, diagonal: Any, sign: int) -> sympy.Basic:
+    shape = _shape(node)
+    below = axis(2) + reader.integer(diagonal) - axis(1)
+    return _selected(at_least_zero_within(sign * below, shape), reader.choice(input, shape), _ZEROS)
+
+
+def _tril(reader: Reader, node: Node, input: Any, diagonal: Any = 0) -> sympy.Basic:
+    return _triangle(reader, node, input, diagonal, 1)
+
+
+def _triu(reader: Reader, node: Node, input: Any, diagonal: Any = 0) -> sympy.Basic:
+    return _triangle(reader, node, input, diagonal, -1)
+
+
+def _where(reader: Reader, node: Node, condition: Any, input: Any, other: Any) -> sympy.Basic:
+    if node.op == "call_method":
+        condition, input = input, condition
+    return _filled(reader, node, _flag(reader.operand(condition, _shape(node))), input, other)
+
+
+def _masked_fill(reader: Reader, node: Node, input: Any, mask: Any, value: Any) -> sympy.Basic:
+    return _filled(reader, node, sympy.Not(_flag(reader.operand(mask, _shape(node)))), input, value)
+
+
+def _filled(reader: Reader, node: Node, predicate: Boolean, first: Any, second: Any) -> sympy.Basic:
+    shape = _shape(node)
+    chosen = _selected(predicate, reader.choice(first, shape), reader.choice(second, shape))
+    return nonzero(chosen) if _dtype(node) == torch.bool else chosen
+
+
+def _flag(expression: sympy.Basic) -> Boolean:
+    if expression in (0, 1):
+        return sympy.true if expression == 1 else sympy.false
+    _need(is_predicate(expression))
+    return expression
+
+
+def _comparison(form: Callable[[Any, Any], Any]) -> Handler:
+    """The handler of a comparison that holds where `form` of both operands is at least zero."""
+
+    def handler(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+        shape = _shape(node)
+        difference = form(reader.integers(input, shape), reader.integers(other, shape))
+        return _at_least_zero(sympy.expand(difference), shape)
+
+    return handler
+
+
+def _at_least_zero(difference: sympy.Expr, shape: Shape) -> Boolean:
+    distance = next(iter(difference.atoms(sympy.Abs)), None)
+    if distance is None:
+        return at_least_zero_within(difference, shape)
+    both = (_at_least_zero(difference.xreplace({distance: sign * distance.args[0]}), shape) for sign in (1, -1))
+    return (sympy.Or if difference.coeff(distance) > 0 else sympy.And)(*both)
+
+
+def _equal(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+    shape = _shape(node)
+    left, right = reader.operand(input, shape), reader.operand(other, shape)
+    if isinstance(left, Choice) and right.is_number:
+        return where(left, lambda value: float(value) == float(right))
+    if is_predicate(left) and is_predicate(right):
+        return sympy.Or(sympy.And(left, right), sympy.And(sympy.Not(left), sympy.Not(right)))
+    if is_predicate(left):
+        _need(right in (0, 1))
+        return left if right == 1 else sympy.Not(left)
+    return is_zero(reader.integers(input, shape) - reader.integers(other, shape))
+
+
+def _not_equal(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+    return sympy.Not(_equal(reader, node, input, other))
+
+
+def _and(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+    shape = _shape(node)
+    return sympy.And(_flag(reader.operand(input, shape)), _flag(reader.operand(other, shape)))
+
+
+def _or(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+    shape = _shape(node)
+    return sympy.Or(_flag(reader.operand(input, shape)), _flag(reader.operand(other, shape)))
+
+
+def _logical(form: Callable[..., Boolean]) -> Handler:
+    def handler(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+        shape = _shape(node)
+        return form(reader.predicate(input, shape), reader.predicate(other, shape))
+
+    return handler
+
+
+def _not(reader: Reader, node: Node, input: Any) -> sympy.Basic:
+    _need(_dtype(input) == torch.bool)
+    return sympy.Not(reader.predicate(input, _shape(node)))
+
+
+def _logical_not(reader: Reader, node: Node, input: Any) -> sympy.Basic:
+    return sympy.Not(reader.predicate(input, _shape(node)))
+
+
+def _arithmetic(form: Callable[[Any, Any], Any]) -> Handler:
+    def handler(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+        shape = _shape(node)
+        _need(_dtype(node) != torch.bool)
+        if _is_floating(node) or torch.bool in (_dtype(input), _dtype(other)):
+            return _combined(node, form, reader.choice(input, shape), reader.choice(other, shape))
+        return _whole(node, form(reader.integers(input, shape), reader.integers(other, shape)))
+
+    return handler
+
+
+def _multiply(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+    shape = _shape(node)
+    if _dtype(node) == torch.bool:
+        return _and(reader, node, input, other)
+    if _is_floating(node):
+        return _combined(node, operator.mul, reader.choice(input, shape), reader.choice(other, shape))
+    factors = reader.integers(input, shape), reader.integers(other, shape)
+    _need(any(factor.is_Integer for factor in factors))
+    return _whole(node, factors[0] * factors[1])
+
+
+def _negative(reader: Reader, node: Node, input: Any) -> sympy.Basic:
+    return _multiply(reader, node, input, -1)
+
+
+def _absolute(reader: Reader, node: Node, input: Any) -> sympy.Basic:
+    return _whole(node, sympy.Abs(reader.integers(input, _shape(node))))
+
+
+def _divide(reader: Reader, node: Node, input: Any, other: Any, *, rounding_mode: Any = None) -> sympy.Basic:
+    if rounding_mode == "floor":
+        return _floor_divide(reader, node, input, other)
+    _need(rounding_mode is None)
+    shape = _shape(node)
+    return _combined(node, operator.truediv, reader.choice(input, shape), reader.choice(other, shape))
+
+
+def _floor_divide(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+    _need(isinstance(other, int) and not isinstance(other, bool) and other > 0)
+    return _whole(node, sympy.floor(reader.integers(input, _shape(node)) / other))
+
+
+def _remainder(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
+    _need(isinstance(other, int) and not isinstance(other, bool) and other > 0)
+    return _whole(node, sympy.Mod(reader.integers(input, _shape(node)), other))
+
+
+def _sqrt(reader: Reader, node: Node, input: Any) -> sympy.Basic:
+    value = reader.number(input)
+    if value is None or value < 0:
+        raise Unreadable
+    return as_sympy(math.sqrt(value))
+
+
+def _cumulative_sum(reader: Reader, node: Node, input: Any, dim: Any) -> sympy.Basic:
+    """The running sum of a constant."""
+    choice, shape = reader.choice(input, _shape(node)), _shape(node)
+    _need(choice.predicate == sympy.true and choice.values[0].is_Integer and isinstance(dim, int))
+    return _whole(node, choice.values[0] * (axis(len(shape) - dim % len(shape)) + 1))
+
+
+def _difference(reader: Reader, node: Node, input: Any, n: Any = 1, dim: Any = -1, prepend: Any = None) -> sympy.Basic:
+    """The step from each position to the next, where it is the same everywhere."""
+    shape = _shape(input)
+    _need(n == 1 and isinstance(dim, int))
+    place = axis(len(shape) - dim % len(shape))
+    values = reader.integers(input, shape)
+    step = sympy.expand(values - values.xreplace({place: place - 1}))
+    _need(not step.free_symbols & {place} and not step.atoms(AppliedUndef))
+    if prepend is not None:
+        _need(_shape(prepend)[dim] == 1)
+        first = values.xreplace({place: sympy.Integer(0)}) - reader.integers(prepend, shape)
+        _need(sympy.expand(first - step) == 0)
+    return _whole(node, step)
+
+
+def _cast(reader: Reader, node: Node, input: Any, *_: Any, **__: Any) -> sympy.Basic:
+    expression, old, new = reader.operand(input, _shape(node)), _dtype(input), _dtype(node)
+    if new == torch.bool:
+        return nonzero(expression)
+    if old == new or is_predicate(expression):
+        return expression
+    if old in INTEGERS and new in INTEGERS:
+        return _whole(node, reader.integers(input, _shape(node)))
+    _need(_is_floating(node) and (_is_floating(input) or expression.is_Integer))
+    return expression
+
+
+def _same(reader: Reader, node: Node, input: Any, *_: Any, **__: Any) -> sympy.Basic:
+    return reader.operand(input, _shape(node))
+
+
+def _reshape(reader: Reader, node: Node, input: Any, *_: Any, **__: Any) -> sympy.Basic:
+    _need(_dtype(input) == _dtype(node))
+    old, new = reader.read(input), _shape(node)
+    before, after = ([n for n, size in enumerate(shape) if size != 1] for shape in (old.shape, new))
+    _need([old.shape[n] for n in before] == [new[n] for n in after])
+    moved = {axis(len(old.shape) - b): axis(len(new) - a) for b, a in zip(before, after, strict=True)}
+    return old.expression.xreplace(moved)
+
+
+def _permute(reader: Reader, node: Node, input: Any, *dims: Any) -> sympy.Basic:
+    order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    old = reader.read(input)
+    rank = len(old.shape)
+    _need(len(order) == rank and all(isinstance(dim, int) for dim in order))
+    return old.expression.xreplace({axis(rank - dim % rank): axis(rank - n) for n, dim in enumerate(order)})
+
+
+def _transpose(reader: Reader, node: Node, input: Any, dim0: Any, dim1: Any) -> sympy.Basic:
+    rank = len(_shape(node))
+    _need(rank > 0 and isinstance(dim0, int) and isinstance(dim1, int))
+    order = list(range(rank))
+    order[dim0], order[dim1] = order[dim1], order[dim0]
+    return _permute(reader, node, input, *order)
+
+
+def _concatenated(reader: Reader, node: Node, tensors: Any, dim: Any = 0) -> sympy.Basic:
+    """Booleans one after another along `dim`."""
+    shape = _shape(node)
+    _need(_dtype(node) == torch.bool and isinstance(dim, int))
+    place = axis(len(shape) - dim % len(shape))
+    found, start = [], sympy.Integer(0)
+    for tensor in tensors:
+        end = start + _shape(tensor)[dim]
+        part = _flag(reader.read(tensor).expression).xreplace({place: place - start})
+        # Elsewhere a leaf has no such index.
+        _need(not part.atoms(AppliedUndef))
+        inside = [at_least_zero_within(place - start, shape), at_least_zero_within(end - 1 - place, shape)]
+        found.append(sympy.And(*inside, part))
+        start = end
+    return sympy.Or(*found)
+
+
+def _getitem(reader: Reader, node: Node, source: Any, index: Any) -> sympy.Basic:
+    _need(fake_tensor(source) is not None)
+    old = reader.read(source)
+    items = index if isinstance(index, tuple) else (index,)
+    if any(fake_tensor(item) is not None for item in items):
+        return old.expression.xreplace(_gathered(reader, items, old.shape, _shape(node)))
+    return old.expression.xreplace(_sliced(reader, _without_ellipsis(items, len(old.shape)), old.shape, _shape(node)))
+
+
+def _gathered(reader: Reader, items: tuple[Any, ...], old: Shape, new: Shape) -> dict[sympy.Basic, sympy.Basic]:
+    _need(len(items) == len(old) and all(_dtype(item) in INTEGERS for item in items))
+    places: dict[sympy.Basic, sympy.Basic] = {}
+    for n, item in enumerate(items):
+        place = reader.integers(item, new)
+        ends = bounds(place, new)
+        # A negative index counts from the end.
+        _need(ends is not None and bool(ends[0].is_nonnegative))
+        places[axis(len(old) - n)] = place
+    return places
+
+
+def _without_ellipsis(items: tuple[Any, ...], rank: int) -> list[Any]:
+    taken = sum(item is not None and item is not Ellipsis for item in items)
+    _need(taken <= rank)
+    missing = [slice(None)] * (rank - taken)
+    if Ellipsis not in items:
+        return [*items, *missing]
+    at = items.index(Ellipsis)
+    return [*items[:at], *missing, *items[at + 1 :]]
+
+
+def _sliced(reader: Reader, items: list[Any], old: Shape, new: Shape) -> dict[sympy.Basic, sympy.Basic]:
+    places: dict[sympy.Basic, sympy.Basic] = {}
+    source = target = 0
+    for item in items:
+        if item is None:
+            target += 1
+            continue
+        symbol, size = axis(len(old) - source), old[source]
+        source += 1
+        if isinstance(item, slice):
+            step = 1 if item.step is None else item.step
+            _need(isinstance(step, int))
+            places[symbol] = _position(reader, item.start or 0, size) + step * axis(len(new) - target)
+            target += 1
+        else:
+            places[symbol] = _position(reader, item, size)
+    return places
+
+
+def _position(reader: Reader, index: Any, size: sympy.Expr) -> sympy.Expr:
+    _need(not isinstance(index, bool))
+    place = reader.integer(index)
+    if place.is_negative:
+        place = size + place
+    _need(bool(place.is_nonnegative))
+    return place
+
+
+HANDLERS: dict[str | None, Handler] = {
+    "arange": _arange,
+    "tril": _tril,
+    "triu": _triu,
+    **dict.fromkeys(("le", "less_equal"), _comparison(lambda a, b: b - a)),
+    **dict.fromkeys(("lt", "less"), _comparison(lambda a, b: b - a - 1)),
+    **dict.fromkeys(("ge", "greater_equal"), _comparison(lambda a, b: a - b)),
+    **dict.fromkeys(("gt", "greater"), _comparison(lambda a, b: a - b - 1)),
+    "eq": _equal,
+    **dict.fromkeys(("ne", "not_equal"), _not_equal),
+    "add": _arithmetic(operator.add),
+    **dict.fromkeys(("sub", "subtract"), _arithmetic(operator.sub)),
+    **dict.fromkeys(("mul", "multiply"), _multiply),
+    **dict.fromkeys(("neg", "negative"), _negative),
+    **dict.fromkeys(("abs", "absolute"), _absolute),
+    **dict.fromkeys(("div", "divide", "truediv", "true_divide"), _divide),
+    **dict.fromkeys(("floordiv", "floor_divide"), _floor_divide),
+    **dict.fromkeys(("mod", "remainder"), _remainder),
+    "sqrt": _sqrt,
+    "cumsum": _cumulative_sum,
+    "diff": _difference,
+    "transpose": _transpose,
+    "permute": _permute,
+    "getitem": _getitem,
+    **dict.fromkeys(("cat", "concat", "concatenate"), _concatenated),
+    **dict.fromkeys(("ones", "new_ones", "ones_like"), _ones),
+    **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), _zeros),
+    **dict.fromkeys(("tensor", "scalar_tensor"), _tensor),
+    "where": _where,
+    "masked_fill": _masked_fill,
+    **dict.fromkeys(("full", "new_full", "full_like"), _full),
+    **dict.fromkeys(("and_", "bitwise_and", "__and__"), _and),
+    **dict.fromkeys(("or_", "bitwise_or", "__or__"), _or),
+    "logical_and": _logical(sympy.And),
+    "logical_or": _logical(sympy.Or),
+    **dict.fromkeys(("invert", "inv", "bitwise_not"), _not),
+    "logical_not": _logical_not,
+    **dict.fromkeys(("to", "bool", "long", "int", "type", "type_as", "float", "half", "bfloat16"), _cast),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to", "clone", "contiguous", "detach"), _same),
+    **dict.fromkeys(("view", "reshape", "unsqueeze", "squeeze"), _reshape),
+}
