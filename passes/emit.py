@@ -100,7 +100,7 @@ class Emitter:
     def integers(self, expression: sympy.Expr) -> Node:
         """Whole numbers as a tensor of int64."""
         value = self._value(expression)
-        if isinstance(value, Node) and expression.atoms(AppliedUndef, *self.axes):
+        if isinstance(value, Node) and self._varies(expression):
             return value
         return self.graph.call_function(
             torch.full, ([1] * len(self.axes), value), {"dtype": torch.int64, "device": self.device}
@@ -147,9 +147,10 @@ class Emitter:
         negative = [term for term in terms if term.could_extract_minus_sign()]
         left = sympy.Add(*(term for term in terms if term not in negative))
         right = -sympy.Add(*negative)
-        if left.is_number or not left.atoms(AppliedUndef, *self.axes):
-            return self.integers(left), self._value(right)
-        return self._value(left), self._value(right)
+        return self.integers(left), self._value(right)
+
+    def _varies(self, expression: sympy.Expr) -> bool:
+        return bool(expression.atoms(AppliedUndef) or expression.free_symbols & self.axes.keys())
 
     def _value(self, expression: sympy.Expr) -> Value:
         """Whole numbers as a number, a node that holds one, or a tensor."""
@@ -157,7 +158,7 @@ class Emitter:
             return self._positions(expression)
         if isinstance(expression, AppliedUndef):
             return self.graph.call_method("to", (self.leaf(expression), torch.int64))
-        if not expression.atoms(AppliedUndef, *self.axes):
+        if not self._varies(expression):
             return emit_size(self.graph, expression, self.site)
         if isinstance(expression, (sympy.Add, sympy.Mul)):
             form = operator.add if isinstance(expression, sympy.Add) else operator.mul
