@@ -12,8 +12,8 @@ from torch.fx import Node
 from .axes import Axis, Dim, Layout, Misaligned, Size, Step, all_leaves, fresh, is_size, leaves, relayout
 from .inputs import Input, choose, fewest_axes, laid_out
 from .masks import AXES, OTHER_AXES, MaskTerm
-from .operations import Dropout, Expanded, Permuted, Product, Same, Viewed, read_operation
-from .scores import NotAttention, ScoreMask, Scores, ScoreWalk
+from .operations import Cleaned, Dropout, Expanded, Narrowed, Permuted, Product, Same, Viewed, read_operation
+from .scores import ACTIVE_DROPOUT, NotAttention, ScoreMask, Scores, ScoreWalk
 from .site import AttentionSite
 from .softmax import FoundSoftmax, find_softmax
 from .values import fake_tensor
@@ -67,22 +67,42 @@ class _Probabilities:
     layout: Layout
     nodes: list[Node]
     obstacles: list[str]
+    kept: tuple[Dim, int] | None
+
+    @property
+    def summed(self) -> Dim:
+        """The axes that the softmax runs over."""
+        return self.layout[self.softmax.dim]
+
+    @property
+    def keys(self) -> Dim:
+        """Those of them that are used."""
+        return leaves(self.summed if self.kept is None else self.kept[0])
 
 
 def _probabilities(walker: Walker, node: Node, layout: Layout, user: Node) -> _Probabilities:
     nodes: list[Node] = []
     obstacles: list[str] = []
+    narrowed: Narrowed | None = None
+    kept: tuple[Dim, int] | None = None
     while True:
         node = walker.current(node, user, obstacles)
         softmax = find_softmax(node, walker)
         if softmax is not None:
-            return _Probabilities(softmax, layout, [*nodes, *softmax.nodes], obstacles)
+            if narrowed is not None and narrowed.dim != softmax.dim:
+                raise NotAttention
+            return _Probabilities(softmax, layout, [*nodes, *softmax.nodes], obstacles, kept)
         operation = read_operation(node)
-        if not isinstance(operation, (Same, Dropout, Viewed, Permuted, Expanded)):
+        if isinstance(operation, Narrowed) and narrowed is None:
+            narrowed, kept = operation, (layout[operation.dim], operation.start)
+            (dim,) = fresh((_shape(operation.source)[operation.dim],))
+            layout = (*layout[: operation.dim], dim, *layout[operation.dim + 1 :])
+        elif narrowed is None and isinstance(operation, (Same, Cleaned, Dropout, Viewed, Permuted, Expanded)):
+            if isinstance(operation, Dropout):
+                obstacles.append(ACTIVE_DROPOUT)
+            layout = source_layout(operation, node, layout, operation.source)
+        else:
             raise NotAttention
-        if isinstance(operation, Dropout):
-            obstacles.append("dropout is active; call model.eval() or set its probability to 0")
-        layout = source_layout(operation, node, layout, operation.source)
         nodes.append(node)
         node, user = operation.source, node
 
@@ -114,7 +134,8 @@ class _Matched:
         (weights, weights_layout), (value, value_layout) = sides[::-1] if swapped else sides
         probabilities = _probabilities(walker, weights, weights_layout, node)
         softmax = probabilities.softmax
-        scores = ScoreWalk(walker).find(softmax.source, probabilities.layout, softmax.reader)
+        walk = ScoreWalk(walker, probabilities.summed, probabilities.kept)
+        scores = walk.find(softmax.source, probabilities.layout, softmax.reader)
         return cls(walker, node, layout, value, value_layout, summed, probabilities, scores)
 
     def site(self) -> AttentionSite:
@@ -140,8 +161,8 @@ class _Matched:
 
     @property
     def keys(self) -> Dim:
-        """The axes that the softmax runs over."""
-        return leaves(self.probabilities.layout[self.probabilities.softmax.dim])
+        """The axes of the keys."""
+        return self.probabilities.keys
 
     def _nodes(self) -> frozenset[Node]:
         return frozenset([*self.probabilities.nodes, *self.scores.nodes])
@@ -178,12 +199,22 @@ class _Matched:
             key=laid_out(chosen_key, roles.key, dtype),
             value=laid_out(chosen_value, roles.value, dtype),
             masks=tuple(map(roles.mask_term, self.scores.masks)),
-            scale=(*self.scores.factors, *chosen_query.factors, *chosen_key.factors),
+            scale=(*(self.scores.inner or ()), *self.scores.factors, *chosen_query.factors, *chosen_key.factors),
+            softcap=None if self.scores.inner is None else tuple(self.scores.factors),
+            sinks=self._sinks(roles),
             enable_gqa=bool(roles.groups),
             output=(*relayout(roles.output, self.layout), *self._cast(dtype)),
             passed=frozenset(node for item in (queries, keys, values) for node in item[-1].passed)
             | frozenset(self.scores.passed),
         )
+
+    def _sinks(self, roles: Roles) -> Input | None:
+        """The sinks [Hq]."""
+        if self.scores.sink is None:
+            return None
+        layout = (roles.heads + roles.groups,)
+        sources = self.walker.operands(*self.scores.sink, self.node, scaled=False)
+        return laid_out(choose(sources, layout), layout)
 
     def _cast(self, dtype: torch.dtype) -> tuple[Step, ...]:
         """The tensor methods that give an output of `dtype` the dtype of the matched one."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .values import constant, fake_tensor, symbolic_shape
+from .values import are_tensors, constant, fake_tensor, symbolic_shape
 
 _MODULES = (operator, torch, torch.nn.functional, torch.special)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -137,7 +137,41 @@ class Repeated:
     dim: int
 
 
-Operation = Product | Softmax | Scaled | Sum | Filled | Same | Dropout | Viewed | Permuted | Expanded | Repeated
+@dataclass(frozen=True)
+class Tanh:
+    """The hyperbolic tangent of `source`."""
+
+    source: Node
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """`source` with zeros in place of NaN, as it stands in rows of probabilities that see nothing."""
+
+    source: Node
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """Tensors one after another along `dim`."""
+
+    sources: tuple[Node, ...]
+    dim: int
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """The elements of `source` along `dim` from `start` on, and not all."""
+
+    source: Node
+    dim: int
+    start: int
+
+
+Operation = (
+    Product | Softmax | Scaled | Sum | Filled | Same | Dropout | Viewed | Permuted | Expanded | Repeated
+    | Tanh | Cleaned | Concatenated | Narrowed
+)  # fmt: skip
 
 
 def read_operation(node: Node) -> Operation | None:
@@ -244,7 +278,17 @@ def _same(node: Node, input: Node, *_: Any, **__: Any) -> Operation | None:
 
 
 def _nan_to_num(node: Node, input: Node, nan: Any = 0.0) -> Operation | None:
-    return Same(input) if nan in (0.0, None) else None
+    return Cleaned(input) if nan in (0.0, None) else None
+
+
+def _tanh(node: Node, input: Node) -> Operation | None:
+    return Tanh(input)
+
+
+def _cat(node: Node, tensors: Any, dim: Any = 0) -> Operation | None:
+    if not isinstance(tensors, (tuple, list)) or not isinstance(dim, int) or not are_tensors(*tensors):
+        return None
+    return Concatenated(tuple(tensors), dim % _rank(node))
 
 
 def _dropout(
@@ -260,8 +304,16 @@ def _view(node: Node, input: Node, *_: Any, **__: Any) -> Operation | None:
 
 def _getitem(node: Node, input: Node, index: Any) -> Operation | None:
     items = index if isinstance(index, tuple) else (index,)
-    whole = all(item is None or item is Ellipsis or item == slice(None) for item in items if not isinstance(item, Node))
-    return _view(node, input) if whole and not any(isinstance(item, Node) for item in items) else None
+    parts = [item for item in items if item is not None and item is not Ellipsis and item != slice(None)]
+    if not parts:
+        return _view(node, input)
+    (part,) = parts if len(parts) == 1 and None not in items else (None,)
+    if not isinstance(part, slice) or part.step is not None or not isinstance(part.start or 0, int):
+        return None
+    place = items.index(part)
+    dim = place - len(items) if Ellipsis in items[:place] else place
+    start = part.start or 0
+    return Narrowed(input, dim % _rank(input), start) if start >= 0 and _rank(input) else None
 
 
 def _permuted(input: Node, order: Sequence[Any]) -> Operation | None:
@@ -337,6 +389,8 @@ _HANDLERS: dict[str, Callable[..., Operation | None]] = {
     "masked_fill": _masked_fill,
     "where": _where,
     "nan_to_num": _nan_to_num,
+    "tanh": _tanh,
+    **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     "dropout": _dropout,
     **dict.fromkeys(("to", "type", "type_as", "float", "half", "bfloat16"), _same),
     **dict.fromkeys(("contiguous", "clone", "detach", "alias"), _same),

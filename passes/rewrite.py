@@ -100,7 +100,7 @@ class _Rewriter:
         """Put the operator where a site is, and remove what only the site needed."""
         unused = self.unused_without(site)
         with self.graph.inserting_before(site.node):
-            arguments = {**self.masking(mask, site), "scale": self.scale(site)}
+            arguments = {**self.masking(mask, site), **self.logits(site)}
             inputs = tuple(self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
             node = self.graph.call_function(
                 torch.ops.s2o.attention.default, inputs, arguments | self.config.arguments()
@@ -113,15 +113,22 @@ class _Rewriter:
         site.node.replace_all_uses_with(self.laid_out(output, site.node))
         self.erase(unused)
 
+    def logits(self, site: AttentionSite) -> dict[str, Any]:
+        """The operator's arguments for what is done to the logits before they are masked."""
+        arguments: dict[str, Any] = {"scale": self.scale(site)}
+        if site.softcap is not None:
+            arguments["softcap"] = abs(math.prod(_known(site.softcap)))
+        if site.sinks is not None:
+            arguments["sinks"] = self.apply(site.sinks.steps, site.sinks.node)
+        return arguments
+
     def scale(self, site: AttentionSite) -> float | Node | None:
         """The factor of the logits, as a number or as a node that computes it."""
         if site.scale is None:
             return None
-        factors = [Factor(constant(factor.value), factor.inverted) for factor in site.scale]
-        known = [factor.number for factor in factors if factor.number is not None]
-        scale: Any = math.prod(known)
-        for factor in factors:
-            if factor.number is None:
+        scale: Any = math.prod(_known(site.scale))
+        for factor in site.scale:
+            if isinstance(constant(factor.value), Node):
                 function = operator.truediv if factor.inverted else operator.mul
                 scale = self.graph.call_function(function, (scale, factor.value))
         return scale
@@ -202,6 +209,12 @@ class _Rewriter:
         return self.tensors[key]
 
 
+def _known(factors: tuple[Factor, ...]) -> list[float]:
+    """The factors that are known while compiling."""
+    numbers = (Factor(constant(factor.value), factor.inverted).number for factor in factors)
+    return [number for number in numbers if number is not None]
+
+
 def _shape(tensor: torch.Tensor | None) -> tuple[int | str, ...]:
     return () if tensor is None else tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
 
@@ -238,6 +251,8 @@ def _check_heads(query: int, key: int, value: int, enable_gqa: Any) -> None:
 def _check_call(site: AttentionSite) -> None:
     if constant(site.dropout_p) != 0:
         raise Refused("dropout is active; call model.eval() or set dropout_p to 0")
+    if site.softcap is not None and len(_known(site.softcap)) < len(site.softcap):
+        raise Refused("the soft-cap is computed while the model runs; use a number")
     if isinstance(site.is_causal, Node):
         raise Refused("is_causal is computed in the graph; pass True or False")
     output = fake_tensor(site.node)

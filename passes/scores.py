@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from .axes import Layout, Misaligned, broadcast
+from .axes import Dim, Layout, Misaligned, Size, all_leaves, broadcast, is_size, leaves
 from .operations import (
+    Concatenated,
     Dropout,
     Expanded,
     Filled,
@@ -20,10 +21,12 @@ from .operations import (
     Same,
     Scaled,
     Sum,
+    Tanh,
     Viewed,
     operation_name,
     read_operation,
 )
+from .softmax import find_reduction
 from .values import are_tensors, fake_tensor
 from .walk import Factor, Walker, source_layout
 
@@ -59,8 +62,11 @@ class Scores:
         product: The product of query and key.
         node: Its node.
         layout: The axes of its dimensions.
-        factors: What it is multiplied by.
+        factors: What it is multiplied by, after the tanh if there is one.
+        inner: What it is multiplied by before a tanh; None where there is none.
+        sink: A logit beside those of the keys, and the axes of its dimensions; None where there is none.
         masks: What masks it.
+        is_shifted: Whether something was added that a softmax takes out again.
         nodes: The nodes between the product and the softmax, the product included.
         passed: Nodes between masks and what they are made from.
         obstacles: Why it cannot become the operator, in sentences.
@@ -70,24 +76,35 @@ class Scores:
     node: Node
     layout: Layout
     factors: list[Factor] = field(default_factory=list)
+    inner: list[Factor] | None = None
+    sink: tuple[Node, Layout] | None = None
     masks: list[ScoreMask] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     passed: list[Node] = field(default_factory=list)
     obstacles: list[str] = field(default_factory=list)
+    is_shifted: bool = False
 
     def scale(self, factor: Factor) -> None:
         """Multiply the scores, masked as they are so far."""
         self.factors.append(factor)
+        if self.sink is not None:
+            self.obstacles.append("the scores and their sink are scaled together; scale the scores first")
         known = factor.number if factor.number is not None and factor.number > 0 else None
         for mask in self.masks:
             mask.value = None if known is None or mask.value is None else mask.value * known
 
 
 class ScoreWalk:
-    """Walks from one softmax to its product."""
+    """Walks from one softmax to its product.
 
-    def __init__(self, walker: Walker) -> None:
-        self.walker = walker
+    Args:
+        walker: Of the graph.
+        summed: The axes that the softmax runs over.
+        kept: Those of its result that are used, and where they start, if these are not all.
+    """
+
+    def __init__(self, walker: Walker, summed: Dim, kept: tuple[Dim, int] | None) -> None:
+        self.walker, self.summed, self.kept = walker, summed, kept
 
     def find(self, node: Node, layout: Layout, user: Node) -> Scores:
         """The product that a node, as `user` reads it, is made from.
@@ -138,7 +155,41 @@ class ScoreWalk:
     def _sum(self, total: Sum, node: Node, layout: Layout) -> Scores:
         orders = [(total.left, total.right)] + [(total.right, total.left)] * (total.sign == 1)
         found, other = self._first(orders, node, layout)
-        self._add(found, node, layout, other, float(total.sign))
+        if fake_tensor(other) is not None and self._is_constant(self._operand(node, layout, other)):
+            found.is_shifted = True
+            self._pass_maximum(found, other, node)
+        else:
+            self._add(found, node, layout, other, float(total.sign))
+        return found
+
+    def _is_constant(self, layout: Layout) -> bool:
+        """Whether a tensor is the same for all keys, so that a softmax takes it out again."""
+        return not {*all_leaves(layout)} & {*leaves(self.summed)}
+
+    def _pass_maximum(self, found: Scores, node: Node, user: Node) -> None:
+        """Note the nodes of a maximum of the scores, which may be left without use."""
+        largest = find_reduction(self.walker.current(node, user, found.obstacles), "max", "amax")
+        if largest is not None:
+            found.passed += largest.nodes
+
+    def _tanh(self, tanh: Tanh, node: Node, layout: Layout) -> Scores:
+        found = self.find(tanh.source, layout, node)
+        if found.inner is not None or found.masks or found.sink is not None or found.is_shifted:
+            found.obstacles.append("the scores are capped by tanh after more than scaling; mask them afterwards")
+        found.inner, found.factors = found.factors, []
+        return found
+
+    def _concatenated(self, joined: Concatenated, node: Node, layout: Layout) -> Scores:
+        """Scores beside a logit that is dropped after the softmax."""
+        if self.kept is None or leaves(layout[joined.dim]) != leaves(self.summed) or len(joined.sources) != 2:
+            raise NotAttention
+        keys, start = self.kept
+        scores, sink = joined.sources if start == 0 else joined.sources[::-1]
+        count = math.prod(axis.size for axis in leaves(keys))
+        if start > 1 or not is_size(_size(sink, joined.dim), 1) or not is_size(_size(scores, joined.dim), count):
+            raise NotAttention
+        found = self.find(scores, (*layout[: joined.dim], keys, *layout[joined.dim + 1 :]), node)
+        found.sink = sink, (*layout[: joined.dim], (), *layout[joined.dim + 1 :])
         return found
 
     def _scaled(self, scaled: Scaled, node: Node, layout: Layout) -> Scores:
@@ -173,6 +224,7 @@ class ScoreWalk:
 
     def _add(self, found: Scores, node: Node, layout: Layout, other: Any, factor: float | Node | None) -> None:
         """Note what is added to scores; a number that is added to all of them changes nothing."""
+        found.is_shifted = True
         if factor == 0 and operation_name(other) in ("empty", "new_empty", "empty_like"):
             found.passed.append(other)
         elif fake_tensor(other) is not None and factor != 0:
@@ -207,4 +259,13 @@ class ScoreWalk:
         Sum: _sum,
         Scaled: _scaled,
         Filled: _filled,
+        Tanh: _tanh,
+        Concatenated: _concatenated,
     }
+
+
+def _size(node: Node, dim: int) -> Size:
+    tensor = fake_tensor(node)
+    if tensor is None:
+        raise Misaligned
+    return tensor.shape[dim]

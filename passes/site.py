@@ -24,6 +24,8 @@ class AttentionSite:
         masks: What masks the scores, all together.
         is_causal: Whether query i sees only the keys up to i, counted from the top left.
         scale: The factors of the logits, or None for D ** -0.5.
+        softcap: The factors of c in ``c * tanh(logits / c)``; None without a soft-cap.
+        sinks: [Hq], a logit for each head beside those of the keys; None without.
         enable_gqa: Whether fewer key heads than query heads are allowed.
         dropout_p: The dropout probability, or a node that holds it.
         output: The tensor methods that turn [B, Hq, Lq, Dv] into the layout of `node`.
@@ -39,6 +41,8 @@ class AttentionSite:
     masks: tuple[MaskTerm, ...] = ()
     is_causal: bool | Node = False
     scale: tuple[Factor, ...] | None = None
+    softcap: tuple[Factor, ...] | None = None
+    sinks: Input | None = None
     enable_gqa: bool | Node = False
     dropout_p: float | Node = 0.0
     output: tuple[Step, ...] = ()

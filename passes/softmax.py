@@ -1,4 +1,4 @@
-"""Recognises a softmax, also where it is written out as exp(x - max(x)) / sum(exp(x - max(x)))."""
+"""Recognises a softmax, also where it is written out as exp(x) / sum(exp(x))."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .operations import Scaled, Softmax, Sum, operation_name, read_operation
+from .operations import Scaled, Softmax, operation_name, read_operation
 from .values import are_tensors, fake_tensor
 from .walk import Walker
 
@@ -34,31 +34,16 @@ def find_softmax(node: Node, walker: Walker) -> FoundSoftmax | None:
     if not isinstance(operation, Scaled) or not operation.inverted or not are_tensors(*node.args[:2]):
         return None
     dividend, total = (walker.value(item, node) for item in (operation.source, operation.factor))
-    summed = _reduction(total, "sum")
+    summed = find_reduction(total, "sum")
     if summed is None or operation_name(dividend) not in ("exp", "exp_"):
         return None
-    if walker.value(summed.source, summed.nodes[-1]) is not dividend:
+    if walker.value(summed.source, summed.nodes[-1]) is not dividend or not are_tensors(*dividend.args[:1]):
         return None
-    return _exponential(walker, dividend, summed.dim, (node, *summed.nodes, dividend))
-
-
-def _exponential(walker: Walker, node: Node, dim: int, nodes: tuple[Node, ...]) -> FoundSoftmax | None:
-    """The softmax that is made from an exponential, of a difference from the maximum or not."""
-    if not are_tensors(*node.args[:1]):
-        return None
-    shifted = walker.value(node.all_input_nodes[0], node)
-    operation = read_operation(shifted)
-    if isinstance(operation, Sum) and operation.sign == -1 and are_tensors(operation.left, operation.right):
-        largest = _reduction(walker.value(operation.right, shifted), "max", "amax")
-        if largest is not None and largest.dim == dim:
-            compared = walker.value(largest.source, largest.nodes[-1])
-            if compared is walker.value(operation.left, shifted):
-                return FoundSoftmax(operation.left, shifted, dim, (*nodes, shifted, *largest.nodes))
-    return FoundSoftmax(shifted, node, dim, nodes)
+    return FoundSoftmax(dividend.all_input_nodes[0], dividend, summed.dim, (node, *summed.nodes, dividend))
 
 
 @dataclass(frozen=True)
-class _Reduction:
+class Reduction:
     """A reduction of `source` that keeps the dimension `dim`; the last of `nodes` reads the source."""
 
     source: Node
@@ -66,7 +51,8 @@ class _Reduction:
     nodes: tuple[Node, ...]
 
 
-def _reduction(node: Node, *names: str) -> _Reduction | None:
+def find_reduction(node: Node, *names: str) -> Reduction | None:
+    """The reduction that a node is, if it is one of these names."""
     nodes: tuple[Any, ...] = (node,)
     if operation_name(node) in ("getitem", "getattr") and node.args[1] in (0, "values"):
         # Only the maximum along a dimension is a pair, of values and indices.
@@ -79,7 +65,7 @@ def _reduction(node: Node, *names: str) -> _Reduction | None:
     tensor = fake_tensor(source)
     if tensor is None or not isinstance(dim, int) or keepdim is not True:
         return None
-    return _Reduction(source, dim % tensor.dim(), nodes)
+    return Reduction(source, dim % tensor.dim(), nodes)
 
 
 def _arguments(node: Node) -> tuple[Any, Any, Any]:
