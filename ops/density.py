@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import torch
 
-from .geometry import round_up
+from .geometry import Geometry, round_up
 
 
-def dense_pairs(queries: int, keys: int, is_causal: bool, causal_offset: int, tile: int) -> int:
-    """The (query, key) pairs that a dense kernel visits for one head, in tiles and blocks of keys."""
+def dense_pairs(
+    queries: int, keys: int, is_causal: bool, causal_offset: int, tile: int, window: int | None = None
+) -> int:
+    """The (query, key) pairs that a dense kernel visits for one head, in tiles and blocks of keys.
+
+    Such a kernel skips what the causal mask or the window hides from a whole tile, and nothing for other terms.
+    """
+    dense = Geometry(
+        queries, keys, is_causal, causal_offset, window, segment=tile, tile=tile, near_keys=0, last_queries=queries
+    )
     total = 0
-    for first in range(0, queries, tile):
-        end = min(first + tile, queries)
-        seen = min(keys, max(0, end + causal_offset)) if is_causal else keys
-        total += (end - first) * round_up(seen)
+    for index in range(dense.tiles):
+        _, low, high = dense.span(index)
+        total += min(tile, queries - index * tile) * round_up(high - low)
     return total
 
 
 def density(
-    visited: torch.Tensor, queries: int, keys: int, is_causal: bool, causal_offset: int, tile: int
+    visited: torch.Tensor,
+    queries: int,
+    keys: int,
+    is_causal: bool,
+    causal_offset: int,
+    tile: int,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Visited pairs [B, Hq, tiles] over the pairs that a dense kernel visits, per batch and head: [B, Hq]."""
-    return visited.sum(-1) / max(1, dense_pairs(queries, keys, is_causal, causal_offset, tile))
+    return visited.sum(-1) / max(1, dense_pairs(queries, keys, is_causal, causal_offset, tile, window))

@@ -1,46 +1,67 @@
 """Which keys a segment of queries attends densely, and which it ranks.
 
-A segment of queries [first_row, end_row) attends the keys of its *dense span* [low, high) one by one, under the
-causal mask. The keys outside it that all of its rows may see are its *history*: [0, low), and without a causal mask
-also [high, Lk). Both ends of the span are multiples of `BLOCK`, so that the history is whole blocks, unless they
-end at the last key.
+A segment of queries [first_row, end_row) attends the keys of its *dense span* [low, high) one by one, masked. The
+keys outside it that some of its rows may see are its *history*: [start, low), and without a causal mask also
+[high, Lk). `start` is 0, or with a window the first block that the window reaches from the first row. All of
+them are multiples of `BLOCK`, so that the history is whole blocks, unless they end at the last key. The causal mask
+hides none of the history from any row; the window, documents and masks may.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from .config import S2OConfig
+from .visibility import Visibility
 
 BLOCK = 64
 
 Count = TypeVar("Count", int, torch.Tensor)
 
 
+class Span(NamedTuple):
+    """Where a segment's history starts, and its dense span [low, high)."""
+
+    start: int
+    low: int
+    high: int
+
+
 @dataclass(frozen=True)
 class Geometry:
-    """The lengths of a call, its causal mask, and the parts of the configuration that place spans.
+    """The lengths of a call, its causal mask and window, and the parts of the configuration that place spans.
 
-    `is_causal` lets query i see the keys up to i + `offset`. Lengths may be symbolic.
+    `is_causal` lets query i see the keys up to i + `offset`, `window` those after i + `offset` - `window`. Lengths may
+    be symbolic.
     """
 
     queries: int
     keys: int
     is_causal: bool
     offset: int
+    window: int | None
     segment: int
     tile: int
     near_keys: int
     last_queries: int
 
     @classmethod
-    def of(cls, query: torch.Tensor, key: torch.Tensor, is_causal: bool, offset: int, config: S2OConfig) -> Geometry:
+    def of(cls, query: torch.Tensor, key: torch.Tensor, visibility: Visibility, config: S2OConfig) -> Geometry:
         """The geometry of attention between `query` [B, Hq, Lq, D] and `key` [B, Hkv, Lk, D]."""
-        lengths = query.shape[2], key.shape[2]
-        return cls(*lengths, is_causal, offset, config.segment, config.tile, config.near_keys, config.last_queries)
+        return cls(
+            queries=query.shape[2],
+            keys=key.shape[2],
+            is_causal=visibility.is_causal,
+            offset=visibility.causal_offset,
+            window=visibility.window,
+            segment=config.segment,
+            tile=config.tile,
+            near_keys=config.near_keys,
+            last_queries=config.last_queries,
+        )
 
     @property
     def segments(self) -> int:
@@ -57,18 +78,29 @@ class Geometry:
         """How many segments come before those that hold the last, densely attended queries."""
         return max(0, self.queries - self.last_queries) // self.segment if self.last_queries else self.segments
 
-    def span(self, segment: int) -> tuple[int, int]:
-        """The dense span [low, high) of a segment."""
+    def span(self, segment: int) -> Span:
+        """The history's start and the dense span of a segment."""
         first = segment * self.segment
         end = min(first + self.segment, self.queries)
+        start = 0
+        if self.window is not None:
+            start = self._clip(first + self.offset - self.window + 1) // BLOCK * BLOCK
         if segment >= self.ranked_segments:
-            low, high = 0, self.keys
+            low, high = start, self.keys
         else:
-            low = self._clip(first + self.offset - self.near_keys) // BLOCK * BLOCK
+            low = max(start, self._clip(first + self.offset - self.near_keys) // BLOCK * BLOCK)
             high = self._clip(-(-self._clip(end + self.offset + self.near_keys) // BLOCK) * BLOCK)
         if self.is_causal:
             high = self._clip(end + self.offset)
-        return low, max(low, high)
+        return Span(start, low, max(low, high))
+
+    def history(self, positions: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
+        """Which of the key positions [N] are in the histories of segments with these spans [S, 3]: [S, N]."""
+        start, low, high = spans[:, :, None].unbind(1)
+        history = positions < low
+        if self.window is not None:
+            history = history & (positions >= start)
+        return history if self.is_causal else history | (positions >= high)
 
     def tile_end(self, tile: int, high: int) -> int:
         """The end of the keys that some row of a tile sees, given the end of its segment's dense span."""
@@ -77,7 +109,7 @@ class Geometry:
         return self._clip(min((tile + 1) * self.tile, self.queries) + self.offset)
 
     def history_blocks(self, low: Count, high: Count) -> Count:
-        """How many blocks of keys the history of a segment with dense span [low, high) has."""
+        """How many blocks of keys the history of a segment with dense span [low, high) has, without a window."""
         before = low // BLOCK
         return before if self.is_causal else before + -(-(self.keys - high) // BLOCK)
 

@@ -17,9 +17,13 @@ from . import cpu
 from .choice import choose_sparse
 from .config import S2OConfig
 from .dense import dense_attention
-from .geometry import Geometry
 from .result import AttentionResult
+from .sinks import add_sinks
 from .validation import validate
+from .visibility import Visibility
+
+_EVERY_QUERY = 2**62
+"""As `last_queries`: no query is ranked for."""
 
 _TYPES = {"float": "float", "int": "int", "int | None": "int?", "str": "str", "bool": "bool"}
 
@@ -34,7 +38,9 @@ _FIELDS = ", ".join(
 )
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, bool is_causal=False, SymInt causal_offset=0, "
-    f"Tensor? key_padding=None, float? scale=None, *, {_FIELDS})"
+    "Tensor? key_padding=None, float? scale=None, SymInt? window=None, Tensor? query_documents=None, "
+    "Tensor? key_documents=None, Tensor? mask=None, float softcap=0.0, Tensor? sinks=None, "
+    f"*, {_FIELDS})"
 )
 _RESULT = "(Tensor output, Tensor lse, Tensor visited)"
 
@@ -44,7 +50,8 @@ library.define(f"attention_stats{SCHEMA} -> {_RESULT}")
 library.define(f"attention_dynamic{SCHEMA} -> Tensor")
 library.define(
     "sparse(Tensor query, Tensor key, Tensor value, bool is_causal, SymInt causal_offset, Tensor? key_padding, "
-    f"float scale, str settings) -> {_RESULT}"
+    "SymInt? window, Tensor? query_documents, Tensor? key_documents, Tensor? mask, float scale, float softcap, "
+    f"str settings) -> {_RESULT}"
 )
 
 
@@ -56,11 +63,21 @@ def attention(
     causal_offset: int = 0,
     key_padding: torch.Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    query_documents: torch.Tensor | None = None,
+    key_documents: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     **fields: Any,
 ) -> torch.Tensor:
     """Attention that visits keys in order of importance and stops when the rest no longer matters.
 
-    Calls that are short (`S2OConfig.min_length`) or shaped like decoding run SDPA.
+    Calls that are short (`S2OConfig.min_length`) or shaped like decoding run dense: SDPA, or for a soft cap or sinks,
+    which it lacks, the sparse implementation with every key in the dense span.
+
+    A query sees a key where `is_causal`, `key_padding`, `window`, documents and `mask` all allow it. With documents
+    or a `mask`, every query is a guide (`pool` is 1); with these or a `window`, a tail of "means" is sampled.
 
     Args:
         query: [B, Hq, Lq, D], float16, bfloat16 or float32; D up to 256.
@@ -70,6 +87,13 @@ def attention(
         causal_offset: 0 counts from the top left, as SDPA does; Lk - Lq suits a chunk that continues a cache.
         key_padding: [B, Lk] boolean, True for keys that may be attended; None for all.
         scale: Factor of the logits, by default D ** -0.5.
+        window: Query i sees only keys j with i + `causal_offset` - j < `window`, at least 1; None for no window.
+            Without `is_causal` this bounds the keys from below only.
+        query_documents: [B, Lq] int32 or int64, with `key_documents`: a query sees the keys of equal id only.
+        key_documents: [B, Lk] int32 or int64.
+        mask: Boolean, broadcastable to [B, Hq, Lq, Lk], True for pairs that may attend.
+        softcap: The scaled logits become `softcap` * tanh(logits / `softcap`) (Gemma 2, arXiv 2408.00118); 0 for none.
+        sinks: [Hq], a logit per head that enters the softmax's denominator without a value (gpt-oss).
         **fields: The fields of `S2OConfig`.
 
     Returns:
@@ -77,19 +101,17 @@ def attention(
 
     Raises:
         TypeError: A dtype or a field's type is not supported.
-        ValueError: Shapes, devices or a field's value do not fit, or a gradient is asked for.
+        ValueError: Shapes, devices or a value do not fit, or a gradient is asked for.
     """
-    config = S2OConfig(**fields)
-    query, key, value = _autocast(query, key, value)
-    validate(query, key, value, key_padding, scale)
-    sparse = choose_sparse(query, key, config)
+    terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
+    call = _Call.of(query, key, value, terms, scale, softcap, sinks, fields)
+    sparse = choose_sparse(call.query, call.key, call.config)
     if sparse is None:
         return torch.ops.s2o.attention_dynamic(
-            query, key, value, is_causal, causal_offset, key_padding, scale, **fields
-        )
-    if not sparse:
-        return _dense(query, key, value, is_causal, causal_offset, key_padding, scale)
-    return _sparse(query, key, value, is_causal, causal_offset, key_padding, scale, config).output
+            call.query, call.key, call.value, is_causal, causal_offset, key_padding, scale, window, query_documents,
+            key_documents, mask, softcap, sinks, **fields,
+        )  # fmt: skip
+    return call.sparse().output if sparse else call.dense()
 
 
 def attention_stats(
@@ -100,66 +122,82 @@ def attention_stats(
     causal_offset: int = 0,
     key_padding: torch.Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    query_documents: torch.Tensor | None = None,
+    key_documents: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     **fields: Any,
 ) -> AttentionResult:
     """`attention`, with log-sum-exp [B, Hq, Lq] (float32) and visited work [B, Hq, tiles] (int64, pairs).
 
     Where `attention` would run SDPA, this visits every key in the dense span instead, so that it can count.
     """
-    config = S2OConfig(**fields)
-    query, key, value = _autocast(query, key, value)
-    validate(query, key, value, key_padding, scale)
-    if choose_sparse(query, key, config) is False:
-        config = dataclasses.replace(config, last_queries=max(1, query.shape[2]))
-    return _sparse(query, key, value, is_causal, causal_offset, key_padding, scale, config)
+    terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
+    call = _Call.of(query, key, value, terms, scale, softcap, sinks, fields)
+    return call.spans() if choose_sparse(call.query, call.key, call.config) is False else call.sparse()
 
 
-def attention_dynamic(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    is_causal: bool = False,
-    causal_offset: int = 0,
-    key_padding: torch.Tensor | None = None,
-    scale: float | None = None,
-    **fields: Any,
-) -> torch.Tensor:
+def attention_dynamic(*arguments: Any, **options: Any) -> torch.Tensor:
     """`attention`, opaque to the compiler, with the output in one layout whatever is chosen."""
-    output = attention(query, key, value, is_causal, causal_offset, key_padding, scale, **fields)
+    output = attention(*arguments, **options)
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _dense(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    is_causal: bool,
-    causal_offset: int,
-    key_padding: torch.Tensor | None,
-    scale: float | None,
-) -> torch.Tensor:
-    if 0 in (*query.shape, *key.shape, *value.shape):
-        return query.new_zeros(*query.shape[:3], value.shape[3])
-    return dense_attention(query, key, value, is_causal, causal_offset, key_padding, scale)
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The arguments of a call, validated and in the form in which the implementations take them."""
 
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    visibility: Visibility
+    scale: float | None
+    softcap: float
+    sinks: torch.Tensor | None
+    config: S2OConfig
 
-def _sparse(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    is_causal: bool,
-    causal_offset: int,
-    key_padding: torch.Tensor | None,
-    scale: float | None,
-    config: S2OConfig,
-) -> AttentionResult:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    settings = json.dumps(config.arguments())
-    arguments = (query, key, value, is_causal, causal_offset, key_padding, scale, settings)
-    symbolic = any(isinstance(size, torch.SymInt) for size in (*query.shape, *key.shape, causal_offset))
-    if query.device.type == "cpu" or symbolic:
-        return AttentionResult(*torch.ops.s2o.sparse(*arguments))
-    return AttentionResult(*_sparse_triton(*arguments))
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        terms: Visibility,
+        scale: float | None,
+        softcap: float,
+        sinks: torch.Tensor | None,
+        fields: dict[str, Any],
+    ) -> _Call:
+        config = S2OConfig(**fields)
+        query, key, value = _autocast(query, key, value)
+        validate(query, key, value, terms, scale, softcap, sinks)
+        if terms.mask is not None:
+            terms = terms._replace(mask=terms.mask[(None,) * (4 - terms.mask.dim())])
+        terms = terms.simplified(query.shape[2], key.shape[2])
+        return cls(query, key, value, terms, scale, softcap, sinks, config)
+
+    def dense(self) -> torch.Tensor:
+        if self.softcap or self.sinks is not None:
+            return self.spans().output
+        if 0 in (*self.query.shape, *self.key.shape, *self.value.shape):
+            return self.query.new_zeros(*self.query.shape[:3], self.value.shape[3])
+        return dense_attention(self.query, self.key, self.value, self.visibility, self.scale)
+
+    def spans(self) -> AttentionResult:
+        """Attend every key in the dense span."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, last_queries=_EVERY_QUERY)).sparse()
+
+    def sparse(self) -> AttentionResult:
+        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        settings = json.dumps(self.config.arguments())
+        arguments = (self.query, self.key, self.value, *self.visibility, scale, self.softcap, settings)
+        sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
+        symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
+        opaque = self.query.device.type == "cpu" or symbolic
+        result = AttentionResult(*(torch.ops.s2o.sparse if opaque else _sparse_triton)(*arguments))
+        return result if self.sinks is None else add_sinks(result, self.sinks)
 
 
 def _sparse_triton(*arguments: Any) -> tuple[torch.Tensor, ...]:
@@ -168,19 +206,10 @@ def _sparse_triton(*arguments: Any) -> tuple[torch.Tensor, ...]:
     return sparse_triton(*arguments)
 
 
-def _sparse_cpu(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    is_causal: bool,
-    causal_offset: int,
-    key_padding: torch.Tensor | None,
-    scale: float,
-    settings: str,
-) -> AttentionResult:
+def _sparse_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> AttentionResult:
+    *terms, scale, softcap, settings = rest
     config = S2OConfig(**json.loads(settings))
-    geometry = Geometry.of(query, key, is_causal, causal_offset, config)
-    return cpu.sparse_attention(query, key, value, geometry, key_padding, scale, config)
+    return cpu.sparse_attention(query, key, value, Visibility(*terms), scale, softcap, config)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

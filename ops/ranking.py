@@ -8,15 +8,18 @@ import torch
 
 from .config import S2OConfig
 from .geometry import Geometry
+from .softmax import soft_cap
+from .visibility import Visibility
 
 
 def sorted_history(
     guides: torch.Tensor,
     key: torch.Tensor,
-    key_padding: torch.Tensor | None,
+    visibility: Visibility,
     segments: range,
     geometry: Geometry,
     scale: float,
+    softcap: float,
     config: S2OConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sort the history of each segment by its importance, one list per head.
@@ -24,42 +27,46 @@ def sorted_history(
     Args:
         guides: [B, Hkv, G, n, D], of the segments alone.
         key: [B, Hkv, Lk, D].
-        key_padding: [B, Lk] boolean or None.
+        visibility: Which keys each query sees; a guide sees what its first query sees.
         segments: Which segments.
         geometry: Places the spans.
         scale: Factor of the logits.
+        softcap: Bound of the logits, 0 for none.
         config: The rule.
 
     Returns:
         Keys to visit [B, Hkv, G, segments, Lk] int32, and how many of them count [B, Hkv, G, segments] int32.
     """
     per_segment = config.segment // config.pool
-    padding = len(segments) * per_segment - guides.shape[3]
-    starts = torch.arange(guides.shape[3], device=key.device) * config.pool + segments.start * config.segment
-    spans = torch.tensor([geometry.span(s) for s in segments], device=key.device)
-    positions = torch.arange(geometry.keys, device=key.device)
-    of_guide = spans.repeat_interleave(per_segment, 0)[: guides.shape[3]]
-    history = _history(positions, spans, geometry)
-    exact = (positions >= of_guide[:, :1]) & (positions < of_guide[:, 1:])
-    if geometry.is_causal:
-        exact = exact & (positions <= starts[:, None] + geometry.offset)
+    batch, groups, group, count, _ = guides.shape
+    padding = len(segments) * per_segment - count
+    device = key.device
+    positions = torch.arange(geometry.keys, device=device)
+    seen = visibility.seen(
+        torch.arange(batch, device=device)[:, None, None, None, None],
+        torch.arange(groups * group, device=device).view(groups, group, 1, 1),
+        torch.arange(count, device=device)[:, None] * config.pool + segments.start * config.segment,
+        positions,
+    ).expand(batch, groups, group, count, geometry.keys)
+    spans = torch.tensor([geometry.span(s) for s in segments], device=device)
+    of_guide = spans.repeat_interleave(per_segment, 0)[:count]
+    dense = (positions >= of_guide[:, 1:2]) & (positions < of_guide[:, 2:])
     drawn = positions % config.sample == config.sample // 2
-    far = _history(positions, of_guide, geometry)
-    weight = exact + far * torch.where(positions < config.first_keys, 1, config.sample * drawn)
-    logits = (guides.float() @ key.float()[:, :, None].transpose(-1, -2)) * scale
-    if key_padding is not None:
-        weight = weight * key_padding[:, None, None, None]
-        history = history & key_padding[:, None, None, None]
+    far = geometry.history(positions, of_guide)
+    weight = (dense + far * torch.where(positions < config.first_keys, 1, config.sample * drawn)) * seen
+    logits = soft_cap((guides.float() @ key.float()[:, :, None].transpose(-1, -2)) * scale, softcap)
     lse = (logits + weight.log()).masked_fill(weight == 0, -math.inf).logsumexp(-1, keepdim=True)
-    share = torch.nn.functional.pad((logits - lse).exp(), (0, 0, 0, padding)).unflatten(3, (len(segments), -1))
-    counts = torch.full((len(segments),), per_segment, device=key.device)
-    counts[-1] -= padding
-    importance = torch.maximum(share.amax(4) * config.max_weight, share.sum(4) * (config.mean_weight / counts)[:, None])
+
+    def by_segment(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (0, 0, 0, padding)).unflatten(3, (len(segments), -1))
+
+    share = by_segment((logits - lse).exp().masked_fill(~seen, 0))
+    history = geometry.history(positions, spans) & by_segment(seen).any(4)
+    guides_of = torch.full((len(segments),), per_segment, device=device)
+    guides_of[-1] -= padding
+    importance = torch.maximum(
+        share.amax(4) * config.max_weight, share.sum(4) * (config.mean_weight / guides_of)[:, None]
+    )
     importance = importance.masked_fill(importance.isnan() | (positions < config.first_keys), math.inf)
     order = importance.masked_fill(~history, -1).argsort(dim=-1, descending=True, stable=True)
-    return order.int(), history.sum(-1).expand(importance.shape[:-1]).int()
-
-
-def _history(positions: torch.Tensor, spans: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    history = positions < spans[:, :1]
-    return history if geometry.is_causal else history | (positions >= spans[:, 1:])
+    return order.int(), history.sum(-1).int()

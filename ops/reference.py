@@ -3,9 +3,10 @@
 Every other implementation is tested against this one. It follows S2O (arXiv 2602.22575), generalised:
 
 1. The queries are cut into segments; the queries of a segment are pooled into guides (`pool_guides`).
-2. Each key of the segment's history gets an importance: the share of softmax mass that the guides give it
-   (`importance`). Keys are ranked by it, one list per query head or per KV group.
-3. Pass 1 attends the segment's dense span causally, and so initialises the online softmax.
+2. Each key of the segment's history gets an importance: the share of softmax mass that the guides that see it give
+   it (`importance`; a guide sees what its first query sees). Keys are ranked by it, one list per query head or per
+   KV group.
+3. Pass 1 attends the segment's dense span, and so initialises the online softmax. In both passes each row is masked.
 4. Pass 2 walks the list in order of importance and stops early, by one of two rules:
    "importance" stops where the importance falls below the threshold; "gain" stops after the first chunk of keys
    in which no row of the tile gained a share `threshold` of its softmax mass.
@@ -26,18 +27,19 @@ from .geometry import BLOCK, Geometry, round_up
 from .guides import pool_guides
 from .result import AttentionResult
 from .sampling import draws
-from .softmax import OnlineSoftmax
+from .softmax import OnlineSoftmax, soft_cap
+from .visibility import Visibility
 
 
 def reference_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    visibility: Visibility | None = None,
     *,
-    is_causal: bool = False,
-    causal_offset: int = 0,
-    key_padding: torch.Tensor | None = None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     config: S2OConfig | None = None,
 ) -> AttentionResult:
     """Sparse attention as specified, in plain PyTorch.
@@ -46,29 +48,36 @@ def reference_attention(
         query: [B, Hq, Lq, D].
         key: [B, Hkv, Lk, D], Hq a multiple of Hkv.
         value: [B, Hkv, Lk, Dv].
-        is_causal: Whether query i sees only the keys up to i + `causal_offset`.
-        causal_offset: See `is_causal`.
-        key_padding: [B, Lk] boolean, True for keys that may be attended; None for all.
+        visibility: Which keys each query sees, by default all.
         scale: Factor of the logits, by default D ** -0.5.
-        config: The rule; `min_length` does not matter here.
+        softcap: Bound of the logits, see `soft_cap`; 0 for none.
+        sinks: [Hq], one more logit per head in the softmax, without a value; None for none.
+        config: The rule, as far as `visibility` lets a call follow it; `min_length` does not matter here.
     """
-    config = config or S2OConfig()
+    visibility = visibility or Visibility()
+    config = visibility.ranking(config or S2OConfig())
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    geometry = Geometry.of(query, key, is_causal, causal_offset, config)
+    geometry = Geometry.of(query, key, visibility, config)
     batch, heads, length, _ = query.shape
     groups, group = key.shape[1], heads // max(1, key.shape[1])
     output = query.new_zeros(batch, heads, length, value.shape[-1])
     lse = query.new_full((batch, heads, length), -math.inf)
     visited = torch.zeros(batch, heads, geometry.tiles, dtype=torch.int64, device=query.device)
+    head, row, column = (torch.arange(size, device=query.device) for size in (heads, length, geometry.keys))
     for b in range(batch):
-        valid = torch.ones_like(key[b, 0, :, 0], dtype=torch.bool) if key_padding is None else key_padding[b]
+        seen = visibility.seen(b, head[:, None, None], row[:, None], column).expand(heads, length, geometry.keys)
         for g in range(groups):
             members = slice(g * group, (g + 1) * group)
             for segment in range(geometry.segments):
-                site = Segment(query[b, members], key[b, g], value[b, g], valid, segment, geometry, config, scale)
+                site = Segment(
+                    query[b, members], key[b, g], value[b, g], seen[members], segment, geometry, config, scale, softcap
+                )
                 for tile in site.tiles():
                     rows = slice(tile * config.tile, min((tile + 1) * config.tile, length))
                     softmax, counts = site.attend(rows, tile)
+                    if sinks is not None:
+                        sink = sinks[members, None, None].to(query.dtype).expand(-1, rows.stop - rows.start, 1)
+                        softmax.add(sink, value.new_zeros(group, 1, value.shape[-1]))
                     output[b, members, rows] = softmax.output()
                     lse[b, members, rows] = softmax.lse()
                     visited[b, members, tile] = counts
@@ -78,7 +87,7 @@ def reference_attention(
 class Segment:
     """One segment of one KV group: its ranking, and the attention of its tiles.
 
-    `query` is [G, Lq, D], of the G heads of the group; `key` [Lk, D]; `value` [Lk, Dv]; `valid` [Lk].
+    `query` is [G, Lq, D], of the G heads of the group; `key` [Lk, D]; `value` [Lk, Dv]; `seen` [G, Lq, Lk].
     """
 
     def __init__(
@@ -86,23 +95,26 @@ class Segment:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        valid: torch.Tensor,
+        seen: torch.Tensor,
         index: int,
         geometry: Geometry,
         config: S2OConfig,
         scale: float,
+        softcap: float,
     ) -> None:
-        self.query, self.key, self.value, self.valid = query, key, value, valid
-        self.geometry, self.config, self.scale = geometry, config, scale
+        self.query, self.key, self.value, self.seen = query, key, value, seen
+        self.geometry, self.config, self.scale, self.softcap = geometry, config, scale, softcap
         self.index = index
         self.rows = range(index * config.segment, min((index + 1) * config.segment, geometry.queries))
-        self.low, self.high = geometry.span(index)
-        positions = torch.arange(geometry.keys, device=key.device)
-        history = positions < self.low
-        if not geometry.is_causal:
-            history |= positions >= self.high
-        self.positions, self.history = positions, history & valid
+        span = geometry.span(index)
+        _, self.low, self.high = span
+        self.positions = torch.arange(geometry.keys, device=key.device)
+        self.history = geometry.history(self.positions, torch.tensor([span], device=key.device))[0]
         self.lists, self.log_weights = self.ranking()
+
+    def logits(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """The logits of queries [..., R, D] and keys [N, D]: [..., R, N]."""
+        return soft_cap(query @ key.T * self.scale, self.softcap)
 
     def tiles(self) -> range:
         """The tiles of this segment."""
@@ -112,9 +124,10 @@ class Segment:
         """The keys to visit in order, and the logs of what they weigh, by query head; a group may share one list."""
         heads = len(self.query)
         guides = pool_guides(self.query[:, self.rows.start : self.rows.stop], self.config)
-        starts = torch.arange(self.rows.start, self.rows.stop, self.config.pool, device=self.key.device)
-        importance = self.importance(guides, starts)
-        listed, log_weight = self.history.expand_as(importance), torch.zeros_like(importance)
+        seen = self.seen[: len(guides), self.rows.start : self.rows.stop : self.config.pool]
+        importance = self.importance(guides, seen)
+        listed = self.history & seen.unflatten(0, (len(importance), -1)).flatten(1, 2).any(1)
+        log_weight = torch.zeros_like(importance)
         if self.config.has_samples:
             probability = (importance / self.config.threshold).clamp_max(1)
             segment = torch.tensor(self.index, device=self.key.device)
@@ -130,14 +143,14 @@ class Segment:
         copies = heads // len(lists)
         return lists * copies, weights * copies
 
-    def importance(self, guides: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """The importance of every key [lists, Lk], from guides [heads, n, D] whose first positions are `starts`.
+    def importance(self, guides: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """The importance of every key [lists, Lk], from guides [heads, n, D] that see `seen` [heads, n, Lk].
 
-        NaN becomes inf: where a guide tells nothing, every key is visited.
+        NaN becomes inf: where a guide tells nothing, every key it sees is visited.
         """
         config = self.config
-        logits = (guides @ self.key.T * self.scale).masked_fill(~self.valid, -math.inf)
-        probability = (logits - self.normaliser(logits, starts)[..., None]).exp()
+        logits = self.logits(guides, self.key).masked_fill(~seen, -math.inf)
+        probability = (logits - self.normaliser(logits)[..., None]).exp().masked_fill(~seen, 0)
         if config.lists == "group":
             probability = probability.flatten(0, 1)[None]
         largest, mean = probability.amax(1) * config.max_weight, probability.mean(1) * config.mean_weight
@@ -146,12 +159,10 @@ class Segment:
         importance[:, : config.first_keys] = math.inf
         return importance
 
-    def normaliser(self, logits: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """Each guide's log-sum-exp [heads, n] over its visible keys, estimated from one in `sample` of the history."""
+    def normaliser(self, logits: torch.Tensor) -> torch.Tensor:
+        """Each guide's log-sum-exp [heads, n], from its dense span, the first keys and one in `sample` of the rest."""
         first, sample = self.config.first_keys, self.config.sample
         dense = (self.positions >= self.low) & (self.positions < self.high)
-        if self.geometry.is_causal:
-            dense = dense & (self.positions <= starts[:, None] + self.geometry.offset)
         drawn = self.history & (self.positions >= first) & (self.positions % sample == sample // 2)
         exact = dense | (self.history & (self.positions < first))
         weight = exact.to(logits.dtype) + sample * drawn
@@ -170,20 +181,18 @@ class Segment:
     def attend_head(self, head: int, rows: slice, end: int) -> tuple[OnlineSoftmax, int]:
         """Both passes for one head of a tile; also the keys visited, counted in blocks."""
         query, ranked, log_weight = self.query[head, rows], self.lists[head], self.log_weights[head]
+        seen, dense = self.seen[head, rows], slice(self.low, end)
         softmax = OnlineSoftmax.empty(query, self.value.shape[-1])
-        seen = self.valid[self.low : end].expand(len(query), -1)
-        if self.geometry.is_causal:
-            last = torch.arange(rows.start, rows.stop, device=query.device) + self.geometry.offset
-            seen = seen & (self.positions[self.low : end] <= last[:, None])
         if end > self.low:
-            logits = query @ self.key[self.low : end].T * self.scale
-            softmax.add(logits.masked_fill(~seen, -math.inf), self.value[self.low : end])
+            logits = self.logits(query, self.key[dense])
+            softmax.add(logits.masked_fill(~seen[:, dense], -math.inf), self.value[dense])
         keys = round_up(max(0, end - self.low))
         chunk = self.config.chunk if self.config.stop == "gain" else max(1, len(ranked))
         for start in range(0, len(ranked), chunk):
             part = slice(start, start + chunk)
             index = ranked[part]
-            gain = softmax.add(query @ self.key[index].T * self.scale + log_weight[part], self.value[index])
+            logits = self.logits(query, self.key[index]) + log_weight[part]
+            gain = softmax.add(logits.masked_fill(~seen[:, index], -math.inf), self.value[index])
             keys += round_up(len(index))
             if self.config.stop == "gain" and bool((gain < self.config.threshold).all()):
                 break
@@ -195,15 +204,16 @@ class Segment:
     def means(self, query: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [R, blocks] and values [blocks, Dv] of the block means that stand for keys not listed.
 
-        A block's mean is over all its valid keys; its weight is the number of them that were not listed.
+        A block's mean is over all its keys in the history; its weight is the number of them that were not listed.
         """
-        skipped = self.history.clone()
+        history = self.history & self.seen[:, self.rows.start : self.rows.stop].any(1).any(0)
+        skipped = history.clone()
         skipped[ranked] = False
         blocks = self.positions // BLOCK
         members = torch.nn.functional.one_hot(blocks).T.to(query.dtype)
-        share = members * self.valid / (members * self.valid).sum(-1, keepdim=True).clamp_min(1)
+        share = members * history / (members * history).sum(-1, keepdim=True).clamp_min(1)
         # A product with zero would spread a NaN of one key to all blocks.
         means = [torch.stack([row[row > 0] @ x[row > 0] for row in share]) for x in (self.key, self.value)]
         count = members @ skipped.to(query.dtype)
         used = count > 0
-        return query @ means[0][used].T * self.scale + count[used].log(), means[1][used]
+        return self.logits(query, means[0][used]) + count[used].log(), means[1][used]

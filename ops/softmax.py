@@ -1,4 +1,4 @@
-"""The online softmax, as the specification spells it out."""
+"""The soft cap of logits, and the online softmax as the specification spells it out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+
+
+def soft_cap(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """`softcap` * tanh(logits / `softcap`), as in Gemma 2 (arXiv 2408.00118); the logits themselves where it is 0."""
+    return softcap * (logits / softcap).tanh() if softcap else logits
 
 
 @dataclass

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .visibility import Visibility
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -14,14 +17,16 @@ def validate(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    key_padding: torch.Tensor | None,
+    visibility: Visibility,
     scale: float | None,
+    softcap: float,
+    sinks: torch.Tensor | None,
 ) -> None:
-    """Check the tensors and the scale of a call; shapes as in `ops.operator`.
+    """Check the tensors and numbers of a call; shapes as in `ops.operator`.
 
     Raises:
         TypeError: A tensor has a dtype that is not supported.
-        ValueError: Ranks, shapes, devices or the scale do not fit, or a gradient is asked for.
+        ValueError: Ranks, shapes, devices or a number do not fit, or a gradient is asked for.
     """
     tensors = {"query": query, "key": key, "value": value}
     for name, tensor in tensors.items():
@@ -49,26 +54,75 @@ def validate(
         raise ValueError(
             f"query must have a positive multiple of the heads of key ({key.shape[1]}), not {query.shape[1]} heads"
         )
-    if key_padding is not None:
-        _validate_padding(key_padding, key)
+    _validate_visibility(query, key, visibility)
     if isinstance(scale, (int, float)) and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")
+    if isinstance(softcap, (int, float)) and not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be a finite number, at least 0 (0 for none), not {softcap}")
+    if sinks is not None:
+        _validate_sinks(sinks, query)
+        tensors["sinks"] = sinks
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
         raise ValueError(
-            "query, key and value must not require gradients: s2o.attention has no backward; "
+            "query, key, value and sinks must not require gradients: s2o.attention has no backward; "
             "call it under torch.no_grad() or torch.inference_mode(), or detach its inputs"
         )
 
 
-def _validate_padding(key_padding: torch.Tensor, key: torch.Tensor) -> None:
-    if key_padding.dtype != torch.bool:
-        raise TypeError(f"key_padding must be boolean, True for keys to attend, not {_short(key_padding.dtype)}")
-    if key_padding.dim() != 2 or key_padding.shape[0] != key.shape[0] or key_padding.shape[1] != key.shape[2]:
+def _validate_visibility(query: torch.Tensor, key: torch.Tensor, visibility: Visibility) -> None:
+    queries, keys = query.shape[2], key.shape[2]
+    if visibility.key_padding is not None:
+        if visibility.key_padding.dtype != torch.bool:
+            kind = _short(visibility.key_padding.dtype)
+            raise TypeError(f"key_padding must be boolean, True for keys to attend, not {kind}")
+        _validate_by_position("key_padding", visibility.key_padding, query, "keys", keys)
+    if visibility.window is not None and statically_known_true(visibility.window < 1):
+        raise ValueError(f"window must be at least 1, or None for no window, not {visibility.window}")
+    documents = {"query_documents": visibility.query_documents, "key_documents": visibility.key_documents}
+    given = [name for name, tensor in documents.items() if tensor is not None]
+    if len(given) == 1:
+        raise ValueError(f"query_documents and key_documents must be given together, not {given[0]} alone")
+    for (name, tensor), length in zip(documents.items(), (queries, keys), strict=True):
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, not {_short(tensor.dtype)}")
+        _validate_by_position(name, tensor, query, "queries" if name == "query_documents" else "keys", length)
+    if visibility.mask is not None:
+        _validate_mask(visibility.mask, query, keys)
+
+
+def _validate_by_position(name: str, tensor: torch.Tensor, query: torch.Tensor, what: str, length: int) -> None:
+    batch = query.shape[0]
+    if tensor.dim() != 2 or tensor.shape[0] != batch or tensor.shape[1] != length:
+        raise ValueError(f"{name} must be [batch, {what}] ({batch}, {length}), not {tuple(tensor.shape)}")
+    _validate_device(name, tensor, query)
+
+
+def _validate_mask(mask: torch.Tensor, query: torch.Tensor, keys: int) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, True for pairs that may attend, not {_short(mask.dtype)}")
+    full = (*query.shape[:3], keys)
+    sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+    if not 1 <= mask.dim() <= 4 or any(size != 1 and size != whole for size, whole in sizes):
         raise ValueError(
-            f"key_padding must be [batch, keys] ({key.shape[0]}, {key.shape[2]}), not {tuple(key_padding.shape)}"
+            f"mask must have 1 to 4 dimensions and broadcast to [batch, heads, queries, keys] {full}, "
+            f"not {tuple(mask.shape)}"
         )
-    if key_padding.device != key.device:
-        raise ValueError(f"key_padding must be on the device of query ({key.device}), not {key_padding.device}")
+    _validate_device("mask", mask, query)
+
+
+def _validate_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks must be floating, not {_short(sinks.dtype)}")
+    if sinks.dim() != 1 or sinks.shape[0] != query.shape[1]:
+        raise ValueError(f"sinks must be [heads of query] ({query.shape[1]},), not {tuple(sinks.shape)}")
+    _validate_device("sinks", sinks, query)
+
+
+def _validate_device(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on the device of query ({query.device}), not {tensor.device}")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -96,5 +96,6 @@ def _count(
     decision: Decision, visited: torch.Tensor, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]
 ) -> None:
     lengths = query.shape[2], key.shape[2]
-    dense = dense_pairs(*lengths, kwargs["is_causal"], kwargs["causal_offset"], kwargs["tile"])
+    mask = kwargs["is_causal"], kwargs["causal_offset"]
+    dense = dense_pairs(*lengths, *mask, kwargs["tile"], kwargs.get("window"))
     decision.add_measurement(visited.sum((0, 2)).tolist(), dense * query.shape[0])

@@ -30,19 +30,18 @@ class Attention:
         self.key, self.value = group.key, group.value
         if self.config.has_means:
             self.key, self.value = (torch.cat([x, block_means(x, group.valid)]) for x in (group.key, group.value))
-        self.seen_bias, self.unseen_bias = group.key.new_tensor([0.0, -math.inf])
         tile = self.config.tile
         padded = pad(group.query, (0, 0, 0, -self.geometry.queries % tile))
         self.query = padded.unflatten(1, (-1, tile)).transpose(0, 1).contiguous()
         tiles = torch.arange(self.geometry.tiles)
         segments = tiles // (self.config.segment // tile)
-        low, high = group.spans[segments].unbind(1)
-        rows = tiles[:, None] * tile + torch.arange(tile)
+        _, low, high = group.spans[segments].unbind(1)
+        self.rows = tiles[:, None] * tile + torch.arange(tile)
         end = high
         if self.geometry.is_causal:
-            last = rows[:, -1].clamp_max(self.geometry.queries - 1) + self.geometry.offset
+            last = self.rows[:, -1].clamp_max(self.geometry.queries - 1) + self.geometry.offset
             end = (last + 1).clamp(0, self.geometry.keys).maximum(low)
-        self.output, self.lse = self.spans(self.query, rows, low, end)
+        self.output, self.lse = self.spans(self.query, self.rows, low, end)
         self.keys = round_up(end - low)[:, None].repeat(1, group.heads)
 
     def guide_lse(self) -> torch.Tensor:
@@ -52,7 +51,7 @@ class Attention:
             lse = self.lse.transpose(0, 1).flatten(1)[:, : self.geometry.queries]
             return self.group.by_segment(lse[..., None])[..., 0]
         rows = (torch.arange(guides.shape[1] * guides.shape[2]) * pool).view(guides.shape[1:3])
-        return self.spans(guides.transpose(0, 1), rows, *self.group.spans.unbind(1))[1].transpose(0, 1)
+        return self.spans(guides.transpose(0, 1), rows, *self.group.spans[:, 1:].unbind(1))[1].transpose(0, 1)
 
     def spans(
         self, query: torch.Tensor, rows: torch.Tensor, low: torch.Tensor, end: torch.Tensor
@@ -62,13 +61,10 @@ class Attention:
         lse = query.new_full(query.shape[:3], -math.inf)
         for units in batches(end - low):
             keys = low[units, None] + torch.arange(int((end - low)[units].max()))
-            seen = (keys < end[units, None])[:, None]
-            if self.geometry.is_causal:
-                seen = seen & (keys[:, None] <= rows[units, :, None] + self.geometry.offset)
+            inside = keys < end[units, None]
             keys = keys.clamp_max(self.geometry.keys - 1)
-            if self.group.valid is not None:
-                seen = seen & self.group.valid[keys][:, None]
-            bias = torch.where(seen, self.seen_bias, self.unseen_bias)
+            bias = torch.where(inside, self.key.new_zeros(()), -math.inf)
+            bias = self.mask(bias, torch.arange(query.shape[1]), rows[units], keys)
             output[units], lse[units] = self.gather(query[units], keys, bias)
         return output, lse
 
@@ -92,7 +88,7 @@ class Attention:
         """Let block means stand for the keys left out, in the tiles from `first` on, of these segments [U]."""
         left = lists.left_per_block().flatten(0, 1)
         left = left[segment * self.group.lists + torch.arange(len(segment)) % self.group.lists]
-        low, high = self.group.spans[lists.segments.start + segment].unbind(1)
+        _, low, high = self.group.spans[lists.segments.start + segment].unbind(1)
         size = round_up(self.geometry.history_blocks(low, high))
         for units in batches(torch.full((len(segment),), left.shape[1])):
             blocks = (self.geometry.keys + torch.arange(left.shape[1])).expand(len(units), -1)
@@ -103,7 +99,8 @@ class Attention:
         while len(places):
             size = count.clamp_max(self.config.chunk)
             gain = self.add(places, *listed(lists, start, size), round_up(size))
-            goes_on = (gain >= self.config.threshold).flatten(1).any(1) & (count > size)
+            real = self.rows[places // self.group.lists, None] < self.geometry.queries
+            goes_on = (real & ~(gain < self.config.threshold)).flatten(1).any(1) & (count > size)
             places, start, count = places[goes_on], (start + size)[goes_on], (count - size)[goes_on]
 
     def add(self, places: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
@@ -111,7 +108,8 @@ class Attention:
         query, output, lse, visited = (
             x.unflatten(1, (self.group.lists, -1)).flatten(0, 1) for x in (self.query, self.output, self.lse, self.keys)
         )
-        part, gained = self.gather(query[places], keys, bias[:, None])
+        bias = self.mask_listed(bias, places, keys) if self.group.visibility.varies else bias[:, None, None]
+        part, gained = self.gather(query[places], keys, bias)
         before = lse[places]
         lse[places] = after = torch.logaddexp(before, gained)
         share = (gained - after.masked_fill(after == -math.inf, 0)).exp()
@@ -119,10 +117,21 @@ class Attention:
         visited[places] += size[:, None]
         return (gained - before).exp()
 
+    def mask_listed(self, bias: torch.Tensor, places: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """`mask`, at (tile, list) pairs `places`."""
+        heads = self.group.heads // self.group.lists
+        head = places[:, None] % self.group.lists * heads + torch.arange(heads)
+        return self.mask(bias, head, self.rows[places // self.group.lists], keys)
+
+    def mask(self, bias: torch.Tensor, head: torch.Tensor, row: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """The `bias` [U, n] of `keys` [U, n] for heads [H] or [U, H] and rows [U, R]: [U, H or 1, R or 1, n]."""
+        seen = self.group.seen(head[..., None, None], row[:, None, :, None], keys[:, None, None])
+        return torch.where(seen, bias[:, None, None], -math.inf)
+
     def gather(self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend `keys` [U, n] with `bias` [U, R or 1, n], for queries [U, H, R, D]; return output and log-sum-exp."""
+        """Attend `keys` [U, n] with `bias` as in `flash.attend`, for queries [U, H, R, D]; output and log-sum-exp."""
         key, value = (x.index_select(0, keys.flatten()).unflatten(0, keys.shape) for x in (self.key, self.value))
-        return flash.attend(query, key, value, bias, self.group.finite)
+        return flash.attend(query, key, value, bias, self.group.softcap, self.group.finite)
 
     def write(self, result: AttentionResult) -> None:
         """Fill the group's part of the result: [G, Lq, Dv], [G, Lq] and [G, tiles]."""

@@ -10,11 +10,13 @@ import math
 
 import torch
 
+from ..softmax import soft_cap
+
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, finite: bool
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, softcap: float, finite: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with scale 1 and an additive bias of 0 or more, or -inf for keys that a row does not see.
 
@@ -22,7 +24,8 @@ def attend(
         query: [U, H, R, D], of a floating dtype.
         key: [U, N, D].
         value: [U, N, Dv].
-        bias: [U, R or 1, N].
+        bias: [U, H or 1, R or 1, N].
+        softcap: Bound of the logits before the bias, 0 for none; other values cost speed.
         finite: Whether `key` and `value` are known to be finite. If not, NaN and Inf reach exactly the rows that see
             them, at some cost.
 
@@ -31,8 +34,8 @@ def attend(
     """
     if not key.shape[1]:
         return query.new_zeros(*query.shape[:3], value.shape[2]), query.new_full(query.shape[:3], -math.inf)
-    if not finite:
-        return _attend_carefully(query, key, value, bias[:, None])
+    if softcap or not finite:
+        return _attend_plainly(query, key, value, bias, softcap, finite)
     heads, width = query.shape[1], max(query.shape[-1], value.shape[-1])
     padded = (
         torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value)
@@ -40,19 +43,21 @@ def attend(
     query, key, value_ = padded
     key, value_ = (x[:, None].expand(-1, heads, -1, -1) for x in (key, value_))
     output, lse = _fused(
-        query, key, value_, 0.0, False, attn_mask=bias[:, None].expand(-1, -1, query.shape[2], -1), scale=1.0
+        query, key, value_, 0.0, False, attn_mask=bias.expand(-1, heads, query.shape[2], -1), scale=1.0
     )
     empty = bias.amax(-1) == -math.inf
-    return output[..., : value.shape[-1]], lse.masked_fill(empty[:, None], -math.inf)
+    return output[..., : value.shape[-1]], lse.masked_fill(empty, -math.inf)
 
 
-def _attend_carefully(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+def _attend_plainly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, softcap: float, finite: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = query @ key[:, None].transpose(-1, -2)
+    logits = soft_cap(query @ key[:, None].transpose(-1, -2), softcap)
     logits = torch.where(bias == -math.inf, -math.inf, logits + bias)
     lse = logits.logsumexp(-1)
     weights = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    if finite:
+        return weights @ value[:, None], lse
     clean = value.isfinite()
     output = weights @ torch.where(clean, value, 0)[:, None]
     reached = (weights != 0).to(query.dtype) @ (~clean).to(query.dtype)[:, None]

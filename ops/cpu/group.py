@@ -12,14 +12,15 @@ from torch.nn.functional import pad
 from ..config import S2OConfig
 from ..geometry import Geometry
 from ..guides import pool_guides
+from ..visibility import Visibility
 
 
 @dataclass(frozen=True)
 class Group:
     """One KV group: `query` [G, Lq, D] with the scale in it, `key` [Lk, D], `value` [Lk, Dv], `valid` [Lk] or None.
 
-    Rows of padding are zero. `finite` says whether the tensors are known to be finite; `spans` [segments, 2] holds
-    the segments' dense spans.
+    Rows of padding are zero. `finite` says whether the tensors are known to be finite; `spans` [segments, 3] holds
+    the segments' spans. `visibility` is that of the whole call, of which the group is at `batch`, from `first_head`.
     """
 
     query: torch.Tensor
@@ -27,6 +28,10 @@ class Group:
     value: torch.Tensor
     valid: torch.Tensor | None
     finite: bool
+    visibility: Visibility
+    batch: int
+    first_head: int
+    softcap: float
     geometry: Geometry
     spans: torch.Tensor
     config: S2OConfig
@@ -37,19 +42,27 @@ class Group:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        valid: torch.Tensor | None,
+        visibility: Visibility,
+        batch: int,
+        index: int,
         geometry: Geometry,
         scale: float,
+        softcap: float,
         config: S2OConfig,
     ) -> Group:
-        """Take the tensors of a group as they come."""
+        """Take group `index` of a batch entry out of a call's tensors."""
         dtype = torch.promote_types(query.dtype, torch.float32)
-        key, value = (masked(x.to(dtype), valid).contiguous() for x in (key, value))
-        query = (query.to(dtype) * scale).contiguous()
+        valid = None if visibility.key_padding is None else visibility.key_padding[batch]
+        members = query[batch].unflatten(0, (key.shape[1], -1))[index]
+        keys, values = (masked(x[batch, index].to(dtype), valid).contiguous() for x in (key, value))
+        members = (members.to(dtype) * scale).contiguous()
         # A sum is finite only if all its terms are.
-        finite = all(math.isfinite(x.sum()) for x in (query, key, value))
+        finite = all(math.isfinite(x.sum()) for x in (members, keys, values))
         spans = torch.tensor([geometry.span(segment) for segment in range(geometry.segments)])
-        return cls(query, key, value, valid, finite, geometry, spans, config)
+        first_head = index * len(members)
+        return cls(
+            members, keys, values, valid, finite, visibility, batch, first_head, softcap, geometry, spans, config
+        )
 
     @property
     def heads(self) -> int:
@@ -76,6 +89,11 @@ class Group:
     def lists(self) -> int:
         """Lists of keys per segment."""
         return 1 if self.config.lists == "group" else self.heads
+
+    def seen(self, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """`Visibility.seen`, for heads of the group; rows past the end see what the last one sees."""
+        row = row.clamp_max(self.geometry.queries - 1)
+        return self.visibility.seen(self.batch, self.first_head + head, row, key)
 
 
 def masked(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

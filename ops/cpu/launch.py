@@ -9,6 +9,7 @@ import torch
 from ..config import S2OConfig
 from ..geometry import Geometry
 from ..result import AttentionResult
+from ..visibility import Visibility
 from .attend import Attention
 from .group import Group
 from .rank import Ranking
@@ -18,27 +19,26 @@ def sparse_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    geometry: Geometry,
-    key_padding: torch.Tensor | None,
+    visibility: Visibility,
     scale: float,
+    softcap: float,
     config: S2OConfig,
 ) -> AttentionResult:
-    """Sparse attention; shapes as in `ops.reference`, `geometry` from the lengths of `query` and `key`.
+    """Sparse attention without sinks; shapes as in `ops.reference`.
 
     Arithmetic is in float32 at least, but for the scores that rank keys, which are in bfloat16 where that is fast.
     """
-    batch, _, length, _ = query.shape
-    groups = key.shape[1]
+    config = visibility.ranking(config)
+    geometry = Geometry.of(query, key, visibility, config)
+    batch, groups = query.shape[0], key.shape[1]
     result = AttentionResult.empty(query, value, config.tile)
-    if 0 in (batch, length, key.shape[2]):
+    if 0 in (batch, geometry.queries, geometry.keys):
         result.output.zero_(), result.lse.fill_(-math.inf), result.visited.zero_()
         return result
     parts = [x.unflatten(1, (groups, -1)) for x in result]
     for b in range(batch):
         for g in range(groups):
-            members = query[b].unflatten(0, (groups, -1))[g]
-            valid = None if key_padding is None else key_padding[b]
-            group = Group.of(members, key[b, g], value[b, g], valid, geometry, scale, config)
+            group = Group.of(query, key, value, visibility, b, g, geometry, scale, softcap, config)
             attend_group(group, AttentionResult(*(part[b, g] for part in parts)))
     return result
 

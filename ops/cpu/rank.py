@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from ..geometry import BLOCK
 from ..sampling import draws
+from ..softmax import soft_cap
 from .group import Group
 
 _SCORES = 2**23
@@ -19,7 +20,7 @@ _SCORES = 2**23
 _MORE = 4
 """Channels added to the keys: two for the normaliser, two to fill up."""
 _NEVER = 1e30
-"""A log-sum-exp that leaves a guide no share in any key."""
+"""A log-sum-exp that leaves a guide no share in any key; negated, one that gives it all of every key."""
 
 
 @dataclass
@@ -56,7 +57,8 @@ class Ranking:
         self.real, self.near = group.real_guides, near.transpose(0, 1)
         self.positions = torch.arange(self.geometry.keys)
         exact = group.query.dtype
-        dtype = torch.bfloat16 if exact == torch.float32 and _has_fast_bfloat16() else exact
+        fast = exact == torch.float32 and not group.softcap and _has_fast_bfloat16()
+        dtype = torch.bfloat16 if fast else exact
         self.comparable = dtype == torch.bfloat16 and group.finite
         self.guides = pad(group.guides.transpose(0, 1), (0, _MORE)).to(dtype)
         self.key = pad(-group.key, (0, _MORE)).to(dtype)
@@ -78,97 +80,132 @@ class Ranking:
         first, ranked = 0, self.geometry.ranked_segments
         while first < ranked:
             end = first + 1
-            while end < ranked and (end + 1 - first) * self.rows * self.reach(end) <= _SCORES:
+            while end < ranked and (end + 1 - first) * self.rows * len(self.reach(range(first, end + 1))) <= _SCORES:
                 end += 1
             yield range(first, end)
             first = end
 
-    def reach(self, segment: int) -> int:
-        """The end of the keys that the segments up to `segment` rank."""
-        return self.geometry.span(segment)[0] if self.geometry.is_causal else self.geometry.keys
+    def reach(self, segments: range) -> range:
+        """The keys that the segments of a run rank, and some between them."""
+        start, low, _ = self.geometry.span(segments[-1])
+        start = self.geometry.span(segments[0]).start
+        return range(start, low if self.geometry.is_causal else self.geometry.keys)
 
     def lists(self, segments: range) -> Lists:
         """The keys to visit of each segment of a run."""
-        config, history = self.config, self.history(segments)
+        config, reach = self.config, self.reach(segments)
+        history, seen = self.history(segments, reach), self.seen(segments, reach)
         keep, log_weight = history[:, None].expand(-1, self.group.lists, -1), self.near.new_zeros(())
-        if config.threshold == 0 or not history.shape[1]:
-            return pack(segments, history, keep, keep.nonzero()[:, -1], log_weight)
-        importance = self.importance(segments, history)
+        if seen is not None:
+            keep = keep & self.by_list(seen).any(2)
+        if config.threshold == 0 or not reach:
+            return pack(segments, reach, history, keep, keep.nonzero()[:, -1], log_weight)
+        importance = self.importance(segments, reach, history, seen)
         if config.stop == "gain":
             ranked = importance.clamp_min(-1e30).masked_fill(~keep, -math.inf)
             order = ranked.argsort(dim=-1, descending=True, stable=True)
-            listed = self.positions[: history.shape[1]] < keep.sum(-1, keepdim=True)
-            return pack(segments, history, keep, order[listed], log_weight)
+            listed = torch.arange(len(reach)) < keep.sum(-1, keepdim=True)
+            return pack(segments, reach, history, keep, order[listed], log_weight)
         bar = importance.new_tensor(math.log(config.threshold))
         if config.has_samples:
             segment = torch.arange(segments.start, segments.stop)[:, None]
-            keep = keep & (importance >= bar + draws(self.positions[: history.shape[1]], segment).log()[:, None])
+            keep = keep & (importance >= bar + draws(self.positions[span(reach)], segment).log()[:, None])
             log_weight = (bar - importance[keep]).clamp_min(0)
         else:
             keep = keep & (importance >= bar)
-        return pack(segments, history, keep, keep.nonzero()[:, -1], log_weight)
+        return pack(segments, reach, history, keep, keep.nonzero()[:, -1], log_weight)
 
-    def history(self, segments: range) -> torch.Tensor:
-        """Which keys the segments of a run rank [segments, keys]."""
-        low, high = self.group.spans[segments.start : segments.stop].unbind(1)
-        positions = self.positions[: self.reach(segments[-1])]
-        history = positions < low[:, None]
-        if not self.geometry.is_causal:
-            history |= positions >= high[:, None]
-        if self.group.valid is not None:
-            history &= self.group.valid[: len(positions)]
-        return history
+    def history(self, segments: range, reach: range) -> torch.Tensor:
+        """Which of the keys in reach the segments of a run rank [segments, keys]."""
+        history = self.geometry.history(self.positions[span(reach)], self.group.spans[span(segments)])
+        return history if self.group.valid is None else history & self.group.valid[span(reach)]
 
-    def importance(self, segments: range, history: torch.Tensor) -> torch.Tensor:
-        """The log of the importance of the keys [segments, lists, keys], given the history [segments, keys]."""
-        config, part = self.config, slice(segments.start, segments.stop)
-        real = self.real[part]
-        normaliser = torch.logaddexp(self.near[part], self.far(self.guides[part], history))
+    def seen(self, segments: range, reach: range) -> torch.Tensor | None:
+        """Which keys in reach each guide sees [segments, heads or 1, n, keys]; None where that is the whole history."""
+        if not self.group.visibility.varies:
+            return None
+        heads, per_segment = self.guides.shape[1:3]
+        row = torch.arange(segments.start * per_segment, segments.stop * per_segment) * self.config.pool
+        row = row.view(-1, 1, per_segment, 1)
+        seen = self.group.seen(torch.arange(heads)[:, None, None], row, self.positions[span(reach)])
+        return (seen & self.real[span(segments), None, :, None]).expand(-1, -1, -1, len(reach))
+
+    def by_list(self, x: torch.Tensor) -> torch.Tensor:
+        """What holds for heads and guides [segments, heads or 1, n, keys], by list [segments, lists, guides, keys]."""
+        return x.expand(-1, self.guides.shape[1], -1, -1).unflatten(1, (self.group.lists, -1)).flatten(2, 3)
+
+    def importance(
+        self, segments: range, reach: range, history: torch.Tensor, seen: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The log of the importance of the keys in reach [segments, lists, keys], given `history` and `seen`."""
+        config, part = self.config, span(segments)
+        real, guides = self.real[part], self.guides[part]
+        normaliser = torch.logaddexp(self.near[part], self.far(guides, reach, history, seen)).clamp_min(-_NEVER)
         normaliser = normaliser.masked_fill(~real[:, None], _NEVER)
-        surprisal = self.surprisal(self.guides[part], normaliser, history.shape[-1])
-        surprisal = surprisal.unflatten(1, (self.group.lists, -1)).flatten(2, 3)
+        surprisal = self.surprisal(guides, normaliser, reach)
+        if seen is not None:
+            surprisal.masked_fill_(~seen, math.inf)
+        surprisal = self.by_list(surprisal)
         importance = torch.full((), -math.inf)
         if config.max_weight:
             least = least_by_bits(surprisal, 2) if self.comparable else surprisal.amin(2)
             importance = math.log(config.max_weight) - least.to(normaliser.dtype)
         if config.mean_weight:
-            guides_of_list = real.sum(1) * (self.guides.shape[1] // self.group.lists)
+            guides_of_list = real.sum(1) * (guides.shape[1] // self.group.lists)
             mean = surprisal.neg().logsumexp(2).to(normaliser.dtype)
             mean = mean - guides_of_list.to(mean.dtype).log()[:, None, None]
             importance = torch.maximum(importance, mean + math.log(config.mean_weight))
         importance = importance.masked_fill(importance.isnan(), math.inf)
-        importance[..., : config.first_keys] = math.inf
+        importance[..., : max(0, config.first_keys - reach.start)] = math.inf
         return importance
 
-    def surprisal(self, guides: torch.Tensor, normaliser: torch.Tensor, keys: int) -> torch.Tensor:
-        """Negative log-probabilities of the first keys [segments, heads, guides, keys].
+    def surprisal(self, guides: torch.Tensor, normaliser: torch.Tensor, reach: range) -> torch.Tensor:
+        """Negative log-probabilities of the keys in reach [segments, heads, guides, keys].
 
-        The normaliser enters the product as two more channels of the guides, its high and its low part.
+        The normaliser enters the product as two more channels of the guides, its high and its low part; with a soft
+        cap, it comes after.
         """
-        guides[..., -_MORE] = normaliser
-        guides[..., 1 - _MORE] = normaliser - guides[..., -_MORE]
+        softcap = self.group.softcap
+        if not softcap:
+            guides[..., -_MORE] = normaliser
+            guides[..., 1 - _MORE] = normaliser - guides[..., -_MORE]
         rows = guides.flatten(0, 2)
-        product = self.buffer[: len(rows) * keys].view(len(rows), keys)
-        torch.mm(rows, self.key[:keys].T, out=product)
-        return product.unflatten(0, normaliser.shape)
+        product = self.buffer[: len(rows) * len(reach)].view(len(rows), len(reach))
+        torch.mm(rows, self.key[span(reach)].T, out=product)
+        product = product.unflatten(0, normaliser.shape)
+        return soft_cap(product, softcap).add_(normaliser[..., None]) if softcap else product
 
-    def far(self, guides: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+    def far(self, guides: torch.Tensor, reach: range, history: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
         """Each guide's log-sum-exp over its history [segments, heads, guides], from one key in `sample` of it."""
-        drawn = history[:, self.drawn[: int((self.drawn < history.shape[-1]).sum())]]
-        weight = self.drawn_weight[: drawn.shape[-1]].masked_fill(~drawn, -math.inf)
-        logits = guides[..., :-_MORE].flatten(0, 2) @ self.drawn_key[: drawn.shape[-1]].T
-        return log_sum_exp(logits.view(*guides.shape[:3], -1).add_(weight[:, None, None])).to(self.near.dtype)
+        chosen = slice(*(int((self.drawn < end).sum()) for end in (reach.start, reach.stop)))
+        place = self.drawn[chosen] - reach.start
+        weight = self.drawn_weight[chosen].masked_fill(~history[:, place], -math.inf)
+        logits = guides[..., :-_MORE].flatten(0, 2) @ self.drawn_key[chosen].T
+        logits = soft_cap(logits, self.group.softcap).view(*guides.shape[:3], -1).add_(weight[:, None, None])
+        if seen is not None:
+            logits.masked_fill_(~seen[..., place], -math.inf)
+        return log_sum_exp(logits).to(self.near.dtype)
+
+
+def span(part: range) -> slice:
+    """A range as an index."""
+    return slice(part.start, part.stop)
 
 
 def pack(
-    segments: range, history: torch.Tensor, keep: torch.Tensor, keys: torch.Tensor, log_weight: torch.Tensor
+    segments: range,
+    reach: range,
+    history: torch.Tensor,
+    keep: torch.Tensor,
+    places: torch.Tensor,
+    log_weight: torch.Tensor,
 ) -> Lists:
-    """The `keys` of lists that `keep` [segments, lists, keys] of the `history` [segments, keys], end to end."""
+    """The `places` in reach of lists that `keep` [segments, lists, keys] of `history` [segments, keys], end to end."""
     count = keep.sum(-1)
     return Lists(
         segments,
-        pad(keys, (0, 1)),
-        pad(log_weight.expand(len(keys)), (0, 1), value=-math.inf),
+        pad(places + reach.start, (0, 1)),
+        pad(log_weight.expand(len(places)), (0, 1), value=-math.inf),
         (count.flatten().cumsum(0) - count.flatten()).view_as(count),
         count,
         history[:, None] & ~keep,

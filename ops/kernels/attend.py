@@ -6,13 +6,51 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import KEY_BLOCK, LN_2, clip, dense_span, finite_or_zero, float32, load_padding, load_rows
+from .helpers import (
+    KEY_BLOCK,
+    LN_2,
+    clip,
+    dot_logits,
+    finite_or_zero,
+    float32,
+    load_padding,
+    load_rows,
+    see,
+    span,
+)
 
 
 @triton.jit
-def _add(maximum, mass, total, rows, keys, values, scale, bias, seen, PRECISION: tl.constexpr):
-    """Add keys [N, D] and values [N, Dv] to the online softmax; also the mass gained over the mass before."""
-    logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION) * scale + bias[None, :]
+def _add(
+    maximum,
+    mass,
+    total,
+    rows,
+    key,
+    value,
+    key_stride,
+    value_stride,
+    index,
+    inside,
+    seen,
+    bias,
+    scale,
+    softcap,
+    VARIES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the keys and values at `index` [N] that are `inside` to the online softmax of the rows that see them."""
+    if VARIES:
+        # What a key holds that no row sees does not matter.
+        inside = inside & (tl.max(seen.to(tl.int32), 0) > 0)
+    keys = load_rows(key, index, inside, key_stride, D, BLOCK_D)
+    values = load_rows(value, index, inside, value_stride, DV, BLOCK_DV)
+    logits = dot_logits(rows, tl.trans(keys), scale, softcap, SOFTCAP, PRECISION) + bias[None, :]
     logits = tl.where(seen, logits, float("-inf"))
     largest = tl.maximum(maximum, tl.max(logits, 1))
     origin = finite_or_zero(largest)
@@ -35,6 +73,9 @@ def attend_kernel(
     key,
     value,
     padding,
+    query_documents,
+    key_documents,
+    mask,
     index,
     log_weight,
     count,
@@ -54,6 +95,12 @@ def attend_kernel(
     value_stride_h,
     value_stride_n,
     padding_stride_b,
+    query_documents_stride_b,
+    key_documents_stride_b,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_n,
+    mask_stride_k,
     output_stride_b,
     output_stride_h,
     output_stride_n,
@@ -65,11 +112,13 @@ def attend_kernel(
     ranked_segments,
     tiles,
     offset,
+    window,
     near_keys,
     capacity,
     blocks,
     threshold,
     scale,
+    softcap,
     SEGMENT: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -77,6 +126,10 @@ def attend_kernel(
     HEADS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    WINDOW: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     SAMPLED: tl.constexpr,
     STOP_BY_GAIN: tl.constexpr,
@@ -94,7 +147,7 @@ def attend_kernel(
     Lists as `select_kernel` writes them. Program (tile, latest first; part of the group's heads; batch entry and
     group).
     """
-    scale, threshold = float32(scale), float32(threshold)
+    scale, softcap, threshold = float32(scale), float32(softcap), float32(threshold)
     tiles_per_segment: tl.constexpr = SEGMENT // TILE
     parts_per_list: tl.constexpr = (GROUP // LISTS + HEADS - 1) // HEADS
     tile = first_segment * tiles_per_segment + tl.num_programs(0) - 1 - tl.program_id(0)
@@ -117,25 +170,35 @@ def attend_kernel(
     key += batch * key_stride_b + group * key_stride_h
     value += batch * value_stride_b + group * value_stride_h
     padding += batch * padding_stride_b
+    terms = (
+        offset,
+        window,
+        query_documents + batch * query_documents_stride_b,
+        key_documents + batch * key_documents_stride_b,
+        mask + batch * mask_stride_b,
+        mask_stride_h,
+        mask_stride_n,
+        mask_stride_k,
+    )
 
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     no_bias = tl.zeros([BLOCK_N], tl.float32)
+    varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
-    low, high = dense_span(segment, queries, keys, offset, near_keys, ranked_segments, SEGMENT, CAUSAL)
+    _, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     end = high
     if CAUSAL:
         end = tl.maximum(low, clip(tl.minimum((tile + 1) * TILE, queries) + offset, keys))
     for start in range(low, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = load_padding(padding, column, column < end, HAS_PADDING)
-        seen = inside[None, :]
-        if CAUSAL:
-            seen = seen & (column[None, :] <= position[:, None] + offset)
-        key_block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        value_block = load_rows(value, column, inside, value_stride_n, DV, BLOCK_DV)
-        maximum, mass, total = _add(maximum, mass, total, rows, key_block, value_block, scale, no_bias, seen, PRECISION)
+        seen = see(terms, head, position, real, column, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
+        maximum, mass, total = _add(
+            maximum, mass, total, rows, key, value, key_stride_n, value_stride_n, column, inside, seen, no_bias,
+            scale, softcap, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
     seen_keys = _round_up(end - low)
 
     listed = tl.load(count + place)
@@ -150,20 +213,11 @@ def attend_kernel(
                 column = start + tl.arange(0, BLOCK_N)
                 inside = column < stop
                 chosen = tl.load(index + column, mask=inside, other=0)
-                key_block = load_rows(key, chosen, inside, key_stride_n, D, BLOCK_D)
-                value_block = load_rows(value, chosen, inside, value_stride_n, DV, BLOCK_DV)
+                seen = see(terms, head, position, real, chosen, inside, False, WINDOW, DOCUMENTS, MASK)
                 maximum, mass, total = _add(
-                    maximum,
-                    mass,
-                    total,
-                    rows,
-                    key_block,
-                    value_block,
-                    scale,
-                    no_bias,
-                    inside[None, :],
-                    PRECISION,
-                )
+                    maximum, mass, total, rows, key, value, key_stride_n, value_stride_n, chosen, inside, seen, no_bias,
+                    scale, softcap, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+                )  # fmt: skip
             seen_keys += _round_up(stop - done)
             before = mass_before * tl.exp2(maximum_before - finite_or_zero(maximum))
             small = (mass - before) < threshold * before
@@ -174,14 +228,14 @@ def attend_kernel(
             column = start + tl.arange(0, BLOCK_N)
             inside = column < listed
             chosen = tl.load(index + column, mask=inside, other=0)
-            key_block = load_rows(key, chosen, inside, key_stride_n, D, BLOCK_D)
-            value_block = load_rows(value, chosen, inside, value_stride_n, DV, BLOCK_DV)
+            seen = see(terms, head, position, real, chosen, inside, False, WINDOW, DOCUMENTS, MASK)
             bias = no_bias
             if SAMPLED:
                 bias = tl.load(log_weight + column, mask=inside, other=0.0)
             maximum, mass, total = _add(
-                maximum, mass, total, rows, key_block, value_block, scale, bias, inside[None, :], PRECISION
-            )
+                maximum, mass, total, rows, key, value, key_stride_n, value_stride_n, chosen, inside, seen, bias,
+                scale, softcap, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+            )  # fmt: skip
         seen_keys += _round_up(listed)
 
     if HAS_MEANS:
@@ -197,12 +251,11 @@ def attend_kernel(
             column = start + tl.arange(0, BLOCK_N)
             left = tl.load(skipped + column, mask=column < end_block, other=0)
             inside = left > 0
-            key_block = load_rows(mean_key, column, inside, D, D, BLOCK_D)
-            value_block = load_rows(mean_value, column, inside, DV, DV, BLOCK_DV)
             bias = tl.log2(tl.maximum(left, 1).to(tl.float32))
             maximum, mass, total = _add(
-                maximum, mass, total, rows, key_block, value_block, scale, bias, inside[None, :], PRECISION
-            )
+                maximum, mass, total, rows, mean_key, mean_value, D, DV, column, inside, inside[None, :], bias,
+                scale, softcap, False, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+            )  # fmt: skip
         seen_keys += _round_up(history_blocks)
 
     total = total / tl.where(mass == 0, 1.0, mass)[:, None]

@@ -1,4 +1,4 @@
-"""What the kernels share: spans, loads of rows by index, and the online softmax. Logits are in units of log 2."""
+"""What the kernels share: spans, masks, loads of rows by index, and logits, which are in units of log 2."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -9,6 +9,7 @@ import triton.language as tl
 from .. import sampling
 
 LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e38)
 KEY_BLOCK = tl.constexpr(64)
 KEY_STEP = tl.constexpr(sampling.KEY_STEP)
@@ -27,18 +28,77 @@ def clip(key, keys):
 
 
 @triton.jit
-def dense_span(segment, queries, keys, offset, near_keys, ranked_segments, SEGMENT: tl.constexpr, CAUSAL: tl.constexpr):
-    """`Geometry.span`: the keys [low, high) that a segment attends densely."""
+def span(
+    segment,
+    queries,
+    keys,
+    offset,
+    window,
+    near_keys,
+    ranked_segments,
+    SEGMENT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """`Geometry.span`: where a segment's history starts, and the keys [low, high) that it attends densely."""
     first = segment * SEGMENT
     end = tl.minimum(first + SEGMENT, queries)
-    low = clip(first + offset - near_keys, keys) // KEY_BLOCK * KEY_BLOCK
+    start = 0
+    if WINDOW:
+        start = clip(first + offset - window + 1, keys) // KEY_BLOCK * KEY_BLOCK
+    low = tl.maximum(start, clip(first + offset - near_keys, keys) // KEY_BLOCK * KEY_BLOCK)
     high = clip((clip(end + offset + near_keys, keys) + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK, keys)
     if segment >= ranked_segments:
-        low = 0
+        low = start
         high = keys
     if CAUSAL:
         high = clip(end + offset, keys)
-    return low, tl.maximum(low, high)
+    return start, low, tl.maximum(low, high)
+
+
+@triton.jit
+def see(
+    terms,
+    head,
+    row,
+    real,
+    column,
+    inside,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """`Visibility.seen` but for padding: the keys `column` [N] `inside` that `real` rows [M] see, [M or 1, N].
+
+    `terms` are the offset, the window, the documents of queries and keys, the mask and its strides over heads, queries
+    and keys, all of one batch entry. `head` [M] are query heads.
+    """
+    offset, window, query_documents, key_documents, mask, stride_h, stride_n, stride_k = terms
+    seen = inside[None, :]
+    if CAUSAL:
+        seen = seen & (column[None, :] <= row[:, None] + offset)
+    if WINDOW:
+        seen = seen & (column[None, :] > row[:, None] + (offset - window))
+    if DOCUMENTS:
+        of_row = tl.load(query_documents + row, mask=real, other=0)
+        seen = seen & (of_row[:, None] == tl.load(key_documents + column, mask=inside, other=0)[None, :])
+    if MASK:
+        seen = seen & real[:, None]
+        pointers = mask + head.to(tl.int64)[:, None] * stride_h + row.to(tl.int64)[:, None] * stride_n
+        seen = seen & (tl.load(pointers + column.to(tl.int64)[None, :] * stride_k, mask=seen, other=0) != 0)
+    return seen
+
+
+@triton.jit
+def dot_logits(rows, keys, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """The logits of rows [M, D] and keys [D, N], capped to `softcap`, which is in units of log 2 as well."""
+    logits = tl.dot(rows, keys, input_precision=PRECISION) * scale
+    if SOFTCAP:
+        decay = tl.exp2(tl.abs(logits) / softcap * (-2 * LOG2_E))
+        capped = softcap * (1 - decay) / (1 + decay)
+        logits = tl.where(logits < 0, -capped, capped)
+    return logits
 
 
 @triton.jit

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.library import triton_op, wrap_triton
@@ -16,6 +18,7 @@ from ..geometry import BLOCK, Geometry
 from ..guides import pool_guides
 from ..ranking import sorted_history
 from ..result import AttentionResult
+from ..visibility import Visibility
 from .attend import attend_kernel
 from .normaliser import normaliser_kernel
 from .select import select_kernel
@@ -43,10 +46,10 @@ class Call:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    padding: torch.Tensor
-    has_padding: bool
+    visibility: Visibility
     geometry: Geometry
     scale: float
+    softcap: float
     config: S2OConfig
 
     @property
@@ -69,20 +72,46 @@ class Call:
         """Blocks of keys."""
         return -(-self.geometry.keys // BLOCK)
 
-    @property
-    def precision(self) -> str:
-        """How the kernels multiply."""
-        return "ieee" if self.query.dtype == torch.float32 else "tf32"
+    @functools.cached_property
+    def masks(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that mask: padding, documents of queries, documents of keys, mask; a stand-in where absent."""
+        absent = self.key.new_empty(1, 1, dtype=torch.bool)
+        rows = (self.visibility.key_padding, self.visibility.query_documents, self.visibility.key_documents)
+        mask = self.visibility.mask
+        return *(absent if x is None else x.contiguous() for x in rows), absent if mask is None else mask
 
     @property
-    def places(self) -> dict[str, int]:
-        """The kernel arguments that place spans."""
+    def mask_strides(self) -> tuple[int, ...]:
+        """The strides of `masks`: of the first three over the batch, of the last in 4 dimensions."""
+        *rows, mask = self.masks
+        full = (*self.query.shape[:3], self.geometry.keys)
+        strides = (0,) * 4 if self.visibility.mask is None else mask.expand(full).stride()
+        return *(x.stride(0) for x in rows), *strides
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The arguments that all kernels share: of spans, masks and logits."""
+        visibility = self.visibility
         return {
             "queries": self.geometry.queries,
             "keys": self.geometry.keys,
             "ranked_segments": self.geometry.ranked_segments,
             "offset": self.geometry.offset,
+            "window": visibility.window or 0,
             "near_keys": self.geometry.near_keys,
+            "groups": self.groups,
+            "scale": self.scale * _LOG2_E,
+            "softcap": self.softcap * _LOG2_E,
+            "SEGMENT": self.config.segment,
+            "CAUSAL": visibility.is_causal,
+            "HAS_PADDING": visibility.key_padding is not None,
+            "WINDOW": visibility.window is not None,
+            "DOCUMENTS": visibility.query_documents is not None,
+            "MASK": visibility.mask is not None,
+            "SOFTCAP": self.softcap > 0,
+            "D": self.key.shape[-1],
+            "BLOCK_D": channels(self.key.shape[-1]),
+            "PRECISION": "ieee" if self.query.dtype == torch.float32 else "tf32",
         }
 
 
@@ -94,13 +123,18 @@ def sparse_triton(
     is_causal: bool,
     causal_offset: int,
     key_padding: torch.Tensor | None,
+    window: int | None,
+    query_documents: torch.Tensor | None,
+    key_documents: torch.Tensor | None,
+    mask: torch.Tensor | None,
     scale: float,
+    softcap: float,
     settings: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`sparse_attention` as an operator whose kernels the compiler sees; `settings` is the configuration as JSON."""
     config = S2OConfig(**json.loads(settings))
-    geometry = Geometry.of(query, key, is_causal, causal_offset, config)
-    output, lse, visited = sparse_attention(query, key, value, geometry, key_padding, scale, config)
+    visibility = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
+    output, lse, visited = sparse_attention(query, key, value, visibility, scale, softcap, config)
     return output, lse, visited
 
 
@@ -108,22 +142,24 @@ def sparse_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    geometry: Geometry,
-    key_padding: torch.Tensor | None,
+    visibility: Visibility,
     scale: float,
+    softcap: float,
     config: S2OConfig,
 ) -> AttentionResult:
-    """Sparse attention; shapes as in `ops.reference`, `geometry` from the lengths of `query` and `key`."""
+    """Sparse attention without sinks; shapes as in `ops.reference`."""
+    config = visibility.ranking(config)
+    geometry = Geometry.of(query, key, visibility, config)
     result = AttentionResult.empty(query, value, config.tile)
     if 0 in (*query.shape[:3], geometry.keys):
-        return AttentionResult(torch.zeros_like(result.output), *(torch.zeros_like(x) for x in result[1:]))
+        output, lse, visited = result
+        return AttentionResult(torch.zeros_like(output), torch.full_like(lse, -math.inf), torch.zeros_like(visited))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    padding = query.new_empty(1, 1, dtype=torch.bool) if key_padding is None else key_padding.contiguous()
-    call = Call(query, key, value, padding, key_padding is not None, geometry, scale, config)
+    call = Call(query, key, value, visibility, geometry, scale, softcap, config)
     guides = pool_guides(query.unflatten(1, (call.groups, call.group)), config)
     means: tuple[torch.Tensor, ...] = (query.new_empty(1), query.new_empty(1))
     if config.has_means:
-        valid = None if key_padding is None else key_padding[:, None]
+        valid = None if visibility.key_padding is None else visibility.key_padding[:, None]
         means = tuple(block_means(x, valid).to(x.dtype) for x in (key, value))
     for segments in runs(call):
         lists = sort(call, guides, segments) if config.stop == "gain" else select(call, guides, segments)
@@ -152,15 +188,17 @@ def capacity(call: Call, segment: int) -> int:
     """The longest list of the segments up to `segment`."""
     if not call.geometry.is_causal or call.config.stop == "gain":
         return call.geometry.keys
-    return max(1, call.geometry.span(min(segment, call.geometry.ranked_segments - 1))[0])
+    longest = max(1, call.geometry.span(min(segment, call.geometry.ranked_segments - 1)).low)
+    return longest if call.geometry.window is None else min(longest, call.geometry.window + BLOCK)
 
 
 def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
     """The whole history, by importance."""
     per_segment = call.config.segment // call.config.pool
     part = guides[:, :, :, segments.start * per_segment : segments.stop * per_segment]
-    padding = call.padding if call.has_padding else None
-    index, count = sorted_history(part, call.key, padding, segments, call.geometry, call.scale, call.config)
+    index, count = sorted_history(
+        part, call.key, call.visibility, segments, call.geometry, call.scale, call.softcap, call.config
+    )
     return Lists(index.contiguous(), call.key.new_empty(1), count.contiguous(), count)
 
 
@@ -176,39 +214,29 @@ def select(call: Call, guides: torch.Tensor, segments: range) -> Lists:
     skipped = key.new_empty(lists, call.blocks, dtype=torch.int32)
     lse = key.new_empty(guides.shape[:-1], dtype=torch.float32)
     per_segment = config.segment // config.pool
-    shape = {
-        "SEGMENT": config.segment,
-        "POOL": config.pool,
-        "GUIDE_HEADS": guide_heads,
-        "CAUSAL": call.geometry.is_causal,
-        "HAS_PADDING": call.has_padding,
-        "D": key.shape[-1],
-        "BLOCK_D": channels(key.shape[-1]),
-        "PRECISION": call.precision,
-    }
-    common = {
-        **call.places,
-        "groups": call.groups,
+    shared = {
+        **call.shared,
         "guides_per_head": per_head,
         "first_segment": segments.start,
         "first_keys": config.first_keys,
-        "scale": call.scale * _LOG2_E,
+        "POOL": config.pool,
+        "GUIDE_HEADS": guide_heads,
     }
     rows = block_rows(guide_heads * per_segment)
     wrap_triton(normaliser_kernel)[
         (len(segments), -(-guide_heads * per_segment // rows), batch * call.groups)
     ](
-        guides, key, call.padding, lse,
-        *guides.stride()[:4], *key.stride()[:3], call.padding.stride(0),
+        guides, key, *call.masks, lse,
+        *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
         sample=config.sample,
         log2_sample=math.log2(config.sample),
-        **common, **shape,
+        **shared,
         BLOCK_M=rows, BLOCK_N=block_keys(call), num_warps=warps(rows), num_stages=2,
     )  # fmt: skip
     rows = block_rows(guide_heads // call.lists * per_segment)
     wrap_triton(select_kernel)[(len(segments), call.lists, batch * call.groups)](
-        guides, lse, key, call.padding, index, log_weight, count, skipped,
-        *guides.stride()[:4], *key.stride()[:3], call.padding.stride(0),
+        guides, lse, key, *call.masks, index, log_weight, count, skipped,
+        *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
         capacity=longest,
         blocks=call.blocks,
         log2_threshold=math.log2(config.threshold) if config.threshold else -1e38,
@@ -218,7 +246,7 @@ def select(call: Call, guides: torch.Tensor, segments: range) -> Lists:
         HAS_MEAN=config.mean_weight > 0,
         SAMPLED=config.has_samples,
         LISTS=call.lists,
-        **common, **shape,
+        **shared,
         BLOCK_M=rows, num_warps=warps(rows), num_stages=2,
     )  # fmt: skip
     return Lists(index, log_weight, count, skipped)
@@ -233,26 +261,22 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
     per_segment = config.segment // config.tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     wrap_triton(attend_kernel)[(tiles, parts, call.query.shape[0] * call.groups)](
-        call.query, call.key, call.value, call.padding,
+        call.query, call.key, call.value, *call.masks,
         lists.index, lists.log_weight, lists.count, lists.skipped, *means, *result,
-        *call.query.stride()[:3], *call.key.stride()[:3], *call.value.stride()[:3], call.padding.stride(0),
+        *call.query.stride()[:3], *call.key.stride()[:3], *call.value.stride()[:3], *call.mask_strides,
         *result.output.stride()[:3],
-        **call.places,
-        groups=call.groups,
+        **call.shared,
         first_segment=segments.start,
         segments=len(segments),
         tiles=geometry.tiles,
         capacity=lists.index.shape[-1],
         blocks=call.blocks,
         threshold=config.threshold,
-        scale=call.scale * _LOG2_E,
-        SEGMENT=config.segment, TILE=config.tile, GROUP=call.group, LISTS=call.lists, HEADS=heads,
-        CAUSAL=geometry.is_causal, HAS_PADDING=call.has_padding, HAS_MEANS=config.has_means,
-        SAMPLED=config.has_samples, STOP_BY_GAIN=config.stop == "gain", CHUNK=config.chunk,
-        D=call.key.shape[-1], DV=call.value.shape[-1],
-        BLOCK_M=rows, BLOCK_N=block_keys(call),
-        BLOCK_D=channels(call.key.shape[-1]), BLOCK_DV=channels(call.value.shape[-1]),
-        PRECISION=call.precision, num_warps=warps(rows), num_stages=2,
+        TILE=config.tile, GROUP=call.group, LISTS=call.lists, HEADS=heads,
+        HAS_MEANS=config.has_means, SAMPLED=config.has_samples,
+        STOP_BY_GAIN=config.stop == "gain", CHUNK=config.chunk,
+        DV=call.value.shape[-1], BLOCK_DV=channels(call.value.shape[-1]),
+        BLOCK_M=rows, BLOCK_N=block_keys(call), num_warps=warps(rows), num_stages=2,
     )  # fmt: skip
 
 

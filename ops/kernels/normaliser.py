@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import dense_span, finite_or_zero, float32, load_padding, load_rows
+from .helpers import dot_logits, finite_or_zero, float32, load_padding, load_rows, see, span
 
 
 @triton.jit
@@ -22,6 +22,9 @@ def normaliser_kernel(
     guides,
     key,
     padding,
+    query_documents,
+    key_documents,
+    mask,
     lse,
     guides_stride_b,
     guides_stride_g,
@@ -31,6 +34,12 @@ def normaliser_kernel(
     key_stride_h,
     key_stride_n,
     padding_stride_b,
+    query_documents_stride_b,
+    key_documents_stride_b,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_n,
+    mask_stride_k,
     groups,
     queries,
     keys,
@@ -38,16 +47,22 @@ def normaliser_kernel(
     first_segment,
     ranked_segments,
     offset,
+    window,
     near_keys,
     first_keys,
     sample,
     log2_sample,
     scale,
+    softcap,
     SEGMENT: tl.constexpr,
     POOL: tl.constexpr,
     GUIDE_HEADS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    WINDOW: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,7 +73,7 @@ def normaliser_kernel(
 
     Program (segment, block of the segment's guides over all heads, batch entry and group).
     """
-    scale, log2_sample = float32(scale), float32(log2_sample)
+    scale, softcap, log2_sample = float32(scale), float32(softcap), float32(log2_sample)
     segment = first_segment + tl.program_id(0)
     batch = (tl.program_id(2) // groups).to(tl.int64)
     group = (tl.program_id(2) % groups).to(tl.int64)
@@ -72,36 +87,46 @@ def normaliser_kernel(
     rows = tl.load(pointers + channels[None, :], mask=real[:, None] & (channels < D)[None, :], other=0.0)
     key += batch * key_stride_b + group * key_stride_h
     padding += batch * padding_stride_b
-    low, high = dense_span(segment, queries, keys, offset, near_keys, ranked_segments, SEGMENT, CAUSAL)
+    terms = (
+        offset,
+        window,
+        query_documents + batch * query_documents_stride_b,
+        key_documents + batch * key_documents_stride_b,
+        mask + batch * mask_stride_b,
+        mask_stride_h,
+        mask_stride_n,
+        mask_stride_k,
+    )
+    query_head, position = group * GUIDE_HEADS + head, guide * POOL
+    begin, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     end = low if CAUSAL else keys
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
 
-    for start in range(sample // 2, end, BLOCK_N * sample):
+    for start in range(begin // sample * sample + sample // 2, end, BLOCK_N * sample):
         column = start + tl.arange(0, BLOCK_N) * sample
         inside = (column < end) & (column >= first_keys) & ((column < low) | (column >= high))
         inside = load_padding(padding, column, inside, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        logits = tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale + log2_sample
-        maximum, mass = _add(maximum, mass, tl.where(inside[None, :], logits, float("-inf")))
+        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION) + log2_sample
+        seen = see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
+        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
-    for start in range(0, tl.minimum(first_keys, end), BLOCK_N):
+    for start in range(begin, tl.minimum(first_keys, end), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = (column < first_keys) & (column < end) & ((column < low) | (column >= high))
         inside = load_padding(padding, column, inside, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        logits = tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale
-        maximum, mass = _add(maximum, mass, tl.where(inside[None, :], logits, float("-inf")))
+        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
+        seen = see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
+        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
-    last = guide * POOL + offset
     for start in range(low, high, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = load_padding(padding, column, column < high, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        logits = tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale
-        seen = inside[None, :]
-        if CAUSAL:
-            seen = seen & (column[None, :] <= last[:, None])
+        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
+        seen = see(terms, query_head, position, real, column, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
         maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
     place = ((batch * groups + group) * GUIDE_HEADS + head) * guides_per_head + guide

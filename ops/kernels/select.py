@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import KEY_BLOCK, LOWEST, dense_span, draws, float32, load_padding, load_rows
+from .helpers import KEY_BLOCK, LOWEST, dot_logits, draws, float32, load_padding, load_rows, see, span
 
 
 @triton.jit
@@ -30,6 +30,9 @@ def select_kernel(
     lse,
     key,
     padding,
+    query_documents,
+    key_documents,
+    mask,
     index,
     log_weight,
     count,
@@ -42,6 +45,12 @@ def select_kernel(
     key_stride_h,
     key_stride_n,
     padding_stride_b,
+    query_documents_stride_b,
+    key_documents_stride_b,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_n,
+    mask_stride_k,
     groups,
     queries,
     keys,
@@ -49,6 +58,7 @@ def select_kernel(
     first_segment,
     ranked_segments,
     offset,
+    window,
     near_keys,
     first_keys,
     capacity,
@@ -57,12 +67,17 @@ def select_kernel(
     log2_max_weight,
     mean_weight,
     scale,
+    softcap,
     SEGMENT: tl.constexpr,
     POOL: tl.constexpr,
     GUIDE_HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    WINDOW: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     HAS_MAX: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     SAMPLED: tl.constexpr,
@@ -77,7 +92,7 @@ def select_kernel(
     where SAMPLED) likewise, count [lists], skipped [lists, blocks]. Program (segment, list of the group, batch entry
     and group).
     """
-    scale, log2_threshold = float32(scale), float32(log2_threshold)
+    scale, softcap, log2_threshold = float32(scale), float32(softcap), float32(log2_threshold)
     log2_max_weight, mean_weight = float32(log2_max_weight), float32(mean_weight)
     segment = first_segment + tl.program_id(0)
     batch = (tl.program_id(2) // groups).to(tl.int64)
@@ -94,7 +109,18 @@ def select_kernel(
     lse += ((batch * groups + group) * GUIDE_HEADS + first_head) * guides_per_head
     key += batch * key_stride_b + group * key_stride_h
     padding += batch * padding_stride_b
-    low, high = dense_span(segment, queries, keys, offset, near_keys, ranked_segments, SEGMENT, CAUSAL)
+    terms = (
+        offset,
+        window,
+        query_documents + batch * query_documents_stride_b,
+        key_documents + batch * key_documents_stride_b,
+        mask + batch * mask_stride_b,
+        mask_stride_h,
+        mask_stride_n,
+        mask_stride_k,
+    )
+    first_head += group * GUIDE_HEADS
+    begin, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     end = low if CAUSAL else keys
     present = tl.minimum(guides_per_head - segment * per_segment, per_segment)
 
@@ -116,13 +142,15 @@ def select_kernel(
     # Where a guide tells nothing, every key is visited. A key that is NaN gives NaN for all guides, so for the largest.
     blind = tl.sum((normaliser != normaliser).to(tl.int32), 0)
     listed = 0
-    for start in range(0, end, KEY_BLOCK):
+    varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
+    for start in range(begin, end, KEY_BLOCK):
         column = start + tl.arange(0, KEY_BLOCK)
         inside = (column < end) & ((column < low) | (column >= high))
         inside = load_padding(padding, column, inside, HAS_PADDING)
         block = tl.trans(load_rows(key, column, inside, key_stride_n, D, BLOCK_D))
         largest = tl.full([KEY_BLOCK], float("-inf"), tl.float32)
         mean = tl.zeros([KEY_BLOCK], tl.float32)
+        seen_by_any = tl.zeros([KEY_BLOCK], tl.int32)
         for first in tl.static_range(0, total, BLOCK_M):
             if total > BLOCK_M:
                 row = first + tl.arange(0, BLOCK_M)
@@ -132,10 +160,17 @@ def select_kernel(
                     per_segment, D, BLOCK_D,
                 )  # fmt: skip
                 blind += tl.sum((normaliser != normaliser).to(tl.int32), 0)
-            logits = tl.dot(rows, block, input_precision=PRECISION) * scale - normaliser[:, None]
+            logits = dot_logits(rows, block, scale, softcap, SOFTCAP, PRECISION) - normaliser[:, None]
+            if varies:
+                head, position = first_head + row // per_segment, segment * SEGMENT + row % per_segment * POOL
+                seen = see(terms, head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK) & real[:, None]
+                logits = tl.where(seen, logits, float("-inf"))
+                seen_by_any = tl.maximum(seen_by_any, tl.max(seen.to(tl.int32), 0))
             largest = _larger(largest, tl.max(logits, 0))
             if HAS_MEAN:
                 mean += tl.sum(tl.exp2(logits), 0)
+        if varies:
+            inside = inside & (seen_by_any > 0)
         importance = tl.full([KEY_BLOCK], float("-inf"), tl.float32)
         if HAS_MAX:
             importance = largest + log2_max_weight

@@ -12,8 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.geometry import Geometry
 from s2o_compile.ops.kernels import launch
+from s2o_compile.ops.visibility import Visibility
 
 CAPABILITIES = (80, 90)
 CONFIGS = (S2OConfig(), S2OConfig(tail="means", lists="head", mean_weight=1.0), S2OConfig.paper())
@@ -58,8 +58,11 @@ class Builder:
 def main(dtype: torch.dtype) -> None:
     launch.wrap_triton = Builder  # type: ignore[assignment]
     query, key = torch.empty(1, 4, 300, 16, dtype=dtype), torch.empty(1, 2, 300, 16, dtype=dtype)
+    documents, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 1, 300, 300, dtype=torch.bool)
+    terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
     for config in CONFIGS:
-        launch.sparse_attention(query, key, key, Geometry.of(query, key, True, 0, config), None, 0.125, config)
+        launch.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, config)
+        launch.sparse_attention(query, key, key, terms, 0.125, 30.0, config)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,23 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.ops import AttentionResult
+from s2o_compile.ops.visibility import Visibility
+
+
+def seen(query: torch.Tensor, key: torch.Tensor, terms: Visibility) -> torch.Tensor:
+    """What each row may see [B or 1, Hq or 1, Lq, Lk], spelled out."""
+    rows = torch.arange(query.shape[2], device=key.device)[:, None] + terms.causal_offset
+    columns = torch.arange(key.shape[2], device=key.device)
+    mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+    if terms.is_causal:
+        mask = mask & (columns <= rows)
+    if terms.window is not None:
+        mask = mask & (rows - columns < terms.window)
+    if terms.key_padding is not None:
+        mask = mask & terms.key_padding[:, None, None]
+    if terms.query_documents is not None and terms.key_documents is not None:
+        mask = mask & (terms.query_documents[:, None, :, None] == terms.key_documents[:, None, None])
+    return mask if terms.mask is None else mask & terms.mask
 
 
 def dense(
@@ -14,14 +31,21 @@ def dense(
     value: torch.Tensor,
     mask: torch.Tensor,
     scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Dense attention in float64, spelled out; zeros for rows that see nothing."""
     query, key, value = (x.double() for x in (query, key, value))
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
-    return torch.softmax(logits, -1).masked_fill(~mask, 0) @ value
+    logits = query @ key.transpose(-1, -2) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.double()[:, None, None].expand(*logits.shape[:-1], 1)], -1)
+    return torch.softmax(logits, -1)[..., : key.shape[2]].masked_fill(~mask, 0) @ value
 
 
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -30,6 +54,17 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torc
     query, key, value = (x.contiguous() for x in (query, key, value))
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     return output.masked_fill(~mask.any(-1, keepdim=True), 0)
+
+
+def allowed_error(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, want: torch.Tensor
+) -> float:
+    """Twice what SDPA errs without soft cap and sinks, which it lacks, or two roundings of what is wanted."""
+    if query.dtype == torch.float32:
+        return 1e-5
+    error = largest_difference(sdpa(query, key, value, mask), dense(query, key, value, mask))
+    rounding = torch.finfo(query.dtype).eps * largest_difference(want, torch.zeros_like(want))
+    return max(2 * error, rounding, 1e-5)
 
 
 def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:

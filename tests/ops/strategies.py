@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.geometry import Geometry
+from s2o_compile.ops.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,59 @@ class Call:
     is_causal: bool
     offset: int
     padded: bool
+    window: int | None
+    documents: int
+    mask: tuple[bool, bool, bool, bool] | None
+    softcap: float
+    sunk: bool
     layout: str
     seed: int
     config: S2OConfig
 
     def tensors(
         self, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Query, key, value and key padding."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(heads: int, length: int, channels: int) -> torch.Tensor:
             x = torch.randn(self.batch, heads, length, channels, generator=generator, dtype=torch.float64)
             return self.lay_out(x.to(dtype).to(device))
 
-        query = draw(self.groups * self.group, self.queries, self.channels) * 2
+        query = draw(self.heads, self.queries, self.channels) * 2
         key = draw(self.groups, self.keys, self.channels)
-        value = draw(self.groups, self.keys, self.value_channels)
+        return query, key, draw(self.groups, self.keys, self.value_channels)
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.groups * self.group
+
+    def visibility(self, device: str = "cpu") -> Visibility:
+        """The terms of the mask."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
         padding = torch.rand(self.batch, self.keys, generator=generator) < 0.7 if self.padded else None
-        return query, key, value, None if padding is None else padding.to(device)
+        documents: list[torch.Tensor | None] = [None, None]
+        if self.documents:
+            ids = torch.randint(self.documents, (self.batch, max(self.queries, self.keys)), generator=generator)
+            ids = ids.sort(dim=1)[0]
+            documents = [ids[:, : self.queries].int(), ids[:, -self.keys :]]
+        mask = None
+        if self.mask is not None:
+            full = (self.batch, self.heads, self.queries, self.keys)
+            shape = [size if whole else 1 for size, whole in zip(full, self.mask, strict=True)]
+            mask = self.lay_out(torch.rand(shape, generator=generator) < 0.6)
+            mask = mask if self.layout == "contiguous" else mask.expand(full)
+        tensors = [None if x is None else x.to(device) for x in (padding, *documents, mask)]
+        return Visibility(self.is_causal, self.offset, tensors[0], self.window, *tensors[1:])
+
+    def sinks(self, device: str = "cpu") -> torch.Tensor | None:
+        """A sink per head."""
+        return torch.linspace(-2, 4, self.heads, device=device) if self.sunk else None
+
+    def arguments(self, device: str = "cpu") -> dict[str, Any]:
+        """The operator's arguments but for tensors and fields."""
+        return {**self.visibility(device)._asdict(), "softcap": self.softcap, "sinks": self.sinks(device)}
 
     def lay_out(self, x: torch.Tensor) -> torch.Tensor:
         """The same values with other strides."""
@@ -57,23 +91,6 @@ class Call:
         if self.layout == "channels strided":
             return x.transpose(2, 3).contiguous().transpose(2, 3)
         return x
-
-    def mask(self, padding: torch.Tensor | None, device: str = "cpu") -> torch.Tensor:
-        """What each row may see [B or 1, 1, Lq, Lk]."""
-        seen = torch.ones(1, 1, self.queries, self.keys, dtype=torch.bool, device=device)
-        if self.is_causal:
-            rows = torch.arange(self.queries, device=device)[:, None] + self.offset
-            seen = seen & (torch.arange(self.keys, device=device) <= rows)
-        return seen if padding is None else seen & padding[:, None, None]
-
-    def geometry(self, query: torch.Tensor, key: torch.Tensor) -> Geometry:
-        """The call's geometry."""
-        return Geometry.of(query, key, self.is_causal, self.offset, self.config)
-
-    @property
-    def masks(self) -> dict[str, Any]:
-        """The operator's arguments that mask, but for padding."""
-        return {"is_causal": self.is_causal, "causal_offset": self.offset}
 
 
 @st.composite
@@ -105,8 +122,25 @@ def configs(draw: st.DrawFn, thresholds: tuple[float, ...] = (0.0, 1e-3, 1e-2, 5
 
 
 @st.composite
+def terms(draw: st.DrawFn) -> dict[str, Any]:
+    """The optional terms of a call, mostly one or none, sometimes all together."""
+    chosen = draw(st.sampled_from(["none", "none", "window", "documents", "mask", "softcap", "sinks", "some", "some"]))
+
+    def has(name: str) -> bool:
+        return chosen == name or (chosen == "some" and draw(st.booleans()))
+
+    return {
+        "window": draw(st.sampled_from([1, 7, 40, 100, 1000])) if has("window") else None,
+        "documents": draw(st.integers(1, 4)) if has("documents") else 0,
+        "mask": draw(st.tuples(*[st.booleans()] * 4)) if has("mask") else None,
+        "softcap": draw(st.sampled_from([1.5, 20.0])) if has("softcap") else 0.0,
+        "sunk": has("sinks"),
+    }
+
+
+@st.composite
 def calls(draw: st.DrawFn, longest: int = 300, settings: st.SearchStrategy[S2OConfig] | None = None) -> Call:
-    """Calls over batches, head counts, ragged lengths, widths, offsets, padding and layouts."""
+    """Calls over batches, head counts, ragged lengths, widths, offsets, terms and layouts."""
     queries, keys = draw(st.integers(1, longest)), draw(st.integers(1, longest))
     is_causal = draw(st.booleans())
     return Call(
@@ -118,8 +152,9 @@ def calls(draw: st.DrawFn, longest: int = 300, settings: st.SearchStrategy[S2OCo
         channels=draw(st.sampled_from([16, 24, 64])),
         value_channels=draw(st.sampled_from([16, 40])),
         is_causal=is_causal,
-        offset=draw(st.sampled_from([0, keys - queries, -10, 50])) if is_causal else 0,
+        offset=draw(st.sampled_from([0, keys - queries, -10, 50])),
         padded=draw(st.booleans()),
+        **draw(terms()),
         layout=draw(st.sampled_from(["contiguous", "heads last", "strided", "channels strided"])),
         seed=draw(st.integers(0, 2**31)),
         config=draw(configs() if settings is None else settings),

@@ -8,34 +8,31 @@ from hypothesis import given
 
 from s2o_compile.ops import AttentionResult, S2OConfig, cpu
 from s2o_compile.ops.cpu import attend, rank
-from s2o_compile.ops.geometry import Geometry
 from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.visibility import Visibility
 
-from .comparison import assert_same, dense, largest_difference, sdpa
+from .comparison import allowed_error, assert_same, dense, largest_difference, seen
 from .strategies import Call, calls, configs
 
 
 @given(calls())
 def test_agrees_with_the_reference(call: Call) -> None:
-    query, key, value, padding = call.tensors(torch.float64)
+    tensors, visibility = call.tensors(torch.float64), call.visibility()
     scale = call.channels**-0.5
-    got = cpu.sparse_attention(query, key, value, call.geometry(query, key), padding, scale, call.config)
-    want = reference_attention(query, key, value, key_padding=padding, config=call.config, **call.masks)
+    got = cpu.sparse_attention(*tensors, visibility, scale, call.softcap, call.config)
+    want = reference_attention(*tensors, visibility, softcap=call.softcap, config=call.config)
     assert_same(got, want, 1e-9)
 
 
 @given(calls(settings=configs(thresholds=(0.0,))))
 def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        query, key, value, padding = call.tensors(dtype)
-        mask = call.mask(padding)
-        output = torch.ops.s2o.attention(
-            query, key, value, key_padding=padding, **call.masks, **call.config.arguments()
-        )
+        tensors = call.tensors(dtype)
+        mask = seen(*tensors[:2], call.visibility())
+        output = torch.ops.s2o.attention(*tensors, **call.arguments(), **call.config.arguments())
         assert output.dtype == dtype
-        want = dense(query, key, value, mask)
-        allowed = 1e-5 if dtype == torch.float32 else 2 * largest_difference(sdpa(query, key, value, mask), want)
-        assert largest_difference(output, want) <= max(allowed, 1e-5)
+        want = dense(*tensors, mask, softcap=call.softcap, sinks=call.sinks())
+        assert largest_difference(output, want) <= allowed_error(*tensors, mask, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -45,7 +42,7 @@ def test_low_precision_ranking_finds_the_same_keys_but_for_those_at_the_threshol
     query, key, value = (x.to(dtype) for x in (query, key, value))
     config = S2OConfig(threshold=1e-2, min_length=0, last_queries=0)
     got = AttentionResult(*torch.ops.s2o.attention_stats(query, key, value, is_causal=True, **config.arguments()))
-    want = reference_attention(query.double(), key.double(), value.double(), is_causal=True, config=config)
+    want = reference_attention(query.double(), key.double(), value.double(), Visibility(True), config=config)
     exact = dense(query, key, value, torch.ones(700, 700, dtype=torch.bool).tril())
     error, specified = ((x.double() - exact).square().sum() for x in (got.output, want.output))
     assert error < 1.1 * specified + 1e-4
@@ -58,6 +55,6 @@ def test_works_through_many_runs_of_segments(monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(1)
     query, key, value = (torch.randn(1, 2, 500, 16, dtype=torch.float64) for _ in "qkv")
     call_config = S2OConfig(threshold=1e-2, last_queries=50)
-    geometry = Geometry.of(query, key, True, 0, call_config)
-    got = cpu.sparse_attention(query, key, value, geometry, None, 0.25, call_config)
-    assert_same(got, reference_attention(query, key, value, is_causal=True, config=call_config), 1e-9)
+    for visibility in (Visibility(True), Visibility(True, window=170), Visibility(False, 20, window=170)):
+        got = cpu.sparse_attention(query, key, value, visibility, 0.25, 0.0, call_config)
+        assert_same(got, reference_attention(query, key, value, visibility, config=call_config), 1e-9)

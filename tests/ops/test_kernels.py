@@ -7,11 +7,12 @@ import torch
 from hypothesis import Phase, given, settings
 
 from s2o_compile.ops import AttentionResult, S2OConfig
-from s2o_compile.ops.geometry import Geometry
 from s2o_compile.ops.kernels import launch
 from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.sinks import add_sinks
+from s2o_compile.ops.visibility import Visibility
 
-from .comparison import assert_same, dense, largest_difference, sdpa
+from .comparison import allowed_error, assert_same, dense, largest_difference, sdpa, seen
 from .strategies import Call, calls, configs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,17 +23,22 @@ PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
 def run(call: Call, tensors: tuple[torch.Tensor, ...]) -> AttentionResult:
-    query, key, value, padding = tensors
-    scale = call.channels**-0.5
-    return launch.sparse_attention(query, key, value, call.geometry(query, key), padding, scale, call.config)
+    """What the operator makes of the kernels' result."""
+    visibility, sinks = call.visibility(DEVICE), call.sinks(DEVICE)
+    result = launch.sparse_attention(*tensors, visibility, call.channels**-0.5, call.softcap, call.config)
+    return result if sinks is None else add_sinks(result, sinks)
 
 
-@settings(max_examples=40, phases=PHASES)
+@settings(max_examples=60, phases=PHASES)
 @given(calls(longest=LONGEST))
 def test_agrees_with_the_reference(call: Call) -> None:
-    query, key, value, padding = tensors = call.tensors(torch.float32, DEVICE)
+    tensors = call.tensors(torch.float32, DEVICE)
     want = reference_attention(
-        query.double(), key.double(), value.double(), key_padding=padding, config=call.config, **call.masks
+        *(x.double() for x in tensors),
+        call.visibility(DEVICE),
+        softcap=call.softcap,
+        sinks=call.sinks(DEVICE),
+        config=call.config,
     )
     got = run(call, tensors)
     assert largest_difference(got.visited, want.visited) <= 64 * call.config.tile
@@ -40,14 +46,14 @@ def test_agrees_with_the_reference(call: Call) -> None:
         assert_same(got, want, 1e-4)
 
 
-@settings(max_examples=20, phases=PHASES)
+@settings(max_examples=30, phases=PHASES)
 @given(calls(longest=LONGEST, settings=configs(thresholds=(0.0,))))
 def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
     for dtype in DTYPES:
-        query, key, value, padding = tensors = call.tensors(dtype, DEVICE)
-        want, mask = dense(query, key, value, call.mask(padding, DEVICE)), call.mask(padding, DEVICE)
-        allowed = 1e-5 if dtype == torch.float32 else 2 * largest_difference(sdpa(query, key, value, mask), want)
-        assert largest_difference(run(call, tensors).output, want) <= max(allowed, 1e-5)
+        tensors = call.tensors(dtype, DEVICE)
+        mask = seen(*tensors[:2], call.visibility(DEVICE))
+        want = dense(*tensors, mask, softcap=call.softcap, sinks=call.sinks(DEVICE))
+        assert largest_difference(run(call, tensors).output, want) <= allowed_error(*tensors, mask, want)
 
 
 @pytest.mark.parametrize("channels, value_channels", [(16, 16), (80, 96), (256, 256)])
@@ -58,8 +64,7 @@ def test_head_dimensions(channels: int, value_channels: int, dtype: torch.dtype)
     key = torch.randn(1, 1, 100, channels, device=DEVICE, dtype=dtype)
     value = torch.randn(1, 1, 100, value_channels, device=DEVICE, dtype=dtype)
     config = S2OConfig(threshold=0, near_keys=0, last_queries=0)
-    geometry = Geometry.of(query, key, True, 10, config)
-    got = launch.sparse_attention(query, key, value, geometry, None, channels**-0.5, config).output
+    got = launch.sparse_attention(query, key, value, Visibility(True, 10), channels**-0.5, 0.0, config).output
     mask = torch.ones(90, 100, dtype=torch.bool, device=DEVICE).tril(10)
     want = dense(query, key, value, mask)
     allowed = 1e-5 if dtype == torch.float32 else 2 * largest_difference(sdpa(query, key, value, mask), want)
@@ -74,10 +79,10 @@ def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
         S2OConfig(threshold=1e-2, near_keys=0, last_queries=20),
         S2OConfig.paper(segment=64, tile=32, pool=64),
     ):
-        geometry = Geometry.of(query, key, True, 0, config)
-        got = launch.sparse_attention(query, key, value, geometry, None, 0.25, config)
-        want = reference_attention(query.double(), key.double(), value.double(), is_causal=True, config=config)
-        assert_same(got, want, 1e-4)
+        for visibility in (Visibility(True), Visibility(True, window=100)):
+            got = launch.sparse_attention(query, key, value, visibility, 0.25, 0.0, config)
+            want = reference_attention(query.double(), key.double(), value.double(), visibility, config=config)
+            assert_same(got, want, 1e-4)
 
 
 @pytest.mark.gpu
@@ -149,11 +154,24 @@ def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which
     tensors = {name: torch.randn(1, 2, 190, 16, device=DEVICE) for name in ("query", "key", "value")}
     tail = "none" if which == "query" else "sampled"
     config = S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, lists="head", tail=tail)
-    geometry = Geometry.of(tensors["query"], tensors["key"], True, 0, config)
     tensors[which][0, 1, 90, 3] = bad
-    output = launch.sparse_attention(*tensors.values(), geometry, None, 0.25, config).output
+    output = launch.sparse_attention(*tensors.values(), Visibility(True), 0.25, 0.0, config).output
     assert output[0, 0].isfinite().all()
     tile_end = 96
     assert output[0, 1, :64].isfinite().all()
     if which == "query":
         assert output[0, 1, tile_end:].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("threshold", [0.0, 1e-2])
+def test_what_hidden_keys_hold_does_not_matter(bad: float, threshold: float) -> None:
+    torch.manual_seed(8)
+    query, key, value = (torch.randn(1, 2, 120, 16, device=DEVICE) for _ in "qkv")
+    mask = torch.rand(1, 1, 1, 120, device=DEVICE) < 0.5
+    config = S2OConfig(threshold=threshold, near_keys=0)
+    want = launch.sparse_attention(query, key, value, Visibility(mask=mask), 0.25, 0.0, config)
+    hidden = ~mask.flatten()
+    key[:, :, hidden], value[:, :, hidden] = bad, bad
+    got = launch.sparse_attention(query, key, value, Visibility(mask=mask), 0.25, 0.0, config)
+    assert_same(got, want, 0.0)

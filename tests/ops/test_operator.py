@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.choice import choose_sparse
 
-from .comparison import dense, largest_difference
+from .comparison import dense, largest_difference, seen
 from .strategies import Call, calls, configs
 
 OPERATORS = [
@@ -44,7 +44,7 @@ def test_opcheck(operator: Any, min_length: int | None) -> None:
 
 def test_opcheck_of_the_inner_operator() -> None:
     settings = '{"threshold": 0.001, "tile": 32}'
-    torch.library.opcheck(torch.ops.s2o.sparse.default, (*inputs(100), True, 0, None, 0.2, settings))
+    torch.library.opcheck(torch.ops.s2o.sparse.default, (*inputs(100), True, 0, *[None] * 5, 0.2, 0.0, settings))
 
 
 def test_schema_has_the_defaults_of_the_configuration() -> None:
@@ -55,17 +55,13 @@ def test_schema_has_the_defaults_of_the_configuration() -> None:
 
 @given(calls(longest=120, settings=configs(thresholds=(0.0,))))
 def test_every_path_agrees_at_threshold_zero(call: Call) -> None:
-    query, key, value, padding = call.tensors()
-    want = dense(query, key, value, call.mask(padding))
+    tensors, terms = call.tensors(), call.arguments()
+    want = dense(*tensors, seen(*tensors[:2], call.visibility()), softcap=call.softcap, sinks=call.sinks())
     arguments = call.config.arguments()
     for min_length in (0, 10**6):
-        output = torch.ops.s2o.attention(
-            query, key, value, key_padding=padding, **call.masks, **{**arguments, "min_length": min_length}
-        )
+        output = torch.ops.s2o.attention(*tensors, **terms, **{**arguments, "min_length": min_length})
         assert largest_difference(output, want) < 1e-5
-    stats = torch.ops.s2o.attention_stats(
-        query, key, value, key_padding=padding, **call.masks, **{**arguments, "min_length": 10**6}
-    )
+    stats = torch.ops.s2o.attention_stats(*tensors, **terms, **{**arguments, "min_length": 10**6})
     assert largest_difference(stats[0], want) < 1e-5
 
 

@@ -10,18 +10,22 @@ from hypothesis import given
 
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.visibility import Visibility
 
-from .comparison import dense, largest_difference
+from .comparison import dense, largest_difference, seen
 from .strategies import Call, calls, configs
 
 
 @given(calls(longest=150, settings=configs(thresholds=(0.0,))))
 def test_threshold_zero_is_dense(call: Call) -> None:
-    query, key, value, padding = call.tensors(torch.float64)
-    result = reference_attention(query, key, value, key_padding=padding, config=call.config, **call.masks)
-    mask = call.mask(padding)
-    assert largest_difference(result.output, dense(query, key, value, mask)) < 1e-12
-    assert torch.equal((result.lse == -torch.inf).any(1), ~mask.any(-1).expand(call.batch, 1, -1)[:, 0])
+    tensors, visibility, sinks = call.tensors(torch.float64), call.visibility(), call.sinks()
+    result = reference_attention(*tensors, visibility, softcap=call.softcap, sinks=sinks, config=call.config)
+    mask = seen(*tensors[:2], visibility)
+    assert largest_difference(result.output, dense(*tensors, mask, softcap=call.softcap, sinks=sinks)) < 1e-12
+    empty = ~mask.any(-1).expand(result.lse.shape)
+    nothing = torch.full_like(result.lse, -torch.inf) if sinks is None else sinks[:, None].double().expand_as(empty)
+    assert largest_difference(result.lse[empty].exp(), nothing[empty].exp()) < 1e-12
+    assert result.lse[~empty].isfinite().all()
 
 
 def needle(length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -45,12 +49,12 @@ def needle(length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 )
 def test_the_key_that_matters_is_visited_and_little_else(config: S2OConfig) -> None:
     query, key, value = needle()
-    result = reference_attention(query, key, value, is_causal=True, config=config)
+    result = reference_attention(query, key, value, Visibility(True), config=config)
     want = dense(query, key, value, torch.ones(512, 512, dtype=torch.bool).tril())
     rows = slice(256, None)
     assert largest_difference(result.output[:, :, rows], want[:, :, rows]) < 1e-6
     everything = reference_attention(
-        query, key, value, is_causal=True, config=dataclasses.replace(config, threshold=0.0)
+        query, key, value, Visibility(True), config=dataclasses.replace(config, threshold=0.0)
     )
     late = slice(256 // config.tile, None)
     assert result.visited[..., late].sum() < 0.6 * everything.visited[..., late].sum()
@@ -63,7 +67,7 @@ def test_a_higher_threshold_visits_less_and_errs_more() -> None:
     visited, errors = [], []
     for threshold in (0.0, 1e-4, 1e-2, 1e-1):
         config = S2OConfig(threshold=threshold, tail="none", last_queries=0, near_keys=0)
-        result = reference_attention(query, key, value, is_causal=True, config=config)
+        result = reference_attention(query, key, value, Visibility(True), config=config)
         visited.append(int(result.visited.sum()))
         errors.append(float((result.output - want).square().sum()))
     assert visited == sorted(visited, reverse=True) and visited[0] > visited[-1]
@@ -78,6 +82,6 @@ def test_block_means_stand_for_skipped_keys() -> None:
         torch.randn(1, 1, 8, 16, generator=generator, dtype=torch.float64).repeat_interleave(64, 2) for _ in "kv"
     )
     config = S2OConfig(threshold=0.5, tail="means", near_keys=0, last_queries=0, first_keys=0)
-    result = reference_attention(query, key, value, is_causal=True, config=config)
+    result = reference_attention(query, key, value, Visibility(True), config=config)
     want = dense(query, key, value, torch.ones(512, 512, dtype=torch.bool).tril())
     assert largest_difference(result.output, want) < 1e-12

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.sampling import draws
+from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense
 
@@ -39,7 +40,7 @@ def test_the_threshold_bounds_the_variance(threshold: float, lists: str) -> None
     """Mass that is sampled errs by no more than sqrt(threshold) in the root mean square, and not to one side."""
     query, key, value = flat(int(threshold * 1000))
     config = S2OConfig(threshold=threshold, lists=lists, sample=1, first_keys=0, near_keys=0, last_queries=0)
-    got = reference_attention(query, key, value, is_causal=True, config=config)
+    got = reference_attention(query, key, value, Visibility(True), config=config)
     mask = torch.ones(1536, 1536, dtype=torch.bool).tril()
     logits = (query @ key.mT * 0.25).masked_fill(~mask, -torch.inf)
     error = (got.lse - logits.logsumexp(-1)).exp()[..., 256:] - 1
@@ -55,6 +56,6 @@ def test_a_sampled_tail_errs_less_than_one_left_out() -> None:
     errors = {}
     for tail in ("sampled", "none"):
         config = S2OConfig(threshold=0.03, tail=tail, near_keys=0, last_queries=0)
-        result = reference_attention(query, key, value, is_causal=True, config=config)
+        result = reference_attention(query, key, value, Visibility(True), config=config)
         errors[tail] = float((result.output - want).square().sum())
     assert errors["sampled"] < 0.2 * errors["none"]

@@ -1,0 +1,83 @@
+"""Which keys a query sees: all terms of a call's mask in one value."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from typing import NamedTuple
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .config import S2OConfig
+
+
+class Visibility(NamedTuple):
+    """The terms of a mask; a query sees a key where all of them allow it. Shapes as in `ops.operator`.
+
+    The order of the fields is that of the arguments of the inner operators. `mask` has 4 dimensions.
+    """
+
+    is_causal: bool = False
+    causal_offset: int = 0
+    key_padding: torch.Tensor | None = None
+    window: int | None = None
+    query_documents: torch.Tensor | None = None
+    key_documents: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no terms, so that every query sees every key."""
+        return not self.is_causal and all(term is None for term in self[2:])
+
+    @property
+    def varies(self) -> bool:
+        """Whether the queries of a segment may see different keys of their history."""
+        return self.window is not None or self.query_documents is not None or self.mask is not None
+
+    def simplified(self, queries: int, keys: int) -> Visibility:
+        """The same without a causal mask or a window that hide nothing from so many queries."""
+        terms = self
+        if terms.is_causal and statically_known_true(terms.causal_offset >= keys - 1):
+            # The offset still places the dense spans, and the window.
+            terms = terms._replace(is_causal=False)
+        if terms.window is not None and statically_known_true(queries + terms.causal_offset <= terms.window):
+            terms = terms._replace(window=None)
+        return terms
+
+    def seen(
+        self, batch: torch.Tensor | int, head: torch.Tensor | int, row: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        """Which keys are seen: indices of batch entries, query heads, queries and keys, broadcast together.
+
+        Indices on which no term depends are not broadcast.
+        """
+        terms = []
+        if self.is_causal:
+            terms.append(key <= row + self.causal_offset)
+        if self.window is not None:
+            terms.append(key > row + (self.causal_offset - self.window))
+        if self.key_padding is not None:
+            terms.append(self.key_padding[batch, key])
+        if self.query_documents is not None and self.key_documents is not None:
+            terms.append(self.query_documents[batch, row] == self.key_documents[batch, key])
+        if self.mask is not None:
+            sizes = self.mask.shape
+            index = zip((batch, head, row, key), sizes, strict=True)
+            terms.append(self.mask[tuple(0 if size == 1 else place for place, size in index)])
+        return functools.reduce(operator.and_, terms) if terms else torch.ones_like(key, dtype=torch.bool)
+
+    def ranking(self, config: S2OConfig) -> S2OConfig:
+        """The configuration as far as such a call can follow it.
+
+        Neighbouring queries of other documents, or under a general mask, have no mean that could rank keys for them
+        all, so every query is a guide. A block's mean cannot stand for keys of which a query sees only some, so where
+        queries see different keys of the history the tail is sampled.
+        """
+        if self.query_documents is not None or self.mask is not None:
+            config = dataclasses.replace(config, pool=1, guides="head")
+        if self.varies and config.tail == "means":
+            config = dataclasses.replace(config, tail="sampled")
+        return config
