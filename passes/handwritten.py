@@ -223,7 +223,7 @@ class _Matched:
 
     def _rows(self, query: Layout, key: Layout) -> tuple[Dim, Dim]:
         """The axes of the queries' positions, and those of batch and heads."""
-        order = [x for x in all_leaves(self.probabilities.layout) if x not in self.keys]
+        order = [x for x in all_leaves(self.probabilities.layout) if x not in leaves(self.probabilities.summed)]
         others = {*all_leaves(key), *all_leaves(self.value_layout)}
         own = [x for x in order if x in all_leaves(query) and x not in others]
         return tuple(own[-1:]), tuple(x for x in order if x not in own[-1:])

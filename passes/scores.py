@@ -164,7 +164,8 @@ class ScoreWalk:
 
     def _is_constant(self, layout: Layout) -> bool:
         """Whether a tensor is the same for all keys, so that a softmax takes it out again."""
-        return not {*all_leaves(layout)} & {*leaves(self.summed)}
+        keys = leaves(self.summed if self.kept is None else (*self.summed, *self.kept[0]))
+        return not {*all_leaves(layout)} & {*keys}
 
     def _pass_maximum(self, found: Scores, node: Node, user: Node) -> None:
         """Note the nodes of a maximum of the scores, which may be left without use."""
