@@ -52,7 +52,7 @@ def _sdpa_site(
         Input(query),
         Input(key),
         Input(value),
-        masks=() if attn_mask is None else (_mask_term(attn_mask),),
+        masks=() if attn_mask is None else (_mask_term(attn_mask, node),),
         is_causal=is_causal,
         scale=None if scale is None else (Factor(scale),),
         enable_gqa=enable_gqa,
@@ -61,11 +61,11 @@ def _sdpa_site(
     return _without_repeats(walker, site)
 
 
-def _mask_term(mask: Node) -> MaskTerm:
+def _mask_term(mask: Node, user: Node) -> MaskTerm:
     tensor = fake_tensor(mask)
     added = tensor is not None and tensor.is_floating_point()
     rank = 4 if tensor is None else min(4, tensor.dim())
-    return MaskTerm(mask, AXES[4 - rank :], None if added else True, 1.0 if added else -math.inf)
+    return MaskTerm(mask, user, AXES[4 - rank :], None if added else True, 1.0 if added else -math.inf)
 
 
 def _without_repeats(walker: Walker, site: AttentionSite) -> AttentionSite:

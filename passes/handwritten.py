@@ -268,4 +268,4 @@ class Roles:
         """A mask with the axes of its dimensions as those of scores [batch, heads, queries, keys]."""
         known = dict(zip((self.batch, self.heads + self.groups, self.queries, self.keys), AXES, strict=True))
         axes = tuple(known.get(leaves(dim), other) for dim, other in zip(mask.layout, OTHER_AXES, strict=False))
-        return MaskTerm(mask.node, axes, mask.keep, mask.value)
+        return MaskTerm(mask.node, mask.user, axes, mask.keep, mask.value)

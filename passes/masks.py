@@ -44,12 +44,14 @@ class MaskTerm:
 
     Attributes:
         node: A boolean mask, or one that is added to the scores.
+        user: The node that reads it.
         axes: The index along each of its dimensions: one of `AXES`, or of `OTHER_AXES` where it is none of these.
         keep: Whether keys are hidden where a boolean mask is false, or where it is true; None if it is added.
         value: What hidden scores become, or what an added mask is multiplied by; None if that is not known.
     """
 
     node: Node
+    user: Node
     axes: tuple[sympy.Symbol, ...]
     keep: bool | None
     value: float | None
@@ -134,7 +136,11 @@ class Prover:
             expression = self.reader.read(mask.node).expression
         except Unreadable as unreadable:
             raise NotProven(f"the mask cannot be read: {unreadable}") from None
-        self._refuse_mutated(mask.node)
+        changed = self._changed(mask.node)
+        if changed is not None:
+            if tensor.dtype != torch.bool or any(mask.user < writer for writer in self._writers(mask.node)):
+                raise NotProven(f"the mask depends on {changed}, which is changed in place; build it without that")
+            expression = self.reader.leaf(mask.node, tensor)
         if mask.keep is None:
             predicate = _where_nothing_is_added(mask, expression)
         else:
@@ -147,13 +153,16 @@ class Prover:
             raise NotProven(f"the mask {_origin(mask.node)} varies over another dimension than batch, heads and keys")
         return predicate
 
-    def _refuse_mutated(self, mask: Node) -> None:
+    def _changed(self, mask: Node) -> str | None:
+        """What a mask is read from that is changed in place, in words; None if nothing is."""
         for node in self._sources(mask):
-            tensor = fake_tensor(node)
-            if tensor is not None and storage(tensor) in self._mutated:
-                raise NotProven(
-                    f"the mask depends on {_origin(node)}, which is changed in place; build it without that"
-                )
+            if self._writers(node):
+                return _origin(node)
+        return None
+
+    def _writers(self, node: Node) -> list[Node]:
+        tensor = fake_tensor(node)
+        return [] if tensor is None else self._mutated.get(storage(tensor), [])
 
     def _sources(self, mask: Node) -> set[Node]:
         """The nodes that were read for a mask, leaves included."""
@@ -179,7 +188,7 @@ class Prover:
 
     def _sources_in_words(self, mask: Mask) -> tuple[tuple[str, str], ...]:
         terms = {"key padding": (mask.key_padding,), "documents": mask.documents or (), "boolean mask": (mask.rest,)}
-        words = {name: " and ".join(map(_origin, self._leaves(*parts))) for name, parts in terms.items()}
+        words = {name: " and ".join(dict.fromkeys(map(_origin, self._leaves(*parts)))) for name, parts in terms.items()}
         return tuple(words.items())
 
 

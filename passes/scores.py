@@ -43,12 +43,14 @@ class ScoreMask:
 
     Attributes:
         node: A boolean tensor, or one that is added.
+        user: The node that reads it.
         layout: The axes of its dimensions.
         keep: Whether scores stay where the mask is true, or are filled there; None for a mask that is added.
         value: What the scores are filled with, or what an added mask is multiplied by; None if it is not known.
     """
 
     node: Node
+    user: Node
     layout: Layout
     keep: bool | None
     value: float | None
@@ -210,7 +212,7 @@ class ScoreWalk:
         keep = filled.keep if other is filled.value else not filled.keep
         value = self.walker.factor(other)
         known = value if isinstance(value, float) else None
-        self._mask(found, ScoreMask(filled.mask, self._operand(node, layout, filled.mask), keep, known), node)
+        self._mask(found, ScoreMask(filled.mask, node, self._operand(node, layout, filled.mask), keep, known))
         return found
 
     def _first(self, orders: list[tuple[Any, Any]], node: Node, layout: Layout) -> tuple[Scores, Any]:
@@ -230,11 +232,11 @@ class ScoreWalk:
             found.passed.append(other)
         elif fake_tensor(other) is not None and factor != 0:
             known = factor if isinstance(factor, float) else None
-            self._mask(found, ScoreMask(other, self._operand(node, layout, other), None, known), node)
+            self._mask(found, ScoreMask(other, node, self._operand(node, layout, other), None, known))
 
-    def _mask(self, found: Scores, mask: ScoreMask, user: Node) -> None:
+    def _mask(self, found: Scores, mask: ScoreMask) -> None:
         """Note a mask, or, where added masks are a sum, each of them."""
-        source = self.walker.operands(mask.node, mask.layout, user)[-1]
+        source = self.walker.operands(mask.node, mask.layout, mask.user)[-1]
         found.passed += source.passed
         for factor in source.factors:
             mask.value = None if mask.value is None or factor.number is None else mask.value * factor.number
@@ -244,7 +246,7 @@ class ScoreWalk:
             for term, sign in ((total.left, 1), (total.right, total.sign)):
                 value = None if mask.value is None else sign * mask.value
                 layout = self._operand(source.node, source.layout, term)
-                self._mask(found, ScoreMask(term, layout, None, value), user)
+                self._mask(found, ScoreMask(term, source.node, layout, None, value))
         else:
             found.masks.append(replace(mask, node=source.node, layout=source.layout))
 

@@ -95,16 +95,13 @@ class Reader:
             if tensor is None:
                 raise Unreadable(f"the shape of {node.name} is not known")
             shape = symbolic_shape(tensor)
-            self.readings[node] = Reading(_without_unit_axes(self._expression(node, tensor, shape), shape), shape)
+            try:
+                expression = self._operation(node)
+                self.understood.add(node)
+            except Unreadable:
+                expression = self.leaf(node, tensor)
+            self.readings[node] = Reading(_without_unit_axes(expression, shape), shape)
         return self.readings[node]
-
-    def _expression(self, node: Node, tensor: torch.Tensor, shape: Shape) -> sympy.Basic:
-        try:
-            expression = self._operation(node)
-        except Unreadable:
-            return self._leaf(node, tensor, shape)
-        self.understood.add(node)
-        return expression
 
     def _operation(self, node: Node) -> sympy.Basic:
         handler = self.handlers.get(operation_name(node))
@@ -116,10 +113,11 @@ class Reader:
             raise Unreadable from None
         return handler(self, node, *node.args, **node.kwargs)
 
-    def _leaf(self, node: Node, tensor: torch.Tensor, shape: Shape) -> sympy.Basic:
+    def leaf(self, node: Node, tensor: torch.Tensor) -> sympy.Basic:
+        """A node that holds `tensor` as an unknown function of its indices."""
         name = f"tensor_{node.name}"
         self.leaves[name] = node
-        places = (axis(place) for place in range(len(shape), 0, -1))
+        places = (axis(place) for place in range(tensor.dim(), 0, -1))
         value = sympy.Function(name, integer=tensor.dtype in INTEGERS or None)(*places)
         return sympy.Ne(value, 0) if tensor.dtype == torch.bool else value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -33,6 +34,14 @@ def prove(build: Build, pad: torch.Tensor | None = None, dynamic: bool = False) 
     captured, output = capture(attend, *args, pad, dynamic=dynamic)
     torch.testing.assert_close(output, attend(*args, pad))
     return captured
+
+
+def assert_no_mask_left(captured: Capture) -> None:
+    """No tensor of the graph has both queries and keys for dimensions."""
+    for node in captured.nodes():
+        tensor = node.meta.get("example_value")
+        if isinstance(tensor, torch.Tensor):
+            assert tuple(tensor.shape).count(L) + tuple(tensor.shape).count(2 * L) < 2, node
 
 
 def random_padding() -> torch.Tensor:
@@ -96,19 +105,35 @@ PROVEN: dict[str, tuple[Build, str]] = {
     ),
     "product": (lambda pad: (j() <= i()) * pad[:, None, None, :], f"causal, offset 0; {PAD}"),
     "two paddings": (lambda pad: pad[:, None, None, :] & (torch.randn(2, 1, 1, L) < 9), f"{PAD} and the result of lt"),
+    "transposed": (lambda pad: i() <= j(), "window 1, offset 0"),
+    "triu": (lambda pad: torch.ones(L, L, dtype=torch.bool).triu(), "window 1, offset 0"),
+    "later keys": (lambda pad: i() + 2 <= j(), "window 1, offset 2"),
+    "window": (lambda pad: (j() <= i()) & (i() - j() < 4), "causal, offset 0; window 4"),
+    "window on both sides": (lambda pad: (i() - j()).abs() <= 3, "causal, offset 3; window 7"),
+    "diagonal": (lambda pad: j() == i(), "documents"),
+    "blocks of four": (lambda pad: j() // 4 == i() // 4, "documents"),
+    "documents": (
+        lambda pad: (pad.cumsum(-1)[:, None, :, None] == pad.cumsum(-1)[:, None, None, :]) & (j() <= i()),
+        "causal, offset 0; documents from the result of cumsum",
+    ),
+    "either padding": (lambda pad: pad[:, None, None, :] | (j() < 3), PAD),
+    "absorbed": (lambda pad: (j() <= i()) | ((j() <= i()) & pad[:, None, None, :]), "causal, offset 0"),
+    "de Morgan": (lambda pad: ~((j() > i()) | ~pad[:, None, None, :]), f"causal, offset 0; {PAD}"),
+}
+
+PASSED: dict[str, tuple[Build, str]] = {
+    "twice as steep": (lambda pad: j() <= 2 * i(), "boolean mask"),
+    "or": (lambda pad: (j() <= i()) | pad[:, None, None, :], "boolean mask from input pad"),
+    "query padding": (
+        lambda pad: pad[:, None, :, None] & (j() <= i()),
+        "causal, offset 0; boolean mask from input pad",
+    ),
+    "blocks": (lambda pad: j() // 4 <= i() // 4, "boolean mask"),
+    "random": (lambda pad: torch.ones(L, L) > torch.zeros(L, L).cumsum(0), "boolean mask from the result of gt"),
 }
 
 NOT_PROVEN: dict[str, tuple[Build, str]] = {
-    "transposed": (lambda pad: i() <= j(), "requires"),
-    "window": (lambda pad: (j() <= i()) & (i() - j() < 4), "requires"),
-    "twice as steep": (lambda pad: j() <= 2 * i(), "requires"),
-    "triu": (lambda pad: torch.ones(L, L, dtype=torch.bool).triu(), "requires"),
-    "or": (lambda pad: (j() <= i()) | pad[:, None, None, :], "varies over queries"),
-    "diagonal": (lambda pad: j() == i(), "varies over queries"),
-    "query padding": (lambda pad: pad[:, None, :, None] & (j() <= i()), "varies over queries"),
     "nothing": (lambda pad: j() > i() + L, "hides every key"),
-    "blocks": (lambda pad: j() // 4 <= i() // 4, "varies over queries"),
-    "random": (lambda pad: torch.ones(L, L) > torch.zeros(L, L).cumsum(0), "varies over queries"),
     "relative positions": (lambda pad: -(i() - j()).abs().float(), "additive bias with content"),
 }
 
@@ -117,9 +142,17 @@ NOT_PROVEN: dict[str, tuple[Build, str]] = {
 @pytest.mark.parametrize("name", PROVEN)
 def test_proven(name: str, dynamic: bool) -> None:
     build, expected = PROVEN[name]
-    decision = prove(build, random_padding(), dynamic).only()
+    captured = prove(build, random_padding(), dynamic)
+    decision = captured.only()
     assert decision.rewritten, decision.reason
     assert decision.mask == expected
+    assert_no_mask_left(captured)
+
+
+@pytest.mark.parametrize("name", PASSED)
+def test_passed_as_a_boolean_mask(name: str) -> None:
+    build, expected = PASSED[name]
+    assert prove(build, random_padding()).only().mask == expected
 
 
 @pytest.mark.parametrize("name", NOT_PROVEN)
@@ -162,9 +195,14 @@ def change_padding(pad: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("build", [set_row, fill_view, and_in_place, write_out, change_padding])
-def test_masks_changed_in_place_are_not_proven(build: Build) -> None:
-    decision = prove(build).only()
+def test_masks_changed_in_place_are_passed_as_they_are(build: Build) -> None:
+    assert prove(build).only().mask.startswith("boolean mask")
+
+
+def test_added_masks_changed_in_place_are_not_proven() -> None:
+    decision = prove(lambda pad: torch.where(set_row(pad), 0.0, -math.inf).mul_(1)).only()
     assert not decision.rewritten
+    assert "changed in place" in decision.reason
 
 
 def test_symbolic_offset() -> None:
