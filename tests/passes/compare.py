@@ -50,9 +50,7 @@ class _Recorder(Interpreter):
         return result
 
 
-def compare(
-    function: Callable[..., Any], *calls: Sequence[Any], dynamic: bool = False, **tolerances: Any
-) -> Recorded:
+def compare(function: Callable[..., Any], *calls: Sequence[Any], dynamic: bool = False, **tolerances: Any) -> Recorded:
     """Compile a function and check that each call computes what it computes uncompiled, dropout included."""
     captured = Recorded()
     compiled = torch.compile(function, backend=captured, dynamic=dynamic)
@@ -69,7 +67,11 @@ def _seeded(function: Callable[..., Any], args: Sequence[Any]) -> Any:
 
 
 def assert_rewritten(
-    function: Callable[..., Any], *calls: Sequence[Any], mask: str | None = "everything", dynamic: bool = False, **tolerances: Any
+    function: Callable[..., Any],
+    *calls: Sequence[Any],
+    mask: str | None = "everything",
+    dynamic: bool = False,
+    **tolerances: Any,
 ) -> Recorded:
     """Check that the one attention of a function is rewritten in one compilation, with `mask` proven of its mask."""
     captured = compare(function, *calls, dynamic=dynamic, **tolerances)

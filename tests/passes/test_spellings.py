@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .capture import EXACT
-from .compare import assert_refused, assert_rewritten
+from .compare import assert_refused, assert_rewritten, compare
 
 LENGTHS = [(13, 23), (11, 11), (5, 37), (29, 29), (17, 31)]
 """Queries and keys: primes, so that no other size is a multiple of both."""
@@ -195,6 +195,7 @@ SPELLINGS: dict[Callable[[int, int], list[Tensor]], dict[str, Attend]] = {
         "einsum": einsums("bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"),
         "einsum, other letters": einsums("n h l e, n h s e -> n h l s", "n h l s, n h s D -> n h l D"),
         "einsum, ellipsis": einsums("...id,...jd->...ij", "...ij,...jd->...id"),
+        "einsum, numbers": scored(lambda q, k: torch.einsum(q, [0, 1, 2, 4], k, [0, 1, 3, 4], [0, 1, 2, 3])),
         "einsum, keys before queries": einsum_keys_before_queries,
         "einsum, key on the left": scored(lambda q, k: torch.einsum("bhkd,bhqd->bhqk", k, q)),
         "keys before queries": keys_before_queries,
@@ -217,6 +218,7 @@ SPELLINGS: dict[Callable[[int, int], list[Tensor]], dict[str, Attend]] = {
         "constant added": scored(lambda q, k: dot(q, k) + 1),
         "zeros added": scored(lambda q, k: dot(q, k) + torch.zeros(q.shape[2], k.shape[2])),
         "F.softmax": normalised(lambda scores: F.softmax(scores, -1)),
+        "axis": normalised(lambda scores: torch.softmax(scores, axis=-1)),
         "method": normalised(lambda scores: scores.softmax(dim=3)),
         "torch.special": normalised(lambda scores: torch.special.softmax(scores, -1)),
         "nn.Softmax": normalised(nn.Softmax(dim=-1)),
@@ -290,6 +292,65 @@ def test_repeated_heads_are_not_stored(name: str) -> None:
     assert [captured.shapes[node][1] for node in operator.args] == [HEADS * GROUPS, HEADS, HEADS]
 
 
+VIEWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "viewed": lambda output: output.view(-1),
+    "viewed as another": lambda output: output.view_as(torch.empty(BATCH * HEADS, 13, VALUE_CHANNELS)),
+    "viewed by an operator": lambda output: torch.ops.aten.view(output, [-1]),
+    "one of a batch, viewed": lambda output: output[0].view(-1),
+    "detached, viewed": lambda output: output.detach().view(-1),
+    "scaled, viewed": lambda output: output.mul(2).view(-1),
+    "strided": lambda output: output.as_strided((5, 5), (5, 1)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWED)
+def test_memory_of_the_output(name: str) -> None:
+    """What was contiguous stays contiguous for code that was traced with it."""
+    assert_rewritten(lambda q, k, v: VIEWED[name](attend(q, k, v)), heads_first(*LENGTHS[0]))
+
+
+def test_memory_of_an_output_that_leaves_the_graph() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = attend(q, k, v)
+        torch._dynamo.graph_break()
+        return output.view(-1)
+
+    assert_rewritten(function, heads_first(*LENGTHS[0]))
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 23), (13, 1)], ids=str)
+@pytest.mark.parametrize("groups", [(1, 1, 1), (3, 1, 1), (1, 2, 1), (1, 1, 4), (3, 2, 2)], ids=str)
+def test_sizes_of_one(groups: tuple[int, int, int], lengths: tuple[int, int]) -> None:
+    (batch, heads, repeats), (queries, keys) = groups, lengths
+    q, k, v = (torch.randn(batch, heads, length, CHANNELS) for length in (queries * repeats, keys, keys))
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q.unflatten(2, (repeats, queries)), k.unsqueeze(2), v.unsqueeze(2))
+
+    assert compare(function, [q, k, v]).only().rewritten
+
+
+def test_layers_in_place() -> None:
+    """What one attention's rewriting removes, the next one's search does not trip over."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for _ in range(3):
+            q = scored(lambda q, k: after_a_scale(dot(q, k)))(q, k, v)
+            q.mul_(1.5)
+        return q
+
+    captured = compare(function, [torch.randn(BATCH, HEADS, length, CHANNELS) for length in (13, 23, 23)])
+    assert [decision.mask for decision in captured.decisions] == ["causal, offset 0"] * 3
+
+
+def test_autocast() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return attend(q, k, v)
+
+    assert_rewritten(function, heads_first(*LENGTHS[0]), atol=3e-2, rtol=3e-2)
+
+
 def allowed(scores: Tensor) -> Tensor:
     """The causal mask, true where a query sees a key."""
     return torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
@@ -335,7 +396,7 @@ MASKED: dict[str, Callable[[Tensor], Tensor]] = {
     "filled with -1e4": lambda scores: torch.masked_fill(scores, hidden(scores) == 1, -1e4),
     "filled with a tensor": lambda scores: scores.masked_fill(~positions(scores), torch.tensor(-math.inf)),
     "where": lambda scores: torch.where(allowed(scores), scores, -math.inf),
-    "where, tensor": lambda scores: torch.where(positions(scores), scores, torch.full([], torch.finfo(torch.float32).min)),
+    "where, tensor": lambda scores: torch.where(positions(scores), scores, torch.full([], -3e38)),
     "where, inverted": lambda scores: torch.where(hidden(scores) > 0, -1e9, scores),
     "where, method": lambda scores: scores.where(allowed(scores), torch.tensor(-1e9)),
     "where, like": lambda scores: torch.where(allowed(scores), scores, torch.full_like(scores, -math.inf)),
@@ -370,8 +431,9 @@ LAST_QUERIES: dict[str, Callable[[Tensor], Tensor]] = {
     "tril": lambda scores: scores.masked_fill(
         torch.ones(scores.shape[-2:]).tril(scores.shape[-1] - scores.shape[-2]) == 0, -math.inf
     ),
-    "triu": lambda scores: scores
-    + torch.full(scores.shape[-2:], -math.inf).triu(1 + scores.shape[-1] - scores.shape[-2]),
+    "triu": lambda scores: (
+        scores + torch.full(scores.shape[-2:], -math.inf).triu(1 + scores.shape[-1] - scores.shape[-2])
+    ),
     "slice": lambda scores: scores.masked_fill(largest_mask(scores) == 0, -1e9),
 }
 
@@ -380,9 +442,7 @@ LAST_QUERIES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", LAST_QUERIES)
 def test_causal_from_the_last_query(name: str, dynamic: bool) -> None:
     calls = [heads_first(*lengths) for lengths in LENGTHS[: None if dynamic else 1]]
-    captured = assert_rewritten(
-        scored(lambda q, k: LAST_QUERIES[name](dot(q, k))), *calls, mask=None, dynamic=dynamic
-    )
+    captured = assert_rewritten(scored(lambda q, k: LAST_QUERIES[name](dot(q, k))), *calls, mask=None, dynamic=dynamic)
     assert captured.only().mask.startswith("causal, offset" if dynamic else "causal, offset 10")
 
 
@@ -406,17 +466,30 @@ PADDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+CAUSAL_AND_PADDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "and": lambda scores, pad: torch.where(allowed(scores) & pad[:, None, None], scores, -math.inf),
+    "or": lambda scores, pad: scores.masked_fill(hidden(scores).bool() | ~pad[:, None, None], -math.inf),
+    "filled twice": lambda scores, pad: scores.masked_fill(~allowed(scores), -1e9).masked_fill(
+        ~pad[:, None, None], -1e9
+    ),
+    "sum": lambda scores, pad: scores + ((1 - pad[:, None, None].float()) * -1e9 + hidden(scores) * -1e9),
+}
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", [*PADDED, *CAUSAL_AND_PADDED])
 def test_padding(name: str, dynamic: bool) -> None:
+    change = PADDED.get(name) or CAUSAL_AND_PADDED[name]
+    mask = "key padding" if name in PADDED else "causal, offset 0; key padding"
+
     def function(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-        return torch.softmax(PADDED[name](dot(q, k), pad), dim=-1) @ v
+        return torch.softmax(change(dot(q, k), pad), dim=-1) @ v
 
     calls = [
-        [*heads_first(queries, keys), torch.arange(keys) > torch.arange(BATCH)[:, None]]
+        [*heads_first(queries, keys), torch.arange(keys) < keys - torch.arange(BATCH)[:, None]]
         for queries, keys in LENGTHS[: None if dynamic else 1]
     ]
-    assert_rewritten(function, *calls, mask="key padding", dynamic=dynamic)
+    assert_rewritten(function, *calls, mask=mask, dynamic=dynamic)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -442,9 +515,7 @@ MODULES: dict[str, Callable[[], Attend]] = {
     "attention, batch first": lambda: nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval(),
     "encoder layer": lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True).eval(),
     "encoder layer, training": lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 32, dropout=0.0).train(),
-    "encoder": lambda: nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True), 1
-    ).eval(),
+    "encoder": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True), 1).eval(),
 }
 
 
