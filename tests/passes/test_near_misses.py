@@ -131,17 +131,12 @@ REFUSED: dict[str, tuple[Attend, str]] = {
         scored(lambda scores: scores + torch.ones(QUERIES, KEYS).triu(1) * -math.inf),
         "additive bias with content",
     ),
-    "another maximum": (weighted(other_maximum), "additive bias with content"),
+    "another maximum": (weighted(other_maximum), "used elsewhere"),
     "bias from the mask": (scored(lambda scores: scores - (j() > i()).float()), "additive bias with content"),
     "filled by index": (scored(filled_by_index), "changed in place"),
     "one row changed": (scored(one_row_changed), "changed in place"),
     "one view scaled": (scored(one_view_scaled), "changed in place"),
-    "transposed causal": (filled(lambda: j() < i()), "requires"),
-    "diagonal": (filled(lambda: j() != i()), "varies over queries"),
-    "causal with a window": (filled(lambda: ~((j() <= i()) & (j() > i() - 4))), "requires"),
-    "another mask per head": (filled(lambda: j() > i() + MASK_PER_HEAD), "varies over queries or heads"),
-    "another mask per query": (filled(lambda: PER_PAIR[0] > 0), "varies over queries or heads"),
-    "query padding": (filled(lambda: PER_QUERY > 0.5, -1e9), "varies over queries or heads"),
+    "query padding": (filled(lambda: PER_QUERY > 0.5, -1e9), "by a finite number"),
     "filled with -1": (filled(lambda: j() > i(), -1.0), "masked scores become -1"),
     "filled with 0": (filled(lambda: j() > i(), 0.0), "masked scores become 0"),
     "filled with -1e3": (filled(lambda: j() > i(), -1e3), "masked scores become -1000"),
@@ -197,7 +192,6 @@ NOT_ATTENTION: dict[str, Attend] = {
     "softmin": weighted(lambda scores: torch.nn.functional.softmin(scores, -1)),
     "gumbel softmax": weighted(lambda scores: torch.nn.functional.gumbel_softmax(scores, dim=-1)),
     "clamped": scored(lambda scores: scores.clamp(-1, 1)),
-    "soft cap": scored(lambda scores: torch.tanh(scores / 2) * 2),
     "squared": scored(lambda scores: scores * scores),
     "absolute": scored(torch.abs),
     "divided by": scored(lambda scores: 1 / scores),
@@ -228,6 +222,12 @@ EXACT: dict[str, tuple[Attend, str]] = {
         scored(lambda scores: scores.masked_fill(j() > i() + 2, -1e9).masked_fill(j() > i() + 1, -math.inf)),
         "causal, offset 1",
     ),
+    "transposed causal": (filled(lambda: j() < i()), "window 1, offset 0"),
+    "diagonal": (filled(lambda: (j() != i()) & (j() > 0)), "boolean mask"),
+    "causal with a window": (filled(lambda: (j() > i()) | (j() <= i() - 4)), "causal, offset 0; window 4"),
+    "another mask per head": (filled(lambda: j() > i() + MASK_PER_HEAD), "boolean mask"),
+    "another mask per query": (filled(lambda: PER_PAIR[0] > 0), "boolean mask"),
+    "soft cap": (scored(lambda scores: torch.tanh(scores / 2) * 2), "everything"),
     "a mask that hides nothing": (filled(lambda: j() > i() + KEYS), "everything"),
     "negative scale": (scored(lambda scores: scores * -1.5), "everything"),
     "probabilities used by their shape": (lambda q, k, v: dot(q, k).softmax(-1) @ v * k.shape[2], "everything"),
@@ -337,7 +337,7 @@ def with_filling_changed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def with_sum_of_masks_changed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    mask = torch.full((QUERIES, KEYS), -math.inf).triu(1) + torch.zeros(QUERIES, KEYS)
+    mask = torch.full((QUERIES, KEYS), -math.inf).triu(1) + torch.full((QUERIES, KEYS), -math.inf).triu(2)
     mask[:, 3] = -math.inf
     return (dot(q, k) + mask).softmax(-1) @ v
 
@@ -400,23 +400,14 @@ ALIKE: dict[str, Attend] = {
     "einsum, heads exchanged": lambda q, k, v: torch.einsum("bhqd,hbkd->bhqk", q, k).softmax(-1) @ v,
     "einsum, output transposed": lambda q, k, v: torch.einsum("bhqk,bhkd->dqbh", dot(q, k).softmax(-1), v),
     "reshaped": lambda q, k, v: dot(q.reshape(5, 25, 5).view(5, 5, 5, 5), k).softmax(-1) @ v,
+    "mask transposed": lambda q, k, v: (dot(q, k) + torch.full((5, 5), -math.inf).triu(1).T).softmax(-1) @ v,
+    "mask before a transpose": lambda q, k, v: (dot(q, k) + torch.full((5, 5), -math.inf).triu(1)).mT.softmax(-1) @ v,
+    "mask over heads": lambda q, k, v: (dot(q, k) + torch.full((5, 5), -math.inf).triu(1)[:, None]).softmax(-1) @ v,
     "mask": lambda q, k, v: (dot(q, k) + torch.full((5, 5), -math.inf).triu(1)).softmax(-1) @ v,
 }
 ALIKE_REFUSED: dict[str, tuple[Attend, str]] = {
     "probabilities transposed": (lambda q, k, v: dot(q, k).softmax(-1).mT @ v, "another dimension than keys"),
     "softmax over queries": (lambda q, k, v: dot(q, k).softmax(-2) @ v, "another dimension than keys"),
-    "mask transposed": (
-        lambda q, k, v: (dot(q, k) + torch.full((5, 5), -math.inf).triu(1).T).softmax(-1) @ v,
-        "requires",
-    ),
-    "mask before a transpose": (
-        lambda q, k, v: (dot(q, k) + torch.full((5, 5), -math.inf).triu(1)).mT.softmax(-1) @ v,
-        "requires",
-    ),
-    "mask over heads": (
-        lambda q, k, v: (dot(q, k) + torch.full((5, 5), -math.inf).triu(1)[:, None]).softmax(-1) @ v,
-        "requires",
-    ),
 }
 
 
