@@ -187,7 +187,8 @@ class _Call:
 
     def spans(self) -> AttentionResult:
         """Attend every key in the dense span."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, last_queries=_EVERY_QUERY)).sparse()
+        config = dataclasses.replace(self.config, last_queries=_EVERY_QUERY, stop="importance", tail="none")
+        return dataclasses.replace(self, config=config).sparse()
 
     def sparse(self) -> AttentionResult:
         scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
