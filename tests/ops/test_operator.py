@@ -218,6 +218,22 @@ def test_other_documents_and_keys_before_the_window_are_not_visited() -> None:
         assert visited.sum((0, 2)).max() / 2 < 2000 * (200 + 3 * 64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 5, 30])
+def test_decoding_with_terms(queries: int, dtype: torch.dtype) -> None:
+    query, key, value = inputs(100, dtype)
+    query, terms = query[:, :, -queries:], all_terms(100)
+    terms |= {
+        "causal_offset": 100 - queries,
+        "query_documents": terms["query_documents"][:, -queries:],
+        "mask": terms["mask"][-queries:],
+    }
+    output = torch.ops.s2o.attention(query, key, value, **terms)
+    want = dense_with_terms(query, key, value, terms)
+    assert output.dtype == dtype
+    assert largest_difference(output, want) < (1e-5 if dtype == torch.float32 else 0.03)
+
+
 @pytest.mark.parametrize("min_length", [0, 10**6])
 def test_masks_of_any_rank_and_stride(min_length: int) -> None:
     tensors, arguments = inputs(100), {"min_length": min_length, "threshold": 0.0}
