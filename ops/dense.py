@@ -1,11 +1,14 @@
-"""Dense attention with the operator's masks: what short calls run, through the best backend of SDPA."""
+"""Dense attention with the operator's terms: what short calls run, through the best backend of SDPA."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import scaled_dot_product_attention
 
+from .softmax import soft_cap
 from .visibility import Visibility
 
 
@@ -22,6 +25,29 @@ def dense_attention(
     mask = _mask(visibility, query, key)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return output.masked_fill(~mask.any(-1, keepdim=True), 0)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visibility: Visibility,
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of a few queries, whose probabilities are small enough to hold, with what SDPA lacks."""
+    batch, heads, length, width = query.shape
+    groups, keys = key.shape[1:3]
+    logits = query.float().reshape(batch, groups, -1, width) @ key.float().mT * scale
+    logits = soft_cap(logits, softcap).view(batch, heads, length, keys)
+    logits = logits.masked_fill(~_mask(visibility, query, key), -math.inf)
+    lse = logits.logsumexp(-1, keepdim=True)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.float()[:, None, None])
+    weights = (logits - lse.masked_fill(lse == -math.inf, 0)).exp()
+    output = weights.view(batch, groups, -1, keys) @ value.float()
+    return output.view(batch, heads, length, -1).to(query.dtype)
 
 
 def _mask(visibility: Visibility, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

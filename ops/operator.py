@@ -12,11 +12,12 @@ import json
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import cpu
 from .choice import choose_sparse
 from .config import S2OConfig
-from .dense import dense_attention
+from .dense import decode_attention, dense_attention
 from .result import AttentionResult
 from .sinks import add_sinks
 from .validation import validate
@@ -24,6 +25,8 @@ from .visibility import Visibility
 
 _EVERY_QUERY = 2**62
 """As `last_queries`: no query is ranked for."""
+_FEW_QUERIES = 16
+"""How many queries are shaped like decoding, where what SDPA lacks is cheapest spelled out."""
 
 _TYPES = {"float": "float", "int": "int", "int | None": "int?", "str": "str", "bool": "bool"}
 
@@ -73,8 +76,9 @@ def attention(
 ) -> torch.Tensor:
     """Attention that visits keys in order of importance and stops when the rest no longer matters.
 
-    Calls that are short (`S2OConfig.min_length`) or shaped like decoding run dense: SDPA, or for a soft cap or sinks,
-    which it lacks, the sparse implementation with every key in the dense span.
+    Calls that are short (`S2OConfig.min_length`) or shaped like decoding run dense: by SDPA, or with a soft cap or
+    sinks, which it lacks, by the sparse implementation with every key in the dense span, or spelled out for a few
+    queries.
 
     A query sees a key where `is_causal`, `key_padding`, `window`, documents and `mask` all allow it. With documents
     or a `mask`, every query is a guide (`pool` is 1); with these or a `window`, a tail of "means" is sampled.
@@ -179,20 +183,28 @@ class _Call:
         return cls(query, key, value, terms, scale, softcap, sinks, config)
 
     def dense(self) -> torch.Tensor:
-        if self.softcap or self.sinks is not None:
-            return self.spans().output
-        if 0 in (*self.query.shape, *self.key.shape, *self.value.shape):
-            return self.query.new_zeros(*self.query.shape[:3], self.value.shape[3])
-        return dense_attention(self.query, self.key, self.value, self.visibility, self.scale)
+        query, key, value = self.query, self.key, self.value
+        if 0 in (*query.shape, *key.shape, *value.shape):
+            return query.new_zeros(*query.shape[:3], value.shape[3])
+        if not self.softcap and self.sinks is None:
+            return dense_attention(query, key, value, self.visibility, self.scale)
+        if statically_known_true(query.shape[2] <= _FEW_QUERIES):
+            return decode_attention(query, key, value, self.visibility, self.factor, self.softcap, self.sinks)
+        return self.spans().output
+
+    @property
+    def factor(self) -> float:
+        """The scale, also where it is left to its default."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
 
     def spans(self) -> AttentionResult:
         """Attend every key in the dense span."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, last_queries=_EVERY_QUERY)).sparse()
+        config = dataclasses.replace(self.config, last_queries=_EVERY_QUERY, stop="importance", tail="none")
+        return dataclasses.replace(self, config=config).sparse()
 
     def sparse(self) -> AttentionResult:
-        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
         settings = json.dumps(self.config.arguments())
-        arguments = (self.query, self.key, self.value, *self.visibility, scale, self.softcap, settings)
+        arguments = (self.query, self.key, self.value, *self.visibility, self.factor, self.softcap, settings)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
         opaque = self.query.device.type == "cpu" or symbolic

@@ -18,6 +18,12 @@ def attention(
     causal_offset: int = ...,
     key_padding: torch.Tensor | None = ...,
     scale: float | None = ...,
+    window: int | None = ...,
+    query_documents: torch.Tensor | None = ...,
+    key_documents: torch.Tensor | None = ...,
+    mask: torch.Tensor | None = ...,
+    softcap: float = ...,
+    sinks: torch.Tensor | None = ...,
     config: S2OConfig | None = ...,
     return_stats: Literal[False] = ...,
 ) -> torch.Tensor: ...
@@ -32,6 +38,12 @@ def attention(
     causal_offset: int = ...,
     key_padding: torch.Tensor | None = ...,
     scale: float | None = ...,
+    window: int | None = ...,
+    query_documents: torch.Tensor | None = ...,
+    key_documents: torch.Tensor | None = ...,
+    mask: torch.Tensor | None = ...,
+    softcap: float = ...,
+    sinks: torch.Tensor | None = ...,
     config: S2OConfig | None = ...,
     *,
     return_stats: Literal[True],
@@ -46,10 +58,19 @@ def attention(
     causal_offset: int = 0,
     key_padding: torch.Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    query_documents: torch.Tensor | None = None,
+    key_documents: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     config: S2OConfig | None = None,
     return_stats: bool = False,
 ) -> torch.Tensor | AttentionResult:
     """Attention that visits keys in order of importance and stops when the rest no longer matters.
+
+    A query sees a key where `is_causal`, `key_padding`, `window`, documents and `mask` all allow it. With documents
+    or a `mask`, every query is a guide (`pool` is 1); with these or a `window`, a tail of "means" is sampled.
 
     Args:
         query: [B, Hq, Lq, D], float16, bfloat16 or float32; D up to 256.
@@ -59,6 +80,13 @@ def attention(
         causal_offset: 0 counts from the top left, as SDPA does; Lk - Lq suits a chunk that continues a cache.
         key_padding: [B, Lk] boolean, True for keys that may be attended; None for all.
         scale: Factor of the logits, by default D ** -0.5.
+        window: Query i sees only keys j with i + `causal_offset` - j < `window`, at least 1; None for no window.
+            Without `is_causal` this bounds the keys from below only.
+        query_documents: [B, Lq] int32 or int64, with `key_documents`: a query sees the keys of equal id only.
+        key_documents: [B, Lk] int32 or int64.
+        mask: Boolean, broadcastable to [B, Hq, Lq, Lk], True for pairs that may attend.
+        softcap: The scaled logits become `softcap` * tanh(logits / `softcap`) (Gemma 2, arXiv 2408.00118); 0 for none.
+        sinks: [Hq], a logit per head that enters the softmax's denominator without a value (gpt-oss).
         config: The settings, by default ``S2OConfig()``.
         return_stats: Whether to return the log-sum-exp and the visited work as well.
 
@@ -67,9 +95,12 @@ def attention(
 
     Raises:
         TypeError: A dtype is not supported.
-        ValueError: Shapes or devices do not fit, or a gradient is asked for.
+        ValueError: Shapes, devices or a number do not fit, or a gradient is asked for.
     """
     operator = torch.ops.s2o.attention_stats if return_stats else torch.ops.s2o.attention
     fields = (config or S2OConfig()).arguments()
-    result = operator(query, key, value, is_causal, causal_offset, key_padding, scale, **fields)
+    result = operator(
+        query, key, value, is_causal, causal_offset, key_padding, scale, window, query_documents, key_documents, mask,
+        softcap, sinks, **fields,
+    )  # fmt: skip
     return AttentionResult(*result) if return_stats else result

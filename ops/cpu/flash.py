@@ -53,7 +53,7 @@ def _attend_plainly(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, softcap: float, finite: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     logits = soft_cap(query @ key[:, None].transpose(-1, -2), softcap)
-    logits = torch.where(bias == -math.inf, -math.inf, logits + bias)
+    logits = logits + bias if finite else torch.where(bias == -math.inf, -math.inf, logits + bias)
     lse = logits.logsumexp(-1)
     weights = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
     if finite:

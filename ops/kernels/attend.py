@@ -239,11 +239,11 @@ def attend_kernel(
         seen_keys += _round_up(listed)
 
     if HAS_MEANS:
-        end_block = low // KEY_BLOCK
-        history_blocks = end_block
+        history_blocks = low // KEY_BLOCK
+        end_block = history_blocks
         if not CAUSAL:
-            end_block = blocks
             history_blocks += (keys - high + KEY_BLOCK - 1) // KEY_BLOCK
+            end_block = tl.where(history_blocks > 0, blocks, 0)
         skipped += place.to(tl.int64) * blocks
         mean_key += (batch * groups + group) * blocks * D
         mean_value += (batch * groups + group) * blocks * DV

@@ -99,7 +99,9 @@ def normaliser_kernel(
     )
     query_head, position = group * GUIDE_HEADS + head, guide * POOL
     begin, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
-    end = low if CAUSAL else keys
+    is_ranked = segment < ranked_segments
+    end = low if CAUSAL else tl.where(is_ranked, keys, low)
+    dense_end = tl.where(is_ranked, high, low)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
 
@@ -121,7 +123,7 @@ def normaliser_kernel(
         seen = see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
         maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
-    for start in range(low, high, BLOCK_N):
+    for start in range(low, dense_end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = load_padding(padding, column, column < high, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)

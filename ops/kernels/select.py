@@ -121,7 +121,7 @@ def select_kernel(
     )
     first_head += group * GUIDE_HEADS
     begin, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
-    end = low if CAUSAL else keys
+    end = low if CAUSAL else tl.where(segment < ranked_segments, keys, low)
     present = tl.minimum(guides_per_head - segment * per_segment, per_segment)
 
     row = tl.arange(0, BLOCK_M)

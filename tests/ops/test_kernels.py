@@ -29,7 +29,7 @@ def run(call: Call, tensors: tuple[torch.Tensor, ...]) -> AttentionResult:
     return result if sinks is None else add_sinks(result, sinks)
 
 
-@settings(max_examples=60, phases=PHASES)
+@settings(max_examples=40, phases=PHASES)
 @given(calls(longest=LONGEST))
 def test_agrees_with_the_reference(call: Call) -> None:
     tensors = call.tensors(torch.float32, DEVICE)
@@ -46,7 +46,7 @@ def test_agrees_with_the_reference(call: Call) -> None:
         assert_same(got, want, 1e-4)
 
 
-@settings(max_examples=30, phases=PHASES)
+@settings(max_examples=20, phases=PHASES)
 @given(calls(longest=LONGEST, settings=configs(thresholds=(0.0,))))
 def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
     for dtype in DTYPES:

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.choice import choose_sparse
+from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
 from .strategies import Call, calls, configs
@@ -33,6 +34,31 @@ def inputs(length: int = 200, dtype: torch.dtype = torch.float32) -> tuple[torch
     )
 
 
+def all_terms(length: int) -> dict[str, Any]:
+    """Every term at once, for `inputs`."""
+    positions = torch.arange(length)
+    return {
+        "is_causal": True,
+        "causal_offset": 5,
+        "key_padding": (positions % 11 > 0).expand(2, -1),
+        "window": 60,
+        "query_documents": (positions // 70).expand(2, -1),
+        "key_documents": (positions // 70).int().expand(2, -1),
+        "mask": (positions[:, None] + positions) % 7 > 0,
+        "softcap": 5.0,
+        "sinks": torch.tensor([0.0, -2.0, 3.0, -torch.inf]),
+    }
+
+
+def dense_with_terms(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, terms: dict[str, Any]
+) -> torch.Tensor:
+    """Dense attention with the operator's arguments."""
+    visibility = Visibility(**{name: x for name, x in terms.items() if name in Visibility._fields})
+    mask = seen(query, key, visibility)
+    return dense(query, key, value, mask, softcap=terms.get("softcap", 0.0), sinks=terms.get("sinks"))
+
+
 @pytest.mark.parametrize("min_length", [0, None])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_opcheck(operator: Any, min_length: int | None) -> None:
@@ -40,11 +66,15 @@ def test_opcheck(operator: Any, min_length: int | None) -> None:
     padding[0, :30] = False
     torch.library.opcheck(operator, (*inputs(100), True, 0, padding), {"min_length": min_length})
     torch.library.opcheck(operator, inputs(100), {"min_length": min_length, "threshold": 0.01})
+    torch.library.opcheck(operator, inputs(100), {"min_length": min_length, **all_terms(100)})
 
 
 def test_opcheck_of_the_inner_operator() -> None:
     settings = '{"threshold": 0.001, "tile": 32}'
     torch.library.opcheck(torch.ops.s2o.sparse.default, (*inputs(100), True, 0, *[None] * 5, 0.2, 0.0, settings))
+    visibility = Visibility(*(all_terms(100)[name] for name in Visibility._fields))
+    visibility = visibility._replace(mask=visibility.mask[None, None])
+    torch.library.opcheck(torch.ops.s2o.sparse.default, (*inputs(100), *visibility, 0.2, 5.0, settings))
 
 
 def test_schema_has_the_defaults_of_the_configuration() -> None:
@@ -77,6 +107,9 @@ def test_empty(shape: tuple[int, int, int, int], min_length: int | None) -> None
     assert output.shape == (batch, heads, queries, 24) and not output.any()
     result = torch.ops.s2o.attention_stats(query, key, value, min_length=min_length)
     assert (result[1] == -torch.inf).all() and not result[2].any()
+    sinks = torch.arange(heads, dtype=torch.float32)
+    output, lse, _ = torch.ops.s2o.attention_stats(query, key, value, sinks=sinks, min_length=min_length)
+    assert not output.any() and torch.equal(lse, sinks[:, None].expand_as(lse))
 
 
 @pytest.mark.parametrize("min_length", [0, 10**6])
@@ -88,6 +121,26 @@ def test_rows_that_see_nothing_are_zero(min_length: int) -> None:
         query, key, value, is_causal=True, causal_offset=-20, key_padding=padding, min_length=min_length
     )
     assert not output[1].any() and not output[0, :, :20].any() and output[0, :, 20:].any(-1).all()
+
+
+@pytest.mark.parametrize("min_length", [0, 10**6])
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"causal_offset": 150, "window": 20},
+        {"query_documents": torch.zeros(2, 100).int(), "key_documents": torch.ones(2, 100).long()},
+        {"mask": torch.zeros(1, dtype=torch.bool)},
+    ],
+    ids=["window", "documents", "mask"],
+)
+def test_rows_from_which_a_term_hides_everything_are_zero(terms: dict[str, Any], min_length: int) -> None:
+    """A window that ends behind the last key, a document without keys, a mask of nothing."""
+    rows = slice(-69, None) if "window" in terms else slice(None)
+    sinks = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    for extra, nothing in (({}, torch.full((4,), -torch.inf)), ({"sinks": sinks}, sinks)):
+        output, lse, _ = torch.ops.s2o.attention_stats(*inputs(100), **terms, **extra, min_length=min_length)
+        assert not output[:, :, rows].any() and (lse[:, :, rows] == nothing[:, None]).all()
+        assert not torch.ops.s2o.attention(*inputs(100), **terms, **extra, min_length=min_length)[:, :, rows].any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -114,6 +167,80 @@ def test_what_padding_holds_does_not_matter(bad: float) -> None:
     want = torch.ops.s2o.attention(query, key, value, **arguments)
     key[:, :, :50], value[:, :, :50] = bad, bad
     assert torch.equal(torch.ops.s2o.attention(query, key, value, **arguments), want)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("term", ["window", "documents", "mask"])
+def test_what_hidden_keys_hold_does_not_matter(term: str, bad: float, softcap: float) -> None:
+    """Keys that only some rows see harm no other row."""
+    query, key, value = inputs(200)
+    positions = torch.arange(200)
+    documents = (positions // 90).expand(2, -1)
+    terms = {
+        "window": {"is_causal": True, "window": 50},
+        "documents": {"query_documents": documents, "key_documents": documents},
+        "mask": {"mask": positions[:, None] // 90 == positions // 90},
+    }[term]
+    arguments = {**terms, "softcap": softcap, "min_length": 0, "threshold": 0.0, "near_keys": 0}
+    want = torch.ops.s2o.attention(query, key, value, **arguments)
+    key[:, :, :50], value[:, :, :50] = bad, bad
+    got = torch.ops.s2o.attention(query, key, value, **arguments)
+    assert largest_difference(got[:, :, 100:], want[:, :, 100:]) < 1e-6
+
+
+@pytest.mark.parametrize("min_length", [0, 10**6])
+@pytest.mark.parametrize("config", [{}, {"pool": 4, "tail": "means"}], ids=["default", "means"])
+def test_a_window_that_hides_nothing_changes_nothing(config: dict[str, Any], min_length: int) -> None:
+    arguments = {"is_causal": True, "min_length": min_length, "threshold": 1e-2, **config}
+    want = torch.ops.s2o.attention(*inputs(300), **arguments)
+    for window in (300, 10**9):
+        assert torch.equal(torch.ops.s2o.attention(*inputs(300), window=window, **arguments), want)
+
+
+@pytest.mark.parametrize("min_length", [0, 10**6])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_documents_are_a_block_diagonal_mask(is_causal: bool, min_length: int) -> None:
+    lengths = torch.tensor([30, 1, 120, 149])
+    documents = torch.arange(4).repeat_interleave(lengths).expand(2, -1)
+    mask = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
+    arguments = {"is_causal": is_causal, "min_length": min_length, "threshold": 1e-2}
+    got = torch.ops.s2o.attention(*inputs(300), query_documents=documents, key_documents=documents, **arguments)
+    assert torch.equal(got, torch.ops.s2o.attention(*inputs(300), mask=mask, **arguments))
+
+
+def test_other_documents_and_keys_before_the_window_are_not_visited() -> None:
+    query, key, value = inputs(2000)
+    documents = (torch.arange(2000) // 200).expand(2, -1)
+    for terms in ({"window": 200}, {"query_documents": documents, "key_documents": documents}):
+        arguments = {"is_causal": True, "min_length": 0, "threshold": 0.0, **terms}
+        visited = torch.ops.s2o.attention_stats(query, key, value, **arguments)[2]
+        assert visited.sum((0, 2)).max() / 2 < 2000 * (200 + 3 * 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 5, 30])
+def test_decoding_with_terms(queries: int, dtype: torch.dtype) -> None:
+    query, key, value = inputs(100, dtype)
+    query, terms = query[:, :, -queries:], all_terms(100)
+    terms |= {
+        "causal_offset": 100 - queries,
+        "query_documents": terms["query_documents"][:, -queries:],
+        "mask": terms["mask"][-queries:],
+    }
+    output = torch.ops.s2o.attention(query, key, value, **terms)
+    want = dense_with_terms(query, key, value, terms)
+    assert output.dtype == dtype
+    assert largest_difference(output, want) < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("min_length", [0, 10**6])
+def test_masks_of_any_rank_and_stride(min_length: int) -> None:
+    tensors, arguments = inputs(100), {"min_length": min_length, "threshold": 0.0}
+    keys, pairs = torch.arange(100) % 3 > 0, torch.rand(100, 100) < 0.5
+    for mask in (keys, pairs, pairs.T, pairs[None], pairs.expand(2, 4, 100, 100), keys.expand(2, 1, 100, 100)):
+        want = dense_with_terms(*tensors, {"mask": mask})
+        assert largest_difference(torch.ops.s2o.attention(*tensors, mask=mask, **arguments), want) < 1e-5
 
 
 def test_gradients_are_refused_and_inference_works() -> None:
@@ -162,6 +289,35 @@ def test_autocast(min_length: int | None) -> None:
         ({"key_padding": torch.zeros(1, 9, dtype=torch.bool)}, ValueError, "key_padding must be"),
         ({"key_padding": torch.zeros(1, 10)}, TypeError, "key_padding must be boolean"),
         ({"scale": float("nan")}, ValueError, "scale must be finite"),
+        ({"window": 0}, ValueError, "window must be at least 1, or None for no window, not 0"),
+        (
+            {"query_documents": torch.zeros(1, 10).int()},
+            ValueError,
+            "query_documents and key_documents must be given together, not query_documents alone",
+        ),
+        ({"key_documents": torch.zeros(1, 10).int()}, ValueError, "not key_documents alone"),
+        (
+            {"query_documents": torch.zeros(1, 10), "key_documents": torch.zeros(1, 10).int()},
+            TypeError,
+            "query_documents must be int32 or int64, not float32",
+        ),
+        (
+            {"query_documents": torch.zeros(1, 10).int(), "key_documents": torch.zeros(1, 9).int()},
+            ValueError,
+            r"key_documents must be \[batch, keys\] \(1, 10\), not \(1, 9\)",
+        ),
+        ({"mask": torch.zeros(10, 10)}, TypeError, "mask must be boolean, True for pairs that may attend, not float32"),
+        (
+            {"mask": torch.zeros(9, 10, dtype=torch.bool)},
+            ValueError,
+            r"mask must .* broadcast to \[batch, heads, queries, keys\] \(1, 4, 10, 10\), not \(9, 10\)",
+        ),
+        ({"mask": torch.zeros(1, 1, 1, 1, 1, dtype=torch.bool)}, ValueError, "mask must have 1 to 4 dimensions"),
+        ({"mask": torch.zeros(10, dtype=torch.bool, device="meta")}, ValueError, "mask must be on the device of query"),
+        ({"softcap": -1.0}, ValueError, r"softcap must be a finite number, at least 0 \(0 for none\), not -1.0"),
+        ({"softcap": float("inf")}, ValueError, "softcap must be a finite number"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks must be \[heads of query\] \(4,\), not \(3,\)"),
+        ({"sinks": torch.zeros(4).int()}, TypeError, "sinks must be floating, not int32"),
         ({"threshold": -1.0}, ValueError, "threshold must be a number from 0"),
         ({"threshold": float("nan")}, ValueError, "threshold must be a number from 0"),
         ({"segment": 33}, ValueError, "segment must be a power of two"),
@@ -223,4 +379,23 @@ def test_dynamic_shapes_compile_once(min_length: int) -> None:
         tensors = inputs(length)
         want = dense(*tensors, torch.ones(length, length, dtype=torch.bool).tril())
         assert largest_difference(compiled(*tensors), want) < 1e-5
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("min_length", [0, 150])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_terms_compile(dynamic: bool, min_length: int) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def model(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, terms: dict[str, Any]) -> torch.Tensor:
+        return torch.ops.s2o.attention(query * 1, key, value, **terms, softcap=5.0, threshold=0, min_length=min_length)
+
+    compiled = torch.compile(model, backend=counter, dynamic=dynamic, fullgraph=True)
+    lengths = (100, 140, 220) if dynamic else (100,)
+    for length in lengths:
+        tensors, terms = inputs(length), all_terms(length)
+        want = dense_with_terms(*tensors, terms)
+        # Dynamo compiles a second time for a number that is not an integer.
+        del terms["softcap"]
+        assert largest_difference(compiled(*tensors, terms), want) < 1e-5
     assert counter.frame_count == 1
