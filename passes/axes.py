@@ -32,8 +32,14 @@ class Axis:
 
     def split(self, size: Size) -> tuple[Axis, ...]:
         """Two factors in row-major order, of which the first has `size`."""
-        self.parts = (Axis(size), Axis(self.size // size))
+        self.parts = (Axis(size), Axis(_known(self.size // size)))
         return self.parts
+
+
+def _known(size: Size) -> Size:
+    """A size as a number, if it is one."""
+    expression = symbolic_size(size)
+    return int(expression) if expression.is_Integer else size
 
 
 Dim = tuple[Axis, ...]
@@ -111,7 +117,7 @@ def take(size: Size, pending: list[Axis]) -> Dim:
             axis, rest = axis.split(size)
             pending.insert(0, rest)
         taken.append(axis)
-        size = 1 if is_size(size, axis.size) else size // axis.size
+        size = _known(size // axis.size)
     return tuple(taken)
 
 

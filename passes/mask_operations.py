@@ -31,7 +31,7 @@ from .symbolic import (
     nonzero,
     where,
 )
-from .values import fake_tensor, symbolic_shape
+from .values import fake_tensor, is_known_nonnegative, symbolic_shape
 
 _ZEROS = Choice(sympy.true, sympy.Integer(0), sympy.Integer(0))
 
@@ -159,11 +159,15 @@ def _flag(expression: sympy.Basic) -> Boolean:
     return expression
 
 
-def _comparison(form: Callable[[Any, Any], Any]) -> Handler:
+def _comparison(compare: Callable[[float, float], bool], form: Callable[[Any, Any], Any]) -> Handler:
     """The handler of a comparison that holds where `form` of both operands is at least zero."""
 
     def handler(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
         shape = _shape(node)
+        if _is_floating(input) or isinstance(other, float):
+            left, right = reader.choice(input, shape), reader.choice(other, shape)
+            _need(right.predicate == sympy.true)
+            return where(left, lambda value: compare(float(value), float(right.values[0])))
         difference = form(reader.integers(input, shape), reader.integers(other, shape))
         return _at_least_zero(sympy.expand(difference), shape)
 
@@ -412,7 +416,7 @@ def _position(reader: Reader, index: Any, size: sympy.Expr) -> sympy.Expr:
     place = reader.integer(index)
     if place.is_negative:
         place = size + place
-    _need(bool(place.is_nonnegative))
+    _need(bool(place.is_nonnegative) or is_known_nonnegative(index))
     return place
 
 
@@ -420,10 +424,10 @@ HANDLERS: dict[str | None, Handler] = {
     "arange": _arange,
     "tril": _tril,
     "triu": _triu,
-    **dict.fromkeys(("le", "less_equal"), _comparison(lambda a, b: b - a)),
-    **dict.fromkeys(("lt", "less"), _comparison(lambda a, b: b - a - 1)),
-    **dict.fromkeys(("ge", "greater_equal"), _comparison(lambda a, b: a - b)),
-    **dict.fromkeys(("gt", "greater"), _comparison(lambda a, b: a - b - 1)),
+    **dict.fromkeys(("le", "less_equal"), _comparison(operator.le, lambda a, b: b - a)),
+    **dict.fromkeys(("lt", "less"), _comparison(operator.lt, lambda a, b: b - a - 1)),
+    **dict.fromkeys(("ge", "greater_equal"), _comparison(operator.ge, lambda a, b: a - b)),
+    **dict.fromkeys(("gt", "greater"), _comparison(operator.gt, lambda a, b: a - b - 1)),
     "eq": _equal,
     **dict.fromkeys(("ne", "not_equal"), _not_equal),
     "add": _arithmetic(operator.add),

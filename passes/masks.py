@@ -155,7 +155,7 @@ class Prover:
 
     def _changed(self, mask: Node) -> str | None:
         """What a mask is read from that is changed in place, in words; None if nothing is."""
-        for node in self._sources(mask):
+        for node in self.reader.sources(mask):
             if self._writers(node):
                 return _origin(node)
         return None
@@ -163,17 +163,6 @@ class Prover:
     def _writers(self, node: Node) -> list[Node]:
         tensor = fake_tensor(node)
         return [] if tensor is None else self._mutated.get(storage(tensor), [])
-
-    def _sources(self, mask: Node) -> set[Node]:
-        """The nodes that were read for a mask, leaves included."""
-        found: set[Node] = set()
-        pending = [mask]
-        while pending:
-            node = pending.pop()
-            if node not in found:
-                found.add(node)
-                pending.extend(node.all_input_nodes if node in self.reader.understood else ())
-        return found
 
     def _leaves(self, *expressions: sympy.Basic) -> list[Node]:
         """The leaves of expressions, in the order of the graph."""
@@ -295,7 +284,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "a value that is not known" if value is None else f"{value:g}"
+    return "a value that is not known or changed in place" if value is None else f"{value:g}"
 
 
 def _origin(node: Node) -> str:

@@ -19,6 +19,13 @@ _IN_PLACE_OPERATORS = {
     operator.ilshift, operator.irshift,
 }  # fmt: skip
 _IN_PLACE_MAGIC = {"__setitem__"} | {f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS}
+_WRITTEN = {
+    torch.nn.functional.batch_norm: ("running_mean", "running_var"),
+    torch.nn.functional.instance_norm: ("running_mean", "running_var"),
+    torch.nn.functional.embedding: ("weight",),
+    torch.nn.functional.embedding_bag: ("weight",),
+}
+"""What functions write to other than their first argument."""
 _PURE = {"and_", "or_", "not_", "is_"}
 
 
@@ -26,7 +33,7 @@ def writes(graph: Graph) -> dict[StorageWeakRef, list[Node]]:
     """The nodes of a graph that write to a storage, in order; a view shares the storage of its base."""
     found: dict[StorageWeakRef, list[Node]] = {}
     for node in graph.nodes:
-        tensors = [fake_tensor(argument) for argument in _written(node)]
+        tensors = map(fake_tensor, torch.utils._pytree.tree_leaves(list(_written(node))))
         for written in {storage(tensor) for tensor in tensors if tensor is not None}:
             found.setdefault(written, []).append(node)
     return found
@@ -50,8 +57,10 @@ def _written_by_function(node: Node, target: Any) -> Iterator[Any]:
     overload = getattr(target, "default", target) if isinstance(target, torch._ops.OpOverloadPacket) else target
     if isinstance(overload, torch._ops.OpOverload):
         yield from _written_by_schema(node, overload)
-    elif isinstance(target, torch._ops.HigherOrderOperator):
+    elif isinstance(target, torch._ops.HigherOrderOperator) or not _is_of_torch(target):
         yield from node.all_input_nodes
+    elif target in _WRITTEN:
+        yield from _arguments(node, target, _WRITTEN[target])
     elif target in _IN_PLACE_OPERATORS or _in_place_name(getattr(target, "__name__", "")) or _asks(node, target):
         yield from node.args[:1]
         yield node.kwargs.get("input")
@@ -66,6 +75,17 @@ def _written_by_schema(node: Node, overload: torch._ops.OpOverload) -> Iterator[
 def _in_place_name(name: str) -> bool:
     magic = name.startswith("__") and name.endswith("__")
     return name in _IN_PLACE_MAGIC or (name.endswith("_") and not magic and name not in _PURE)
+
+
+def _is_of_torch(target: Any) -> bool:
+    """Whether a function is one of PyTorch's or Python's own, not one that wraps something unknown, as of NumPy."""
+    module = getattr(target, "__module__", None) or "torch"
+    return hasattr(target, "__name__") and module.split(".")[0] in ("torch", "_operator", "builtins", "math")
+
+
+def _arguments(node: Node, target: Any, names: tuple[str, ...]) -> Iterator[Any]:
+    given = inspect.signature(target).bind(*node.args, **node.kwargs).arguments
+    yield from (given.get(name) for name in names)
 
 
 def _asks(node: Node, target: Any) -> bool:

@@ -30,6 +30,8 @@ def operation_name(node: Node) -> str | None:
         return None
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.overloadpacket.__name__ if node.target.namespace == "aten" else None
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        return node.target.__name__ if node.target._qualified_op_name.startswith("aten::") else None
     name = getattr(node.target, "__name__", None)
     known = isinstance(name, str) and any(getattr(module, name, None) is node.target for module in _MODULES)
     return name if known or node.target is getattr else None
@@ -60,6 +62,14 @@ class Product:
 @dataclass(frozen=True)
 class Softmax:
     """A softmax over the dimension `dim`."""
+
+    source: Node
+    dim: int
+
+
+@dataclass(frozen=True)
+class LogSoftmax:
+    """The logarithm of a softmax over the dimension `dim`."""
 
     source: Node
     dim: int
@@ -169,7 +179,7 @@ class Narrowed:
 
 
 Operation = (
-    Product | Softmax | Scaled | Sum | Filled | Same | Dropout | Viewed | Permuted | Expanded | Repeated
+    Product | Softmax | LogSoftmax | Scaled | Sum | Filled | Same | Dropout | Viewed | Permuted | Expanded | Repeated
     | Tanh | Cleaned | Concatenated | Narrowed
 )  # fmt: skip
 
@@ -211,7 +221,9 @@ def _baddbmm(node: Node, input: Node, batch1: Node, batch2: Node, *, beta: Any =
     return Product(batch1, batch2, "aXY", "aYZ", "aXZ", alpha, input, beta)
 
 
-def _einsum(node: Node, equation: str, *operands: Any) -> Operation | None:
+def _einsum(node: Node, equation: Any, *operands: Any) -> Operation | None:
+    if not isinstance(equation, str):
+        equation, operands = _with_letters((equation, *operands))
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = tuple(operands[0])
     terms, arrow, result = equation.replace(" ", "").partition("->")
@@ -223,6 +235,15 @@ def _einsum(node: Node, equation: str, *operands: Any) -> Operation | None:
     left, right = (_without_ellipsis(name, _rank(operand)) for name, operand in zip(names, operands, strict=True))
     result = _without_ellipsis(result, _rank(node))
     return _product(*operands, left, right, result)
+
+
+def _with_letters(arguments: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+    """The equation and operands of an einsum whose axes are lists of numbers, each after its operand."""
+    letters = ["".join("..." if n is Ellipsis else string.ascii_letters[n] for n in axes) for axes in arguments[1::2]]
+    operands = arguments[: len(letters) * 2 : 2]
+    result = arguments[-1] if len(arguments) % 2 else None
+    named = "".join("..." if n is Ellipsis else string.ascii_letters[n] for n in result or ())
+    return ",".join(letters) + ("" if result is None else f"->{named}"), operands
 
 
 def _without_ellipsis(axes: str, rank: int) -> str:
@@ -240,8 +261,13 @@ def _product(left: Node, right: Node, left_axes: str, right_axes: str, axes: str
     return Product(left, right, left_axes, right_axes, axes)
 
 
-def _softmax(node: Node, input: Node, dim: Any = None, *_: Any, **__: Any) -> Operation | None:
+def _softmax(node: Node, input: Node, dim: Any = None, *_: Any, axis: Any = None, **__: Any) -> Operation | None:
+    dim = axis if dim is None else dim
     return Softmax(input, dim % _rank(node)) if isinstance(dim, int) and _rank(node) else None
+
+
+def _log_softmax(node: Node, input: Node, dim: Any = None, *_: Any, **__: Any) -> Operation | None:
+    return LogSoftmax(input, dim % _rank(node)) if isinstance(dim, int) and _rank(node) else None
 
 
 def _mul(node: Node, input: Any, other: Any) -> Operation | None:
@@ -381,7 +407,8 @@ _HANDLERS: dict[str, Callable[..., Operation | None]] = {
     "mm": _bmm,
     "baddbmm": _baddbmm,
     "einsum": _einsum,
-    **dict.fromkeys(("softmax", "_safe_softmax"), _softmax),
+    **dict.fromkeys(("softmax", "_safe_softmax", "special_softmax"), _softmax),
+    **dict.fromkeys(("log_softmax", "special_log_softmax"), _log_softmax),
     **dict.fromkeys(("mul", "multiply"), _mul),
     **dict.fromkeys(("div", "divide", "truediv", "true_divide"), _div),
     "add": _add,
@@ -392,7 +419,7 @@ _HANDLERS: dict[str, Callable[..., Operation | None]] = {
     "tanh": _tanh,
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     "dropout": _dropout,
-    **dict.fromkeys(("to", "type", "type_as", "float", "half", "bfloat16"), _same),
+    **dict.fromkeys(("to", "type", "type_as", "float", "half", "bfloat16", "double"), _same),
     **dict.fromkeys(("contiguous", "clone", "detach", "alias"), _same),
     **dict.fromkeys(("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten"), _view),
     **dict.fromkeys(("unsqueeze", "squeeze"), _view),

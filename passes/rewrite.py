@@ -18,11 +18,15 @@ from .axes import Step
 from .emit import Emitter, NotComputed, emit_size
 from .find import find_attention
 from .masks import BATCH, HEAD, KEY, QUERY, Mask, NotProven, Prover, scores_shape
+from .operations import operation_name
 from .report import Decision, site_name, source_location
 from .site import AttentionSite
 from .symbolic import is_predicate
 from .values import constant, fake_tensor
 from .walk import Factor
+
+_LAYOUTS = {"transpose", "permute", "swapaxes", "movedim", "to", "float", "half", "bfloat16"}
+_STORING = {"reshape", "flatten", "contiguous", "matmul", "linear", "einsum"}
 
 
 class Refused(Exception):
@@ -156,9 +160,9 @@ class _Rewriter:
                 self.prover.reader.understood.discard(node)
 
     def laid_out(self, node: Node, replaced: Node) -> Node:
-        """The operator's output as code that was traced with the output of `replaced` needs it in memory."""
+        """The operator's output, contiguous where that of `replaced` is and its users may tell."""
         output = fake_tensor(replaced)
-        if output is None or not output.is_contiguous() or all(user.target != "view" for user in replaced.users):
+        if output is None or not output.is_contiguous() or _is_read_alike_in_any_memory(replaced):
             return node
         with self.graph.inserting_after(node):
             return self.graph.call_method("contiguous", (node,))
@@ -207,6 +211,17 @@ class _Rewriter:
                 node = self.graph.call_method("expand", (node, *sizes))
             self.tensors[key] = node
         return self.tensors[key]
+
+
+def _is_read_alike_in_any_memory(node: Node) -> bool:
+    """Whether all users of a tensor, through transposes, store its elements anew or multiply with it."""
+    for user in node.users:
+        name = operation_name(user)
+        if name in _LAYOUTS and not _is_read_alike_in_any_memory(user):
+            return False
+        if name not in _LAYOUTS | _STORING:
+            return False
+    return True
 
 
 def _known(factors: tuple[Factor, ...]) -> list[float]:

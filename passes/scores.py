@@ -200,7 +200,9 @@ class ScoreWalk:
         found, other = self._first(orders, node, layout)
         factor = self.walker.factor(other)
         if factor is None:
-            found.obstacles.append("the scores are scaled by a tensor with content; only a number can be the scale")
+            found.obstacles.append(
+                "the scores are scaled by a tensor that has content or is changed in place; use a number"
+            )
         elif factor == 0 or not math.isfinite(factor if isinstance(factor, float) else 1):
             found.obstacles.append(f"the scores are scaled by {factor}; use another number")
         else:
@@ -241,7 +243,8 @@ class ScoreWalk:
         for factor in source.factors:
             mask.value = None if mask.value is None or factor.number is None else mask.value * factor.number
         total = read_operation(source.node)
-        if mask.keep is None and isinstance(total, Sum) and are_tensors(total.left, total.right):
+        is_changed = self.walker.is_changed(source.node, source.node, mask.user)
+        if mask.keep is None and not is_changed and isinstance(total, Sum) and are_tensors(total.left, total.right):
             found.passed.append(source.node)
             for term, sign in ((total.left, 1), (total.right, total.sign)):
                 value = None if mask.value is None else sign * mask.value

@@ -1,4 +1,4 @@
-"""Recognises a softmax, also where it is written out as exp(x) / sum(exp(x))."""
+"""Recognises a softmax, also where it is written out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .operations import Scaled, Softmax, operation_name, read_operation
+from .operations import LogSoftmax, Scaled, Softmax, Sum, operation_name, read_operation
 from .values import are_tensors, fake_tensor
 from .walk import Walker
 
@@ -31,15 +31,47 @@ def find_softmax(node: Node, walker: Walker) -> FoundSoftmax | None:
     operation = read_operation(node)
     if isinstance(operation, Softmax):
         return FoundSoftmax(operation.source, node, operation.dim, (node,))
-    if not isinstance(operation, Scaled) or not operation.inverted or not are_tensors(*node.args[:2]):
+    if _is_exponential(node):
+        return _exponential_of_logarithm(node, walker)
+    if isinstance(operation, Scaled) and operation.inverted and are_tensors(*node.args[:2]):
+        return _quotient(node, operation, walker)
+    return None
+
+
+def _is_exponential(node: Node) -> bool:
+    return operation_name(node) in ("exp", "exp_") and are_tensors(*node.args[:1]) and len(node.all_input_nodes) == 1
+
+
+def _exponential_of_logarithm(node: Node, walker: Walker) -> FoundSoftmax | None:
+    """exp(log_softmax(x)), or exp(x - logsumexp(x))."""
+    logarithm = walker.value(node.all_input_nodes[0], node)
+    operation = read_operation(logarithm)
+    if isinstance(operation, LogSoftmax):
+        return FoundSoftmax(operation.source, logarithm, operation.dim, (node, logarithm))
+    if not isinstance(operation, Sum) or operation.sign != -1 or not are_tensors(operation.left, operation.right):
         return None
+    total = find_reduction(walker.value(operation.right, logarithm), "logsumexp")
+    scores = walker.value(operation.left, logarithm)
+    if total is None or walker.value(total.source, total.nodes[-1]) is not scores:
+        return None
+    return FoundSoftmax(operation.left, logarithm, total.dim, (node, logarithm, *total.nodes))
+
+
+def _quotient(node: Node, operation: Scaled, walker: Walker) -> FoundSoftmax | None:
+    """exp(x) / sum(exp(x))."""
     dividend, total = (walker.value(item, node) for item in (operation.source, operation.factor))
     summed = find_reduction(total, "sum")
-    if summed is None or operation_name(dividend) not in ("exp", "exp_"):
+    if summed is None or not _is_exponential(dividend):
         return None
-    if walker.value(summed.source, summed.nodes[-1]) is not dividend or not are_tensors(*dividend.args[:1]):
+    term = walker.value(summed.source, summed.nodes[-1])
+    if term is not dividend and not (_is_exponential(term) and _argument(term, walker) is _argument(dividend, walker)):
         return None
-    return FoundSoftmax(dividend.all_input_nodes[0], dividend, summed.dim, (node, *summed.nodes, dividend))
+    nodes = dict.fromkeys((node, *summed.nodes, dividend, term))
+    return FoundSoftmax(dividend.all_input_nodes[0], dividend, summed.dim, tuple(nodes))
+
+
+def _argument(exponential: Node, walker: Walker) -> Node:
+    return walker.value(exponential.all_input_nodes[0], exponential)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ def as_choice(expression: sympy.Basic) -> Choice | None:
     """A reading as a choice of two numbers; None if it is none."""
     if isinstance(expression, Choice):
         return expression
+    if expression in (sympy.true, sympy.false):
+        expression = sympy.Integer(1 if expression == sympy.true else 0)
     if is_predicate(expression):
         return Choice(expression, sympy.Integer(1), sympy.Integer(0))
     return Choice(sympy.true, expression, expression) if expression.is_number else None
@@ -120,6 +122,17 @@ class Reader:
         places = (axis(place) for place in range(tensor.dim(), 0, -1))
         value = sympy.Function(name, integer=tensor.dtype in INTEGERS or None)(*places)
         return sympy.Ne(value, 0) if tensor.dtype == torch.bool else value
+
+    def sources(self, node: Node) -> set[Node]:
+        """The nodes that were read for a node, leaves and itself included."""
+        found: set[Node] = set()
+        pending = [node]
+        while pending:
+            source = pending.pop()
+            if source not in found:
+                found.add(source)
+                pending.extend(source.all_input_nodes if source in self.understood else ())
+        return found
 
     def operand(self, value: Any, shape: Shape) -> sympy.Basic:
         """An operand of an operation whose result has `shape`: a tensor that broadcasts to it or a number."""

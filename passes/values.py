@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def fake_tensor(node: Any) -> torch.Tensor | None:
@@ -30,6 +31,13 @@ def symbolic(value: Any) -> sympy.Expr | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return sympy.Integer(value)
     return None
+
+
+def is_known_nonnegative(value: Any) -> bool:
+    """Whether a size, an index or a node that holds one is at least zero, by what was guarded on so far."""
+    if isinstance(value, Node):
+        value = value.meta.get("example_value")
+    return isinstance(value, (int, torch.SymInt)) and statically_known_true(value >= 0)
 
 
 def symbolic_size(size: int | torch.SymInt) -> sympy.Expr:
