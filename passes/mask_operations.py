@@ -31,7 +31,7 @@ from .symbolic import (
     nonzero,
     where,
 )
-from .values import fake_tensor, is_known_nonnegative, symbolic_shape
+from .values import fake_tensor, is_nonnegative, symbolic_shape
 
 _ZEROS = Choice(sympy.true, sympy.Integer(0), sympy.Integer(0))
 
@@ -416,7 +416,7 @@ def _position(reader: Reader, index: Any, size: sympy.Expr) -> sympy.Expr:
     place = reader.integer(index)
     if place.is_negative:
         place = size + place
-    _need(bool(place.is_nonnegative) or is_known_nonnegative(index))
+    _need(bool(place.is_nonnegative) or is_nonnegative(index))
     return place
 
 

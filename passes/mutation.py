@@ -80,7 +80,7 @@ def _in_place_name(name: str) -> bool:
 def _is_of_torch(target: Any) -> bool:
     """Whether a function is one of PyTorch's or Python's own, not one that wraps something unknown, as of NumPy."""
     module = getattr(target, "__module__", None) or "torch"
-    return hasattr(target, "__name__") and module.split(".")[0] in ("torch", "_operator", "builtins", "math")
+    return not module.startswith("torch._dynamo") and module.split(".")[0] in ("torch", "_operator", "builtins", "math")
 
 
 def _arguments(node: Node, target: Any, names: tuple[str, ...]) -> Iterator[Any]:

@@ -33,7 +33,10 @@ def operation_name(node: Node) -> str | None:
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         return node.target.__name__ if node.target._qualified_op_name.startswith("aten::") else None
     name = getattr(node.target, "__name__", None)
-    known = isinstance(name, str) and any(getattr(module, name, None) is node.target for module in _MODULES)
+    if not isinstance(name, str):
+        return None
+    name = name.removeprefix("special_")
+    known = any(getattr(module, name, None) is node.target for module in _MODULES)
     return name if known or node.target is getattr else None
 
 
@@ -223,7 +226,7 @@ def _baddbmm(node: Node, input: Node, batch1: Node, batch2: Node, *, beta: Any =
 
 def _einsum(node: Node, equation: Any, *operands: Any) -> Operation | None:
     if not isinstance(equation, str):
-        equation, operands = _with_letters((equation, *operands))
+        equation, operands = _with_letters(equation, *operands)
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = tuple(operands[0])
     terms, arrow, result = equation.replace(" ", "").partition("->")
@@ -237,7 +240,7 @@ def _einsum(node: Node, equation: Any, *operands: Any) -> Operation | None:
     return _product(*operands, left, right, result)
 
 
-def _with_letters(arguments: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+def _with_letters(*arguments: Any) -> tuple[str, tuple[Any, ...]]:
     """The equation and operands of an einsum whose axes are lists of numbers, each after its operand."""
     letters = ["".join("..." if n is Ellipsis else string.ascii_letters[n] for n in axes) for axes in arguments[1::2]]
     operands = arguments[: len(letters) * 2 : 2]
@@ -407,8 +410,8 @@ _HANDLERS: dict[str, Callable[..., Operation | None]] = {
     "mm": _bmm,
     "baddbmm": _baddbmm,
     "einsum": _einsum,
-    **dict.fromkeys(("softmax", "_safe_softmax", "special_softmax"), _softmax),
-    **dict.fromkeys(("log_softmax", "special_log_softmax"), _log_softmax),
+    **dict.fromkeys(("softmax", "_safe_softmax"), _softmax),
+    "log_softmax": _log_softmax,
     **dict.fromkeys(("mul", "multiply"), _mul),
     **dict.fromkeys(("div", "divide", "truediv", "true_divide"), _div),
     "add": _add,

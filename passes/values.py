@@ -8,7 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 
 def fake_tensor(node: Any) -> torch.Tensor | None:
@@ -33,11 +33,11 @@ def symbolic(value: Any) -> sympy.Expr | None:
     return None
 
 
-def is_known_nonnegative(value: Any) -> bool:
-    """Whether a size, an index or a node that holds one is at least zero, by what was guarded on so far."""
+def is_nonnegative(value: Any) -> bool:
+    """Whether a size, an index or a node that holds one is at least zero; the graph is guarded by the answer."""
     if isinstance(value, Node):
         value = value.meta.get("example_value")
-    return isinstance(value, (int, torch.SymInt)) and statically_known_true(value >= 0)
+    return isinstance(value, (int, torch.SymInt)) and guard_or_false(value >= 0)
 
 
 def symbolic_size(size: int | torch.SymInt) -> sympy.Expr:
