@@ -337,6 +337,7 @@ _HANDLERS: dict[str, Callable[..., Operation | None]] = {
     "masked_fill": _masked_fill,
     "where": _where,
     "nan_to_num": _nan_to_num,
+    "dropout": _dropout,
     **dict.fromkeys(("to", "type", "type_as", "float", "half", "bfloat16"), _same),
     **dict.fromkeys(("contiguous", "clone", "detach", "alias"), _same),
     **dict.fromkeys(("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten"), _view),
