@@ -1,0 +1,94 @@
+"""Random inputs of the zoo's models, and the scenarios that they are called in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+BATCH, LENGTH, PREFIX = 2, 40, 24
+VOCABULARY, IMAGE_TOKEN = 99, 3
+PADDING = ("left padding", "right padding")
+CACHE = {"prefill": PREFIX, "decode": LENGTH - 1, "padded decode": LENGTH - 1}
+"""How many positions are in the cache before the call that is compiled."""
+SEQUENCES = ("decoder_input_ids", "input_ids", "input_values")
+"""The inputs that grow with the sequence; a model's first of them is the one that is cached."""
+
+Inputs = dict[str, Any]
+
+
+def text() -> Inputs:
+    """Token ids, none of which means padding, an image, or a beginning or end."""
+    return {"input_ids": torch.randint(IMAGE_TOKEN + 2, VOCABULARY, (BATCH, LENGTH))}
+
+
+def source_and_target() -> Inputs:
+    """Token ids of an encoder and of its decoder."""
+    return text() | {"decoder_input_ids": text()["input_ids"]}
+
+
+def pixels(*shape: int) -> Inputs:
+    """Images, or videos, of the given shape."""
+    return {"pixel_values": torch.randn(BATCH, *shape)}
+
+
+def waveform(samples: int = 400) -> Inputs:
+    """Raw audio."""
+    return {"input_values": torch.randn(BATCH, samples)}
+
+
+def spectrogram(name: str, *shape: int, **others: Any) -> Inputs:
+    """Audio features of the given shape."""
+    return {name: torch.randn(BATCH, *shape), **others}
+
+
+def text_with_image(tokens: int) -> torch.Tensor:
+    """Token ids with the place of an image in their middle."""
+    ids = text()["input_ids"]
+    ids[:, 12 : 12 + tokens] = IMAGE_TOKEN
+    return ids
+
+
+def padding_mask(inputs: Inputs, side: str) -> torch.Tensor:
+    """A mask of the sequence that has a quarter of the first row padded on one side."""
+    sequence = inputs.get("input_ids", inputs.get("input_values"))
+    assert sequence is not None
+    mask = torch.ones(sequence.shape, dtype=torch.long)
+    padded = sequence.shape[1] // 4
+    mask[0, slice(padded) if side == "left" else slice(-padded, None)] = 0
+    return mask
+
+
+def scenario_inputs(model: Any, inputs: Inputs, scenario: str) -> Inputs:
+    """The arguments of the call that a scenario compiles; what is before it in a cache is computed here."""
+    if scenario in PADDING:
+        inputs = inputs | {"attention_mask": padding_mask(inputs, scenario.split()[0])}
+    elif scenario == "padded decode":
+        inputs = inputs | {"attention_mask": padding_mask(inputs, "left")}
+    return continued(model, inputs, CACHE[scenario]) if scenario in CACHE else inputs
+
+
+def continued(model: Any, inputs: Inputs, start: int) -> Inputs:
+    """The call with the positions from `start` on, after one with those before it."""
+    name = next(name for name in SEQUENCES if name in inputs)
+    before = inputs | {name: inputs[name][:, :start]}
+    rest = {name: inputs[name][:, start:]}
+    mask = inputs.get("attention_mask")
+    if mask is not None:
+        before["attention_mask"] = mask if name == "decoder_input_ids" else mask[:, :start]
+        rest["attention_mask"] = mask
+    output = model(**before, use_cache=True)
+    rest["past_key_values"] = output.past_key_values
+    if name == "decoder_input_ids":
+        rest["encoder_outputs"] = (output.encoder_last_hidden_state,)
+    return rest
+
+
+def real_positions(model: Any, inputs: Inputs, output: torch.Tensor) -> torch.Tensor | slice:
+    """The positions [batch, length] of an output that are not padding."""
+    mask = inputs.get("attention_mask")
+    if mask is None or "decoder_input_ids" in inputs or output.dim() < 3:
+        return slice(None)
+    if "input_values" in inputs:
+        mask = model._get_feature_vector_attention_mask(output.shape[1], mask)
+    return mask[:, -output.shape[1] :].bool()

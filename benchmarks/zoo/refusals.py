@@ -1,0 +1,38 @@
+"""Why attention of the zoo's models stays dense today: the one place to change when more becomes possible."""
+
+from __future__ import annotations
+
+PHRASES = {
+    "additive bias": "additive bias with content",
+    "sliding window": "only j <= i + constant and key padding are known",
+    "mask of unknown content": "which cannot be read and varies over queries or heads",
+    "heads that broadcast": "pass enable_gqa=True",
+    "content bias": "which is changed in place",
+}
+"""Kinds of refusals, and what their reasons say."""
+
+NOT_FOUND = "not found"
+"""Stands beside the kinds of refusals for attention that is not found at all."""
+
+EXPECTED: dict[str, set[str]] = {
+    "bloom": {"additive bias"},
+    "deberta_v2": {"content bias"},
+    "falcon": {"heads that broadcast"},
+    "falcon_alibi": {"additive bias", "heads that broadcast"},
+    "gemma2": {NOT_FOUND},
+    "gemma3": {"sliding window"},
+    "gpt_neo": {"mask of unknown content"},
+    "gpt_oss": {NOT_FOUND},
+    "mistral": {"sliding window"},
+    "modernbert": {"mask of unknown content"},
+    "mpnet": {"additive bias"},
+    "mpt": {"additive bias"},
+    "t5": {"additive bias"},
+    "xglm": {NOT_FOUND},
+}
+"""The architectures of which some attention stays dense, and why."""
+
+
+def kind_of_refusal(reason: str) -> str:
+    """The kind of a reason, or the reason itself if it is of none."""
+    return next((kind for kind, phrase in PHRASES.items() if phrase in reason), reason)

@@ -1,0 +1,38 @@
+"""Attention of many transformers architectures is found and stays right; `-m zoo` takes all of them, not a sample."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from benchmarks.zoo.architectures import ARCHITECTURES, calls
+from benchmarks.zoo.compare import EXACT, compare, examine
+from benchmarks.zoo.refusals import EXPECTED, NOT_FOUND, kind_of_refusal
+from s2o_compile import s2o
+
+SAMPLE = ("bert", "bloom", "clip", "deepseek_v3", "falcon", "gemma2", "llama", "mistral", "swin", "t5", "wav2vec2")
+TOLERANCE = 1e-5
+"""Of outputs, relative to the largest; wrong masks or scales make a difference of 0.01 and more."""
+
+
+def sampled(name: str) -> list[pytest.MarkDecorator]:
+    """The marks of an architecture."""
+    return [] if name in SAMPLE else [pytest.mark.zoo]
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation", "scenario"),
+    [pytest.param(*call, marks=sampled(call[0])) for call in calls(ARCHITECTURES)],
+)
+def test_attention_is_found_and_right(name: str, implementation: str, scenario: str) -> None:
+    outcome = examine(ARCHITECTURES[name], implementation, scenario)
+    expected = EXPECTED.get(name, set())
+    assert outcome.difference < TOLERANCE
+    assert {kind_of_refusal(site.reason) for site in outcome.refused} <= expected
+    assert len(outcome.decisions) == outcome.expected or NOT_FOUND in expected
+
+
+@pytest.mark.parametrize(("name", "scenario"), [("llama", "left padding"), ("bert", "plain")])
+def test_inductor_agrees(name: str, scenario: str) -> None:
+    assert compare(ARCHITECTURES[name], "eager", scenario, s2o.with_config(EXACT)) < TOLERANCE
