@@ -14,14 +14,17 @@ from .inputs import (
     PADDING,
     VOCABULARY,
     Inputs,
+    flat_patches,
     pixels,
     source_and_target,
     spectrogram,
     text,
     text_with_image,
+    tokens,
     waveform,
 )
 
+GENERATION = ("plain", *PADDING, *CACHE)
 WINDOW = 8
 BOTH = ["sliding_attention", "full_attention"]
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -97,7 +100,7 @@ class Architecture:
 
 def decoder(model: str, **options: Any) -> Architecture:
     """A causal language model."""
-    return Architecture("decoder", model, TEXT | options, text, scenarios=("plain", *PADDING, *CACHE))
+    return Architecture("decoder", model, TEXT | options, text, scenarios=GENERATION)
 
 
 def encoder(model: str, sites: int = 2, **options: Any) -> Architecture:
@@ -107,8 +110,7 @@ def encoder(model: str, sites: int = 2, **options: Any) -> Architecture:
 
 def seq2seq(model: str, **options: Any) -> Architecture:
     """An encoder and a decoder that also attends to the encoder."""
-    scenarios = ("plain", *PADDING, *CACHE)
-    return Architecture("encoder-decoder", model, SEQ2SEQ | options, source_and_target, 6, 4, scenarios)
+    return Architecture("encoder-decoder", model, SEQ2SEQ | options, source_and_target, 6, 4, GENERATION)
 
 
 def vision(
@@ -131,16 +133,17 @@ def contrastive(model: str, sites: int = 4, **options: Any) -> Architecture:
     return Architecture("multimodal", model, parts | options, inputs, sites, scenarios=("plain", "right padding"))
 
 
-def chat(model: str, tokens: int, images: Callable[[], Inputs], sites: int = 4, **options: Any) -> Architecture:
-    """A causal language model that reads an image, which takes the place of `tokens` tokens."""
-    inputs = lambda: {"input_ids": text_with_image(tokens), **images()}  # noqa: E731
-    return Architecture("multimodal", model, options, inputs, sites, scenarios=("plain", *PADDING, *CACHE))
-
-
-def qwen2_vl_image() -> Inputs:
-    """Images of 4 x 4 patches, flattened, of which 2 x 2 become one token."""
-    grid = torch.tensor([[1, 4, 4]] * 2)
-    return {"pixel_values": torch.randn(32, 3 * 2 * 4 * 4), "image_grid_thw": grid}
+def chat(
+    model: str,
+    size: int,
+    image: Callable[[], Inputs],
+    sites: int = 4,
+    scenarios: tuple[str, ...] = GENERATION,
+    **options: Any,
+) -> Architecture:
+    """A causal language model that reads an image, which takes the place of `size` tokens."""
+    inputs = lambda: text_with_image(size) | image()  # noqa: E731
+    return Architecture("multimodal", model, options, inputs, sites, scenarios=scenarios)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -240,7 +243,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "whisper": Architecture(
         "audio", "WhisperModel",
         SEQ2SEQ | {"max_source_positions": 32, "max_target_positions": 64, "num_mel_bins": 8},
-        lambda: spectrogram("input_features", 8, 64, decoder_input_ids=text()["input_ids"]),
+        lambda: spectrogram("input_features", 8, 64, decoder_input_ids=tokens()),
         6, 4, ("plain", "prefill", "decode"),
     ),
     "blip": contrastive("BlipModel", projection_dim=16),
@@ -252,7 +255,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         vision_config={"model_type": "clip_vision_model", **SMALL_IMAGE},
     ),
     "qwen2_vl": chat(
-        "Qwen2VLModel", 4, qwen2_vl_image, image_token_id=IMAGE_TOKEN, vision_start_token_id=4, sites=6,
+        "Qwen2VLModel", 4, lambda: flat_patches(4, 4), image_token_id=IMAGE_TOKEN, vision_start_token_id=4, sites=6,
+        scenarios=("plain", *PADDING, "prefill", "decode"),
         text_config=TEXT | GROUPED | {
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
         },

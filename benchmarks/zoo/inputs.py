@@ -6,25 +6,30 @@ from typing import Any
 
 import torch
 
-BATCH, LENGTH, PREFIX = 2, 40, 24
+BATCH, LENGTH, SOURCE, PREFIX = 2, 40, 32, 24
 VOCABULARY, IMAGE_TOKEN = 99, 3
 PADDING = ("left padding", "right padding")
 CACHE = {"prefill": PREFIX, "decode": LENGTH - 1, "padded decode": LENGTH - 1}
 """How many positions are in the cache before the call that is compiled."""
-SEQUENCES = ("decoder_input_ids", "input_ids", "input_values")
+SEQUENCES = ("decoder_input_ids", "input_ids")
 """The inputs that grow with the sequence; a model's first of them is the one that is cached."""
 
 Inputs = dict[str, Any]
 
 
-def text() -> Inputs:
+def tokens(length: int = LENGTH) -> torch.Tensor:
     """Token ids, none of which means padding, an image, or a beginning or end."""
-    return {"input_ids": torch.randint(IMAGE_TOKEN + 2, VOCABULARY, (BATCH, LENGTH))}
+    return torch.randint(IMAGE_TOKEN + 2, VOCABULARY, (BATCH, length))
+
+
+def text() -> Inputs:
+    """Token ids."""
+    return {"input_ids": tokens()}
 
 
 def source_and_target() -> Inputs:
     """Token ids of an encoder and of its decoder."""
-    return text() | {"decoder_input_ids": text()["input_ids"]}
+    return {"input_ids": tokens(SOURCE), "decoder_input_ids": tokens()}
 
 
 def pixels(*shape: int) -> Inputs:
@@ -42,11 +47,19 @@ def spectrogram(name: str, *shape: int, **others: Any) -> Inputs:
     return {name: torch.randn(BATCH, *shape), **others}
 
 
-def text_with_image(tokens: int) -> torch.Tensor:
-    """Token ids with the place of an image in their middle."""
-    ids = text()["input_ids"]
-    ids[:, 12 : 12 + tokens] = IMAGE_TOKEN
-    return ids
+def text_with_image(size: int) -> Inputs:
+    """Token ids in the middle of which an image takes the place of `size` tokens."""
+    ids = tokens()
+    ids[:, 12 : 12 + size] = IMAGE_TOKEN
+    return {"input_ids": ids}
+
+
+def flat_patches(side: int, patch: int) -> Inputs:
+    """Images of side x side patches, flattened, for an image in the middle of the text."""
+    patches = torch.randn(BATCH * side**2, 3 * 2 * patch**2)
+    kinds = (text_with_image(side**2 // 4)["input_ids"] == IMAGE_TOKEN).int()
+    sizes = torch.tensor([[1, side, side]] * BATCH)
+    return {"pixel_values": patches, "image_grid_thw": sizes, "mm_token_type_ids": kinds}
 
 
 def padding_mask(inputs: Inputs, side: str) -> torch.Tensor:
@@ -71,14 +84,12 @@ def scenario_inputs(model: Any, inputs: Inputs, scenario: str) -> Inputs:
 def continued(model: Any, inputs: Inputs, start: int) -> Inputs:
     """The call with the positions from `start` on, after one with those before it."""
     name = next(name for name in SEQUENCES if name in inputs)
-    before = inputs | {name: inputs[name][:, :start]}
-    rest = {name: inputs[name][:, start:]}
-    mask = inputs.get("attention_mask")
-    if mask is not None:
-        before["attention_mask"] = mask if name == "decoder_input_ids" else mask[:, :start]
-        rest["attention_mask"] = mask
+    shape = inputs[name].shape
+    before = {key: value[:, :start] if value.shape == shape else value for key, value in inputs.items()}
     output = model(**before, use_cache=True)
-    rest["past_key_values"] = output.past_key_values
+    rest = {name: inputs[name][:, start:], "past_key_values": output.past_key_values}
+    if "attention_mask" in inputs:
+        rest["attention_mask"] = inputs["attention_mask"]
     if name == "decoder_input_ids":
         rest["encoder_outputs"] = (output.encoder_last_hidden_state,)
     return rest

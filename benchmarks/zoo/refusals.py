@@ -7,6 +7,7 @@ PHRASES = {
     "sliding window": "only j <= i + constant and key padding are known",
     "mask of unknown content": "which cannot be read and varies over queries or heads",
     "heads that broadcast": "pass enable_gqa=True",
+    "scale per head": "scaled by a tensor with content",
     "content bias": "which is changed in place",
 }
 """Kinds of refusals, and what their reasons say."""
@@ -15,6 +16,7 @@ NOT_FOUND = "not found"
 """Stands beside the kinds of refusals for attention that is not found at all."""
 
 EXPECTED: dict[str, set[str]] = {
+    "beit": {"additive bias"},
     "bloom": {"additive bias"},
     "deberta_v2": {"content bias"},
     "falcon": {"heads that broadcast"},
@@ -27,6 +29,11 @@ EXPECTED: dict[str, set[str]] = {
     "modernbert": {"mask of unknown content"},
     "mpnet": {"additive bias"},
     "mpt": {"additive bias"},
+    "sam_vision": {"additive bias"},
+    "siglip": {NOT_FOUND},
+    "siglip_vision": {NOT_FOUND},
+    "swin": {"additive bias"},
+    "swinv2": {"scale per head"},
     "t5": {"additive bias"},
     "xglm": {NOT_FOUND},
 }
