@@ -12,6 +12,7 @@ from .inputs import (
     CACHE,
     IMAGE_TOKEN,
     PADDING,
+    STATIC_CACHE,
     VOCABULARY,
     Inputs,
     flat_patches,
@@ -30,7 +31,7 @@ BOTH = ["sliding_attention", "full_attention"]
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TEXT = SIZE | TOKENS | {"max_position_embeddings": 128}
-GROUPED = {"num_key_value_heads": 2}
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
 NARROW = GROUPED | {"head_dim": 8}
 IMAGE = SIZE | {"image_size": 24, "patch_size": 4}
 SMALL_IMAGE = SIZE | {"image_size": 12, "patch_size": 4}
@@ -82,7 +83,7 @@ class Architecture:
 
     def expected_sites(self, scenario: str) -> int:
         """How many attentions a call in a scenario computes."""
-        return self.cached_sites if scenario in CACHE else self.sites
+        return self.cached_sites if scenario in CACHE | STATIC_CACHE else self.sites
 
     def build(self, implementation: str) -> Any:
         """The model in evaluation mode, with weights for which no attention is close to uniform."""
@@ -98,9 +99,9 @@ class Architecture:
         return model
 
 
-def decoder(model: str, **options: Any) -> Architecture:
-    """A causal language model."""
-    return Architecture("decoder", model, TEXT | options, text, scenarios=GENERATION)
+def decoder(model: str, scenarios: tuple[str, ...] = (*GENERATION, *STATIC_CACHE), **options: Any) -> Architecture:
+    """A causal language model; not all can be compiled with a static cache."""
+    return Architecture("decoder", model, TEXT | options, text, scenarios=scenarios)
 
 
 def encoder(model: str, sites: int = 2, **options: Any) -> Architecture:
@@ -157,7 +158,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         first_k_dense_replace=1, num_key_value_heads=4,
     ),
     "falcon": decoder("FalconForCausalLM"),
-    "falcon_alibi": decoder("FalconForCausalLM", alibi=True),
+    "falcon_alibi": decoder("FalconForCausalLM", GENERATION, alibi=True),
     "gemma": decoder("GemmaForCausalLM", **NARROW),
     "gemma2": decoder("Gemma2ForCausalLM", **NARROW, sliding_window=WINDOW),
     "gemma3": decoder("Gemma3ForCausalLM", **NARROW, sliding_window=WINDOW, layer_types=BOTH),
@@ -165,7 +166,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": decoder("GPT2LMHeadModel"),
     "gpt_bigcode": decoder("GPTBigCodeForCausalLM"),
     "gpt_neo": decoder(
-        "GPTNeoForCausalLM", attention_types=[[["global", "local"], 1]], window_size=WINDOW, num_layers=2
+        "GPTNeoForCausalLM", GENERATION, attention_types=[[["global", "local"], 1]], window_size=WINDOW, num_layers=2
     ),
     "gpt_neox": decoder("GPTNeoXForCausalLM"),
     "gpt_oss": decoder("GptOssForCausalLM", **NARROW, num_local_experts=4, sliding_window=WINDOW),
@@ -174,7 +175,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": decoder("LlamaForCausalLM", **GROUPED),
     "mistral": decoder("MistralForCausalLM", **NARROW, sliding_window=WINDOW),
     "mixtral": decoder("MixtralForCausalLM", **GROUPED, num_local_experts=4),
-    "mpt": decoder("MptForCausalLM"),
+    "mpt": decoder("MptForCausalLM", GENERATION),
     "nemotron": decoder("NemotronForCausalLM", **GROUPED),
     "olmo": decoder("OlmoForCausalLM", **GROUPED),
     "olmo2": decoder("Olmo2ForCausalLM", **GROUPED),

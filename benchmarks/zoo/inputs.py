@@ -10,7 +10,8 @@ BATCH, LENGTH, SOURCE, PREFIX = 2, 40, 32, 24
 VOCABULARY, IMAGE_TOKEN = 99, 3
 PADDING = ("left padding", "right padding")
 CACHE = {"prefill": PREFIX, "decode": LENGTH - 1, "padded decode": LENGTH - 1}
-"""How many positions are in the cache before the call that is compiled."""
+STATIC_CACHE = {"static prefill": PREFIX, "static decode": LENGTH - 1}
+"""How many positions are in the cache before the call that is compiled; a static cache has its full length at once."""
 SEQUENCES = ("decoder_input_ids", "input_ids")
 """The inputs that grow with the sequence; a model's first of them is the one that is cached."""
 
@@ -75,18 +76,27 @@ def padding_mask(inputs: Inputs, side: str) -> torch.Tensor:
 def scenario_inputs(model: Any, inputs: Inputs, scenario: str) -> Inputs:
     """The arguments of the call that a scenario compiles; what is before it in a cache is computed here."""
     if scenario in PADDING:
-        inputs = inputs | {"attention_mask": padding_mask(inputs, scenario.split()[0])}
-    elif scenario == "padded decode":
+        return inputs | {"attention_mask": padding_mask(inputs, scenario.split()[0])}
+    if scenario == "padded decode":
         inputs = inputs | {"attention_mask": padding_mask(inputs, "left")}
+    if scenario in STATIC_CACHE:
+        return continued(model, inputs, STATIC_CACHE[scenario], static_cache(model))
     return continued(model, inputs, CACHE[scenario]) if scenario in CACHE else inputs
 
 
-def continued(model: Any, inputs: Inputs, start: int) -> Inputs:
-    """The call with the positions from `start` on, after one with those before it."""
+def static_cache(model: Any) -> Any:
+    """An empty cache of more positions than any scenario fills."""
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=64)
+
+
+def continued(model: Any, inputs: Inputs, start: int, cache: Any = None) -> Inputs:
+    """The call with the positions from `start` on, after one that puts those before it in a cache."""
     name = next(name for name in SEQUENCES if name in inputs)
     shape = inputs[name].shape
     before = {key: value[:, :start] if value.shape == shape else value for key, value in inputs.items()}
-    output = model(**before, use_cache=True)
+    output = model(**before, use_cache=True, past_key_values=cache)
     rest = {name: inputs[name][:, start:], "past_key_values": output.past_key_values}
     if "attention_mask" in inputs:
         rest["attention_mask"] = inputs["attention_mask"]

@@ -39,6 +39,14 @@ EXPECTED: dict[str, set[str]] = {
 }
 """The architectures of which some attention stays dense, and why."""
 
+EXPECTED_IN = {"static prefill": {"mask of unknown content"}}
+"""The scenarios in which attention of any architecture stays dense: the cache holds its length in a tensor."""
+
+
+def expected_refusals(architecture: str, scenario: str) -> set[str]:
+    """The kinds of refusals that are known of a call."""
+    return EXPECTED.get(architecture, set()) | EXPECTED_IN.get(scenario, set())
+
 
 def kind_of_refusal(reason: str) -> str:
     """The kind of a reason, or the reason itself if it is of none."""

@@ -70,8 +70,7 @@ def markdown(rows: Iterable[Row]) -> str:
         own = list(group)
         shares = [_share([row for row in own if row.implementation == spelling]) for spelling in ("sdpa", "eager")]
         difference = max((row.difference for row in own if row.difference is not None), default=float("nan"))
-        problems = dict.fromkeys(problem for row in own for problem in row.problems)
-        cells = [name, family, *shares, f"{difference:.1e}", "; ".join(problems)]
+        cells = [name, family, *shares, f"{difference:.1e}", "; ".join(_problems(own))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -79,3 +78,13 @@ def markdown(rows: Iterable[Row]) -> str:
 def _share(rows: list[Row]) -> str:
     expected = sum(row.expected for row in rows)
     return f"{sum(row.rewritten for row in rows)} of {expected}" if rows else "-"
+
+
+def _problems(rows: list[Row]) -> list[str]:
+    """The problems of an architecture's calls, with the scenarios where not all have them."""
+    scenarios: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for problem in row.problems:
+            scenarios.setdefault(problem, {})[row.scenario] = None
+    every = {row.scenario for row in rows}
+    return [name if every == own.keys() else f"{name} ({', '.join(own)})" for name, own in scenarios.items()]

@@ -8,17 +8,18 @@ pytest.importorskip("transformers")
 
 from benchmarks.zoo.architectures import ARCHITECTURES, calls
 from benchmarks.zoo.compare import EXACT, compare, examine
-from benchmarks.zoo.refusals import EXPECTED, NOT_FOUND, kind_of_refusal
+from benchmarks.zoo.refusals import NOT_FOUND, expected_refusals, kind_of_refusal
 from s2o_compile import s2o
 
 SAMPLE = ("bert", "bloom", "clip", "deepseek_v3", "falcon", "gemma2", "llama", "mistral", "swin", "t5", "wav2vec2")
+SCENARIOS = ("plain", "left padding", "decode")
 TOLERANCE = 1e-5
 """Of outputs, relative to the largest; wrong masks or scales make a difference of 0.01 and more."""
 
 
 def sampled(name: str, scenario: str) -> list[pytest.MarkDecorator]:
     """The marks of a call."""
-    return [] if name in SAMPLE and scenario in ("plain", "left padding", "decode") else [pytest.mark.zoo]
+    return [] if name in SAMPLE and scenario in SCENARIOS else [pytest.mark.zoo]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def sampled(name: str, scenario: str) -> list[pytest.MarkDecorator]:
 )
 def test_attention_is_found_and_right(name: str, implementation: str, scenario: str) -> None:
     outcome = examine(ARCHITECTURES[name], implementation, scenario)
-    expected = EXPECTED.get(name, set())
+    expected = expected_refusals(name, scenario)
     assert outcome.difference < TOLERANCE
     assert {kind_of_refusal(site.reason) for site in outcome.refused} <= expected
     assert len(outcome.decisions) == outcome.expected or NOT_FOUND in expected
