@@ -1,0 +1,42 @@
+"""Attention of many transformers architectures is found and stays right; CI takes a sample, `-m zoo` the rest."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from benchmarks.zoo.architectures import ARCHITECTURES, calls
+from benchmarks.zoo.compare import EXACT, compare, examine
+from benchmarks.zoo.refusals import NOT_FOUND, expected_refusals, kind_of_refusal
+from s2o_compile import s2o
+
+SAMPLE = ("bert", "bloom", "clip", "deepseek_v3", "falcon", "gemma2", "llama", "mistral", "swin", "t5", "wav2vec2")
+SCENARIOS = ("plain", "left padding", "decode")
+TOLERANCE = 1e-5
+"""Of outputs, relative to the largest; wrong masks or scales make a difference of 0.01 and more."""
+
+
+def sampled(name: str, scenario: str) -> list[pytest.MarkDecorator]:
+    """The marks of a call."""
+    return [] if name in SAMPLE and scenario in SCENARIOS else [pytest.mark.zoo]
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation", "scenario"),
+    [
+        pytest.param(name, implementation, scenario, marks=sampled(name, scenario))
+        for name, implementation, scenario in calls(ARCHITECTURES)
+    ],
+)
+def test_attention_is_found_and_right(name: str, implementation: str, scenario: str) -> None:
+    outcome = examine(ARCHITECTURES[name], implementation, scenario)
+    expected = expected_refusals(name, scenario)
+    assert outcome.difference < TOLERANCE
+    assert {kind_of_refusal(site.reason) for site in outcome.refused} <= expected
+    assert len(outcome.decisions) == outcome.expected or NOT_FOUND in expected
+
+
+@pytest.mark.parametrize(("name", "scenario"), [("llama", "left padding"), ("bert", "plain")])
+def test_inductor_agrees(name: str, scenario: str) -> None:
+    assert compare(ARCHITECTURES[name], "eager", scenario, s2o.with_config(EXACT)) < TOLERANCE
