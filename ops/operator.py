@@ -25,7 +25,7 @@ from .visibility import Visibility
 
 _EVERY_QUERY = 2**62
 """As `last_queries`: no query is ranked for."""
-_FEW_QUERIES = 16
+_FEW_QUERIES = 8
 """How many queries are shaped like decoding, where what SDPA lacks is cheapest spelled out."""
 
 _TYPES = {"float": "float", "int": "int", "int | None": "int?", "str": "str", "bool": "bool"}
@@ -174,6 +174,7 @@ class _Call:
         sinks: torch.Tensor | None,
         fields: dict[str, Any],
     ) -> _Call:
+        """Validate what an operator was called with; `fields` are those of `S2OConfig`."""
         config = S2OConfig(**fields)
         query, key, value = _autocast(query, key, value)
         validate(query, key, value, terms, scale, softcap, sinks)
@@ -183,6 +184,7 @@ class _Call:
         return cls(query, key, value, terms, scale, softcap, sinks, config)
 
     def dense(self) -> torch.Tensor:
+        """The output of dense attention, in whichever way is fastest."""
         query, key, value = self.query, self.key, self.value
         if 0 in (*query.shape, *key.shape, *value.shape):
             return query.new_zeros(*query.shape[:3], value.shape[3])
@@ -203,6 +205,7 @@ class _Call:
         return dataclasses.replace(self, config=config).sparse()
 
     def sparse(self) -> AttentionResult:
+        """Sparse attention as the configuration says."""
         settings = json.dumps(self.config.arguments())
         arguments = (self.query, self.key, self.value, *self.visibility, self.factor, self.softcap, settings)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)

@@ -44,6 +44,20 @@ class Lists:
         return pad(self.left, (0, -self.left.shape[2] % BLOCK)).unflatten(-1, (-1, BLOCK)).sum(-1)
 
 
+@dataclass
+class Run:
+    """Consecutive segments whose scores are held at once.
+
+    `reach` are the keys that they rank, and some between those. `history` [segments, keys] says which of these each
+    segment ranks; `seen` [segments, heads or 1, n, keys] which each guide sees, None where that is the whole history.
+    """
+
+    segments: range
+    reach: range
+    history: torch.Tensor
+    seen: torch.Tensor | None
+
+
 class Ranking:
     """The ranking of one group.
 
@@ -87,43 +101,42 @@ class Ranking:
 
     def reach(self, segments: range) -> range:
         """The keys that the segments of a run rank, and some between them."""
-        start, low, _ = self.geometry.span(segments[-1])
-        start = self.geometry.span(segments[0]).start
-        return range(start, low if self.geometry.is_causal else self.geometry.keys)
+        end = self.geometry.span(segments[-1]).low if self.geometry.is_causal else self.geometry.keys
+        return range(self.geometry.span(segments[0]).start, end)
 
     def lists(self, segments: range) -> Lists:
         """The keys to visit of each segment of a run."""
-        config, reach = self.config, self.reach(segments)
-        history, seen = self.history(segments, reach), self.seen(segments, reach)
-        keep, log_weight = history[:, None].expand(-1, self.group.lists, -1), self.near.new_zeros(())
-        if seen is not None:
-            keep = keep & self.by_list(seen).any(2)
-        if config.threshold == 0 or not reach:
-            return pack(segments, reach, history, keep, keep.nonzero()[:, -1], log_weight)
-        importance = self.importance(segments, reach, history, seen)
+        config, run = self.config, self.run(segments)
+        keep, log_weight = run.history[:, None].expand(-1, self.group.lists, -1), self.near.new_zeros(())
+        if run.seen is not None:
+            keep = keep & self.by_list(run.seen.any(2, keepdim=True)).any(2)
+        if config.threshold == 0 or not run.reach:
+            return pack(run, keep, keep.nonzero()[:, -1], log_weight)
+        importance = self.importance(run)
         if config.stop == "gain":
             ranked = importance.clamp_min(-1e30).masked_fill(~keep, -math.inf)
             order = ranked.argsort(dim=-1, descending=True, stable=True)
-            listed = torch.arange(len(reach)) < keep.sum(-1, keepdim=True)
-            return pack(segments, reach, history, keep, order[listed], log_weight)
+            listed = torch.arange(len(run.reach)) < keep.sum(-1, keepdim=True)
+            return pack(run, keep, order[listed], log_weight)
         bar = importance.new_tensor(math.log(config.threshold))
         if config.has_samples:
             segment = torch.arange(segments.start, segments.stop)[:, None]
-            keep = keep & (importance >= bar + draws(self.positions[span(reach)], segment).log()[:, None])
+            keep = keep & (importance >= bar + draws(self.positions[span(run.reach)], segment).log()[:, None])
             log_weight = (bar - importance[keep]).clamp_min(0)
         else:
             keep = keep & (importance >= bar)
-        return pack(segments, reach, history, keep, keep.nonzero()[:, -1], log_weight)
+        return pack(run, keep, keep.nonzero()[:, -1], log_weight)
 
-    def history(self, segments: range, reach: range) -> torch.Tensor:
-        """Which of the keys in reach the segments of a run rank [segments, keys]."""
+    def run(self, segments: range) -> Run:
+        """What the segments of a run may visit."""
+        reach = self.reach(segments)
         history = self.geometry.history(self.positions[span(reach)], self.group.spans[span(segments)])
-        return history if self.group.valid is None else history & self.group.valid[span(reach)]
+        if self.group.valid is not None:
+            history = history & self.group.valid[span(reach)]
+        return Run(segments, reach, history, self.seen(segments, reach) if self.group.visibility.varies else None)
 
-    def seen(self, segments: range, reach: range) -> torch.Tensor | None:
-        """Which keys in reach each guide sees [segments, heads or 1, n, keys]; None where that is the whole history."""
-        if not self.group.visibility.varies:
-            return None
+    def seen(self, segments: range, reach: range) -> torch.Tensor:
+        """Which keys in reach each guide sees [segments, heads or 1, n, keys]."""
         heads, per_segment = self.guides.shape[1:3]
         row = torch.arange(segments.start * per_segment, segments.stop * per_segment) * self.config.pool
         row = row.view(-1, 1, per_segment, 1)
@@ -134,17 +147,15 @@ class Ranking:
         """What holds for heads and guides [segments, heads or 1, n, keys], by list [segments, lists, guides, keys]."""
         return x.expand(-1, self.guides.shape[1], -1, -1).unflatten(1, (self.group.lists, -1)).flatten(2, 3)
 
-    def importance(
-        self, segments: range, reach: range, history: torch.Tensor, seen: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The log of the importance of the keys in reach [segments, lists, keys], given `history` and `seen`."""
-        config, part = self.config, span(segments)
+    def importance(self, run: Run) -> torch.Tensor:
+        """The log of the importance of the keys in reach [segments, lists, keys]."""
+        config, part = self.config, span(run.segments)
         real, guides = self.real[part], self.guides[part]
-        normaliser = torch.logaddexp(self.near[part], self.far(guides, reach, history, seen)).clamp_min(-_NEVER)
+        normaliser = torch.logaddexp(self.near[part], self.far(guides, run)).clamp_min(-_NEVER)
         normaliser = normaliser.masked_fill(~real[:, None], _NEVER)
-        surprisal = self.surprisal(guides, normaliser, reach)
-        if seen is not None:
-            surprisal.masked_fill_(~seen, math.inf)
+        surprisal = self.surprisal(guides, normaliser, run.reach)
+        if run.seen is not None:
+            surprisal.masked_fill_(~run.seen, math.inf)
         surprisal = self.by_list(surprisal)
         importance = torch.full((), -math.inf)
         if config.max_weight:
@@ -156,7 +167,7 @@ class Ranking:
             mean = mean - guides_of_list.to(mean.dtype).log()[:, None, None]
             importance = torch.maximum(importance, mean + math.log(config.mean_weight))
         importance = importance.masked_fill(importance.isnan(), math.inf)
-        importance[..., : max(0, config.first_keys - reach.start)] = math.inf
+        importance[..., : max(0, config.first_keys - run.reach.start)] = math.inf
         return importance
 
     def surprisal(self, guides: torch.Tensor, normaliser: torch.Tensor, reach: range) -> torch.Tensor:
@@ -175,15 +186,15 @@ class Ranking:
         product = product.unflatten(0, normaliser.shape)
         return soft_cap(product, softcap).add_(normaliser[..., None]) if softcap else product
 
-    def far(self, guides: torch.Tensor, reach: range, history: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    def far(self, guides: torch.Tensor, run: Run) -> torch.Tensor:
         """Each guide's log-sum-exp over its history [segments, heads, guides], from one key in `sample` of it."""
-        chosen = slice(*(int((self.drawn < end).sum()) for end in (reach.start, reach.stop)))
-        place = self.drawn[chosen] - reach.start
-        weight = self.drawn_weight[chosen].masked_fill(~history[:, place], -math.inf)
+        chosen = slice(*(int((self.drawn < end).sum()) for end in (run.reach.start, run.reach.stop)))
+        place = self.drawn[chosen] - run.reach.start
+        weight = self.drawn_weight[chosen].masked_fill(~run.history[:, place], -math.inf)
         logits = guides[..., :-_MORE].flatten(0, 2) @ self.drawn_key[chosen].T
         logits = soft_cap(logits, self.group.softcap).view(*guides.shape[:3], -1).add_(weight[:, None, None])
-        if seen is not None:
-            logits.masked_fill_(~seen[..., place], -math.inf)
+        if run.seen is not None:
+            logits.masked_fill_(~run.seen[..., place], -math.inf)
         return log_sum_exp(logits).to(self.near.dtype)
 
 
@@ -192,23 +203,16 @@ def span(part: range) -> slice:
     return slice(part.start, part.stop)
 
 
-def pack(
-    segments: range,
-    reach: range,
-    history: torch.Tensor,
-    keep: torch.Tensor,
-    places: torch.Tensor,
-    log_weight: torch.Tensor,
-) -> Lists:
-    """The `places` in reach of lists that `keep` [segments, lists, keys] of `history` [segments, keys], end to end."""
+def pack(run: Run, keep: torch.Tensor, places: torch.Tensor, log_weight: torch.Tensor) -> Lists:
+    """The `places` in reach of lists that `keep` [segments, lists, keys] of the history, end to end."""
     count = keep.sum(-1)
     return Lists(
-        segments,
-        pad(places + reach.start, (0, 1)),
+        run.segments,
+        pad(places + run.reach.start, (0, 1)),
         pad(log_weight.expand(len(places)), (0, 1), value=-math.inf),
         (count.flatten().cumsum(0) - count.flatten()).view_as(count),
         count,
-        history[:, None] & ~keep,
+        run.history[:, None] & ~keep,
     )
 
 

@@ -14,6 +14,8 @@ from s2o_compile.ops.visibility import Visibility
 from .comparison import allowed_error, assert_same, dense, largest_difference, seen
 from .strategies import Call, calls, configs
 
+DOCUMENTS = (torch.arange(700) // 300)[None]
+
 
 @given(calls())
 def test_agrees_with_the_reference(call: Call) -> None:
@@ -36,16 +38,29 @@ def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_ranking_finds_the_same_keys_but_for_those_at_the_threshold(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "visibility",
+    [
+        Visibility(True),
+        Visibility(True, window=400),
+        Visibility(True, query_documents=DOCUMENTS, key_documents=DOCUMENTS),
+    ],
+    ids=["causal", "window", "documents"],
+)
+def test_low_precision_ranking_finds_the_same_keys_but_for_those_at_the_threshold(
+    visibility: Visibility, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 700, 32) * 2, torch.randn(1, 2, 700, 32), torch.randn(1, 2, 700, 32)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     config = S2OConfig(threshold=1e-2, min_length=0, last_queries=0)
-    got = AttentionResult(*torch.ops.s2o.attention_stats(query, key, value, is_causal=True, **config.arguments()))
-    want = reference_attention(query.double(), key.double(), value.double(), Visibility(True), config=config)
-    exact = dense(query, key, value, torch.ones(700, 700, dtype=torch.bool).tril())
-    error, specified = ((x.double() - exact).square().sum() for x in (got.output, want.output))
-    assert error < 1.1 * specified + 1e-4
+    terms = visibility._asdict()
+    got = AttentionResult(*torch.ops.s2o.attention_stats(query, key, value, **terms, **config.arguments()))
+    want = reference_attention(query.double(), key.double(), value.double(), visibility, config=config)
+    exact = dense(query, key, value, seen(query, key, visibility))
+    outputs = (got.output, want.output, exact.to(dtype))
+    error, specified, rounding = ((x.double() - exact).square().sum() for x in outputs)
+    assert error < 1.1 * specified + rounding + 1e-4
     assert 0.9 < got.visited.sum() / want.visited.sum() < 1.1
 
 

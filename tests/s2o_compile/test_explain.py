@@ -104,9 +104,11 @@ def test_functions_are_explained_too() -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("offset", [-30, 0, 17])
-def test_dense_attention_has_density_one(is_causal: bool, offset: int) -> None:
+@pytest.mark.parametrize("window", [None, 1, 40])
+def test_dense_attention_has_density_one(is_causal: bool, offset: int, window: int | None) -> None:
     config = S2OConfig(min_length=0, threshold=0, last_queries=1024)
     args = inputs(queries=100, keys=170)
-    result = attention(*args, is_causal=is_causal, causal_offset=offset, config=config, return_stats=True)
-    measured = density(result.visited, 100, 170, is_causal, offset, config.tile)
+    terms = {"is_causal": is_causal, "causal_offset": offset, "window": window}
+    result = attention(*args, **terms, config=config, return_stats=True)
+    measured = density(result.visited, 100, 170, is_causal, offset, config.tile, window)
     torch.testing.assert_close(measured, torch.ones(2, 2))
