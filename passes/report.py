@@ -28,7 +28,7 @@ class Decision:
         shapes: The shapes of query, key and value; symbolic sizes are strings.
         rewritten: Whether the site became ``torch.ops.s2o.attention``.
         reason: Why, in one sentence.
-        mask: What the mask says, as far as it was proven.
+        mask: What the mask says, as far as it was proven, and what else is done to the logits.
         visited: The (query, key) pairs that each query head visited, over the batch; None if not measured.
         dense_pairs: The pairs that a dense kernel visits for one head, over the batch; None if not measured.
     """
@@ -41,6 +41,10 @@ class Decision:
     mask: str = ""
     visited: list[int] | None = None
     dense_pairs: int | None = None
+
+    def __str__(self) -> str:
+        outcome = f"sparse; {self.mask}" if self.rewritten else "dense"
+        return f"{self.name} ({self.location}): {outcome}; {self.reason}"
 
     @property
     def density(self) -> list[float] | None:

@@ -72,8 +72,9 @@ class _Rewriter:
         except (Refused, NotProven) as refused:
             decision.reason = str(refused)
             return decision
-        decision.rewritten, decision.mask = True, str(mask)
-        decision.reason = "the mask is proven and the call may be long enough for sparse attention"
+        decision.rewritten, decision.mask = True, "; ".join([str(mask), *_logit_terms(site)])
+        proven = "the mask is proven" if mask.rest == sympy.true else "what is not proven of the mask is passed on"
+        decision.reason = f"{proven} and the call may be long enough for sparse attention"
         self.replace(site, mask, decision)
         return decision
 
@@ -121,7 +122,7 @@ class _Rewriter:
         """The operator's arguments for what is done to the logits before they are masked."""
         arguments: dict[str, Any] = {"scale": self.scale(site)}
         if site.softcap is not None:
-            arguments["softcap"] = abs(math.prod(_known(site.softcap)))
+            arguments["softcap"] = _softcap(site.softcap)
         if site.sinks is not None:
             arguments["sinks"] = self.apply(site.sinks.steps, site.sinks.node)
         return arguments
@@ -228,6 +229,16 @@ def _known(factors: tuple[Factor, ...]) -> list[float]:
     """The factors that are known while compiling."""
     numbers = (Factor(constant(factor.value), factor.inverted).number for factor in factors)
     return [number for number in numbers if number is not None]
+
+
+def _softcap(factors: tuple[Factor, ...]) -> float:
+    return abs(math.prod(_known(factors)))
+
+
+def _logit_terms(site: AttentionSite) -> list[str]:
+    """What is done to the logits besides scaling and masking, in words."""
+    capped = [] if site.softcap is None else [f"soft cap {_softcap(site.softcap):g}"]
+    return capped + ["sinks"] * (site.sinks is not None)
 
 
 def _shape(tensor: torch.Tensor | None) -> tuple[int | str, ...]:

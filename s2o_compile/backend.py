@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 class S2OBackend:
     """A backend for ``torch.compile(model, backend="s2o")``, or ``backend=s2o_compile.s2o``.
 
-    What happened to each attention site is logged at level INFO; `s2o_compile.explain` reports it.
+    ``TORCH_LOGS=s2o_compile`` logs a line for each graph, ``TORCH_LOGS=+s2o_compile`` one for each attention site
+    too; `s2o_compile.explain` reports them.
 
     Attributes:
         config: The settings of the operator.
@@ -57,12 +58,14 @@ class S2OBackend:
         """
         from torch._inductor.compile_fx import compile_fx
 
+        from .passes.report import Report
         from .passes.rewrite import rewrite
 
         config, patches = self.split_options(options or {}, mode)
-        for decision in rewrite(module, config):
-            outcome = "sparse" if decision.rewritten else "dense"
-            log.info("%s (%s): %s; %s", decision.name, decision.location, outcome, decision.reason)
+        report = Report(rewrite(module, config))
+        log.info("%d of %d attention sites rewritten", report.rewritten, len(report.decisions))
+        for decision in report.decisions:
+            log.debug("%s", decision)
         # Inductor's caches know the operator's name, not what it does in this release.
         tag = f"{torch.compiler.config.cache_key_tag}s2o-{importlib.metadata.version('s2o-compile')}"
         with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -204,3 +205,21 @@ def test_on_a_gpu(dynamic: bool) -> None:
         got = torch.compile(model, backend=s2o.with_config(config), dynamic=dynamic)(tokens, use_cache=True).logits
     assert (got - want).abs().max() < 0.1
     assert s2o_compile.explain(model, tokens, use_cache=True, config=config).rewritten == 2
+
+
+@pytest.mark.parametrize(("setting", "lines"), [(None, 0), ("s2o_compile", 1), ("+s2o_compile", 2)])
+def test_log(setting: str | None, lines: int) -> None:
+    program = (
+        "import torch, s2o_compile\n"
+        "q = torch.randn(1, 2, 32, 8)\n"
+        "f = lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)\n"
+        "torch.no_grad().__enter__()\n"
+        "torch.compile(f, backend=lambda *a: s2o_compile.s2o(*a, options={'min_length': 0}))(q)\n"
+    )
+    environment = os.environ | ({"TORCH_LOGS": setting} if setting else {})
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = [line for line in run.stderr.splitlines() if "s2o_compile" in line]
+    assert len(found) == lines
+    assert not found or "1 of 1 attention sites rewritten" in found[0]
+    assert lines < 2 or "sparse; causal, offset 0" in found[1]
