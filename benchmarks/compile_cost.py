@@ -56,7 +56,7 @@ class Timed:
         decisions = rewrite(module, self.config)
         self.seconds += time.perf_counter() - start
         self.sites += sum(decision.rewritten for decision in decisions)
-        compiled: Callable[..., Any] = compile_fx(module, example_inputs)
+        compiled: Any = compile_fx(module, example_inputs)
         return compiled
 
 

@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 from .clauses import Clause, TooMany, clauses
 from .mask_operations import HANDLERS
 from .mutation import storage, writes
+from .packing import with_indices_for_positions
 from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis
 from .values import fake_tensor, symbolic_shape
 
@@ -117,7 +118,7 @@ class Prover:
         self._refuse_other_devices(allowed, query.device)
         shape = scores_shape(query, key)
         try:
-            found = [_within(clause, shape) for clause in clauses(allowed)]
+            found = [_within(clause, shape) for clause in with_indices_for_positions(clauses(allowed), self.reader)]
         except TooMany:
             raise NotProven("the mask combines more conditions than can be told apart; build it from fewer") from None
         split = _split(clause for clause in found if clause is not None)

@@ -121,6 +121,15 @@ PROVEN: dict[str, tuple[Build, str]] = {
     "de Morgan": (lambda pad: ~((j() > i()) | ~pad[:, None, None, :]), f"causal, offset 0; {PAD}"),
 }
 
+def packed(pad: torch.Tensor, step: int = 1, prepend: bool = True, at: torch.Tensor | None = None) -> torch.Tensor:
+    """The mask of documents that begin where positions do not go up by `step`."""
+    positions = torch.arange(L) % pad.sum(-1, keepdim=True)
+    steps = torch.diff(positions, prepend=positions[:, :1] - 1 if prepend else positions[:, -1:], dim=-1)
+    documents = (steps != step).cumsum(-1)
+    at = positions if at is None else at
+    return (documents[:, None, :, None] == documents[:, None, None]) & (at[:, None, None] <= at[:, None, :, None])
+
+
 PASSED: dict[str, tuple[Build, str]] = {
     "twice as steep": (lambda pad: j() <= 2 * i(), "boolean mask"),
     "or": (lambda pad: (j() <= i()) | pad[:, None, None, :], "boolean mask from input pad"),
@@ -129,6 +138,14 @@ PASSED: dict[str, tuple[Build, str]] = {
         "causal, offset 0; boolean mask from input pad",
     ),
     "blocks": (lambda pad: j() // 4 <= i() // 4, "boolean mask"),
+    "packed, in other positions": (
+        lambda pad: packed(pad, at=pad.cumsum(-1)),
+        "documents from the result of cumsum; boolean mask from the result of cumsum",
+    ),
+    "packed by other steps": (
+        lambda pad: packed(pad, step=2),
+        "documents from the result of cumsum; boolean mask from the result of mod",
+    ),
     "random": (lambda pad: torch.ones(L, L) > torch.zeros(L, L).cumsum(0), "boolean mask from the result of gt"),
 }
 
@@ -147,6 +164,12 @@ def test_proven(name: str, dynamic: bool) -> None:
     assert decision.rewritten, decision.reason
     assert decision.mask == expected
     assert_no_mask_left(captured)
+
+
+@pytest.mark.parametrize("prepend", [False, True])
+def test_packed_documents(prepend: bool) -> None:
+    decision = prove(lambda pad: packed(pad, prepend=prepend), random_padding()).only()
+    assert decision.mask == "causal, offset 0; documents from the result of cumsum"
 
 
 @pytest.mark.parametrize("name", PASSED)

@@ -41,6 +41,19 @@ def test_layers_share_their_padding() -> None:
     assert first is second
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_packed_sequences(dynamic: bool) -> None:
+    model, ids = tiny("llama"), tokens(LENGTH)
+    positions = torch.cat([torch.arange(15), torch.arange(LENGTH - 15)]).expand(len(ids), -1)
+    captured, output = capture(model, ids, position_ids=positions, use_cache=False, dynamic=dynamic)
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions, use_cache=False)
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    assert {decision.mask for decision in captured.decisions} == {
+        "causal, offset 0; documents from the result of cumsum"
+    }
+
+
 def test_names_and_locations() -> None:
     captured, _ = capture(tiny("llama"), tokens(LENGTH))
     assert [decision.name for decision in captured.decisions] == [
