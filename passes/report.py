@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ class Decision:
 
     Attributes:
         name: The module that the site is in, or the node's name in the graph.
-        location: 'file.py:123', the innermost line outside torch.
+        location: 'model.py:45 > attention.py:123', the line in the site's module and the innermost one outside torch.
         shapes: The shapes of query, key and value; symbolic sizes are strings.
         rewritten: Whether the site became ``torch.ops.s2o.attention``.
         reason: Why, in one sentence.
@@ -131,10 +132,19 @@ def site_name(node: Node) -> str:
 
 
 def source_location(node: Node) -> str:
-    """'file.py:123', the innermost line of a node's stack trace that is not inside torch; '' if unknown."""
+    """'model.py:45 > attention.py:123', where a node's module computes it and, in another file, where it is computed.
+
+    Lines inside torch do not count; '' if none is known.
+    """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     outside = [(path, line) for path, line in frames if not path.startswith(_TORCH)]
-    if not outside:
-        return ""
-    path, line = outside[-1]
-    return f"{os.path.basename(path)}:{line}"
+    own = [frame for frame in outside if frame[0] == _module_file(node)]
+    lines = dict.fromkeys(own[-1:] + outside[-1:])
+    return " > ".join(f"{os.path.basename(path)}:{line}" for path, line in lines)
+
+
+def _module_file(node: Node) -> str | None:
+    """The file that defines the class of the innermost module that a node comes from."""
+    stack = node.meta.get("nn_module_stack")
+    kind = list(stack.values())[-1][1] if stack else None
+    return getattr(sys.modules.get(getattr(kind, "__module__", "")), "__file__", None)

@@ -60,7 +60,9 @@ def test_names_and_locations() -> None:
         "model.layers.0.self_attn",
         "model.layers.1.self_attn",
     ]
-    assert captured.decisions[0].location.startswith("sdpa_attention.py:")
+    module, function = captured.decisions[0].location.split(" > ")
+    assert module.startswith("modeling_llama.py:")
+    assert function.startswith("sdpa_attention.py:")
 
 
 def test_a_chunk_that_continues_a_cache() -> None:
