@@ -22,7 +22,7 @@ def test_rewritten_sites() -> None:
     assert (report.rewritten, report.dense) == (2, 0)
     first = report.decisions[0]
     assert first.name == "model.layers.0.self_attn"
-    assert first.mask == "causal, offset 0; key padding"
+    assert first.mask == "causal, offset 0; key padding from input attention_mask"
     assert first.shapes["query"] == (2, 4, 40, 8)
     assert first.density is None
 
