@@ -17,6 +17,7 @@ from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from .axes import Step
 from .emit import Emitter, NotComputed, emit_size
 from .find import find_attention
+from .functional import fill_anew
 from .masks import BATCH, HEAD, KEY, QUERY, Mask, NotProven, Prover, scores_shape
 from .operations import operation_name
 from .report import Decision, site_name, source_location
@@ -43,6 +44,7 @@ def rewrite(module: GraphModule, config: S2OConfig) -> list[Decision]:
     Returns:
         One decision per site. The node of a rewritten site has its decision in ``meta["s2o_decision"]``.
     """
+    fill_anew(module.graph)
     rewriter = _Rewriter(module.graph, config)
     decisions = [rewriter.visit(site) for site in find_attention(module.graph, rewriter.prover.reader)]
     if any(decision.rewritten for decision in decisions):
@@ -166,7 +168,9 @@ class _Rewriter:
         if output is None or not output.is_contiguous() or _is_read_alike_in_any_memory(replaced):
             return node
         with self.graph.inserting_after(node):
-            return self.graph.call_method("contiguous", (node,))
+            contiguous = self.graph.call_method("contiguous", (node,))
+        contiguous.meta = dict(replaced.meta)
+        return contiguous
 
     def masking(self, mask: Mask, site: AttentionSite) -> dict[str, Any]:
         """The operator's arguments for a mask; sites with the same mask share the tensors."""

@@ -121,6 +121,7 @@ PROVEN: dict[str, tuple[Build, str]] = {
     "de Morgan": (lambda pad: ~((j() > i()) | ~pad[:, None, None, :]), f"causal, offset 0; {PAD}"),
 }
 
+
 def packed(pad: torch.Tensor, step: int = 1, prepend: bool = True, at: torch.Tensor | None = None) -> torch.Tensor:
     """The mask of documents that begin where positions do not go up by `step`."""
     positions = torch.arange(L) % pad.sum(-1, keepdim=True)
