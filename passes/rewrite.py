@@ -272,7 +272,7 @@ def _check_heads(query: int, key: int, value: int, enable_gqa: Any) -> None:
         raise Refused(f"key has {key} heads and value {value}; expand them to the same number")
     if guard_or_false(query == key):
         return
-    if enable_gqa is not True:
+    if enable_gqa is not True and not guard_or_false(key == 1):
         raise Refused(f"query has {query} heads and key {key}; pass enable_gqa=True")
     if not guard_or_false(query % key == 0):
         raise Refused(f"the {query} heads of query are not a multiple of the {key} heads of key")
