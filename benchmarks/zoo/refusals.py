@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 PHRASES = {
+    "mask that is an input": "the input l_",
     "additive bias": "additive bias with content",
     "sliding window": "only j <= i + constant and key padding are known",
     "mask of unknown content": "which cannot be read and varies over queries or heads",
@@ -10,7 +11,7 @@ PHRASES = {
     "scale per head": "scaled by a tensor with content",
     "content bias": "which is changed in place",
 }
-"""Kinds of refusals, and what their reasons say."""
+"""Kinds of refusals, and what their reasons say; the first that fits counts."""
 
 NOT_FOUND = "not found"
 """Stands beside the kinds of refusals for attention that is not found at all."""
@@ -23,12 +24,13 @@ EXPECTED: dict[str, set[str]] = {
     "falcon_alibi": {"additive bias", "heads that broadcast"},
     "gemma2": {NOT_FOUND},
     "gemma3": {"sliding window"},
-    "gpt_neo": {"mask of unknown content"},
+    "gpt_neo": {"mask that is an input"},
     "gpt_oss": {NOT_FOUND},
     "mistral": {"sliding window"},
     "modernbert": {"mask of unknown content"},
     "mpnet": {"additive bias"},
     "mpt": {"additive bias"},
+    "opt": {"mask that is an input"},
     "sam_vision": {"additive bias"},
     "siglip": {NOT_FOUND},
     "siglip_vision": {NOT_FOUND},
