@@ -12,7 +12,6 @@ from torch.fx import Graph, Node
 from .axes import Misaligned, fresh, is_size, leaves
 from .handwritten import handwritten_site
 from .inputs import Input, choose, fewest_axes, laid_out
-from .mask_operations import HANDLERS
 from .masks import AXES, MaskTerm
 from .operations import Product, operation_name, read_operation
 from .site import AttentionSite
@@ -21,9 +20,9 @@ from .values import fake_tensor
 from .walk import Factor, Walker
 
 
-def find_attention(graph: Graph, reader: Reader | None = None) -> Iterator[AttentionSite]:
+def find_attention(graph: Graph, reader: Reader) -> Iterator[AttentionSite]:
     """The attention sites of a graph, in its order; the graph may change between two of them."""
-    walker = Walker(graph, reader or Reader(HANDLERS))
+    walker = Walker(graph, reader)
     for node in list(graph.nodes):
         if node._erased:
             continue

@@ -99,8 +99,8 @@ class Prover:
     """Proves the masks of one graph, reading each node once."""
 
     def __init__(self, graph: Graph) -> None:
-        self.reader = Reader(HANDLERS)
-        self._mutated = writes(graph)
+        self._writes = writes(graph)
+        self.reader = Reader(HANDLERS, lambda node: bool(self._writers(node)))
 
     def prove(self, masks: Iterable[MaskTerm], query: torch.Tensor, key: torch.Tensor) -> Mask:
         """What the masks of an attention say together.
@@ -137,11 +137,9 @@ class Prover:
             expression = self.reader.read(mask.node).expression
         except Unreadable as unreadable:
             raise NotProven(f"the mask cannot be read: {unreadable}") from None
-        changed = self._changed(mask.node)
-        if changed is not None:
-            if tensor.dtype != torch.bool or any(mask.user < writer for writer in self._writers(mask.node)):
-                raise NotProven(f"the mask depends on {changed}, which is changed in place; build it without that")
-            expression = self.reader.leaf(mask.node, tensor)
+        writers = self._writers(mask.node)
+        if writers and (tensor.dtype != torch.bool or any(mask.user < writer for writer in writers)):
+            raise NotProven(f"the mask {_origin(mask.node)} is changed in place; build it without that")
         if mask.keep is None:
             predicate = _where_nothing_is_added(mask, expression)
         else:
@@ -154,16 +152,9 @@ class Prover:
             raise NotProven(f"the mask {_origin(mask.node)} varies over another dimension than batch, heads and keys")
         return predicate
 
-    def _changed(self, mask: Node) -> str | None:
-        """What a mask is read from that is changed in place, in words; None if nothing is."""
-        for node in self.reader.sources(mask):
-            if self._writers(node):
-                return _origin(node)
-        return None
-
     def _writers(self, node: Node) -> list[Node]:
         tensor = fake_tensor(node)
-        return [] if tensor is None else self._mutated.get(storage(tensor), [])
+        return [] if tensor is None else self._writes.get(storage(tensor), [])
 
     def _leaves(self, *expressions: sympy.Basic) -> list[Node]:
         """The leaves of expressions, in the order of the graph."""
@@ -191,7 +182,7 @@ def _where_nothing_is_added(mask: MaskTerm, expression: sympy.Basic) -> Boolean:
     """Where an added mask is zero, if it hides keys everywhere else."""
     content = NotProven(
         f"scores get an additive bias with content, {_origin(mask.node)}, such as ALiBi or relative positions; "
-        "only masks that add 0, or -inf to hide a key, can be proven"
+        "only masks that add 0, or -inf to hide a key, can be proven; compute it from a boolean"
     )
     choice = as_choice(expression)
     if choice is None or mask.value is None:

@@ -158,6 +158,14 @@ class Tanh:
 
 
 @dataclass(frozen=True)
+class Clamped:
+    """`source`, or `least` where it is less; which operand is which is not known."""
+
+    source: Any
+    least: Any
+
+
+@dataclass(frozen=True)
 class Cleaned:
     """`source` with zeros in place of NaN, as it stands in rows of probabilities that see nothing."""
 
@@ -183,7 +191,7 @@ class Narrowed:
 
 Operation = (
     Product | Softmax | LogSoftmax | Scaled | Sum | Filled | Same | Dropout | Viewed | Permuted | Expanded | Repeated
-    | Tanh | Cleaned | Concatenated | Narrowed
+    | Tanh | Clamped | Cleaned | Concatenated | Narrowed
 )  # fmt: skip
 
 
@@ -310,6 +318,14 @@ def _nan_to_num(node: Node, input: Node, nan: Any = 0.0) -> Operation | None:
     return Cleaned(input) if nan in (0.0, None) else None
 
 
+def _maximum(node: Node, input: Node, other: Node) -> Operation | None:
+    return Clamped(input, other) if are_tensors(input, other) else None
+
+
+def _clamp(node: Node, input: Node, min: Any = None) -> Operation | None:
+    return Clamped(input, min)
+
+
 def _tanh(node: Node, input: Node) -> Operation | None:
     return Tanh(input)
 
@@ -419,6 +435,8 @@ _HANDLERS: dict[str, Callable[..., Operation | None]] = {
     "masked_fill": _masked_fill,
     "where": _where,
     "nan_to_num": _nan_to_num,
+    **dict.fromkeys(("max", "maximum"), _maximum),
+    **dict.fromkeys(("clamp", "clamp_min", "clip"), _clamp),
     "tanh": _tanh,
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     "dropout": _dropout,

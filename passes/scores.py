@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from .axes import Dim, Layout, Misaligned, Size, all_leaves, broadcast, is_size, leaves
+from .masks import HIDDEN
 from .operations import (
+    Clamped,
     Concatenated,
     Dropout,
     Expanded,
@@ -175,6 +177,17 @@ class ScoreWalk:
         if largest is not None:
             found.passed += largest.nodes
 
+    def _clamped(self, clamped: Clamped, node: Node, layout: Layout) -> Scores:
+        """Scores of which only those are raised that stay hidden."""
+        found, other = self._first([(clamped.source, clamped.least), (clamped.least, clamped.source)], node, layout)
+        least = self.walker.factor(other)
+        if not isinstance(least, float) or least > HIDDEN:
+            found.obstacles.append("the scores are clamped to numbers that do not hide a key")
+        else:
+            for mask in found.masks:
+                mask.value = None if mask.value is None else max(mask.value, least)
+        return found
+
     def _tanh(self, tanh: Tanh, node: Node, layout: Layout) -> Scores:
         found = self.find(tanh.source, layout, node)
         if found.inner is not None or found.masks or found.sink is not None or found.is_shifted:
@@ -201,7 +214,7 @@ class ScoreWalk:
         factor = self.walker.factor(other)
         if factor is None:
             found.obstacles.append(
-                "the scores are scaled by a tensor that has content or is changed in place; use a number"
+                "the scores are scaled by a tensor with content, or by one that is changed in place; use a number"
             )
         elif factor == 0 or not math.isfinite(factor if isinstance(factor, float) else 1):
             found.obstacles.append(f"the scores are scaled by {factor}; use another number")
@@ -265,6 +278,7 @@ class ScoreWalk:
         Sum: _sum,
         Scaled: _scaled,
         Filled: _filled,
+        Clamped: _clamped,
         Tanh: _tanh,
         Concatenated: _concatenated,
     }

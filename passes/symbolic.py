@@ -74,14 +74,18 @@ class Reading:
 class Reader:
     """Reads the nodes of one graph, each once.
 
+    Args:
+        handlers: How operations are read, by name.
+        is_changed: Whether a node's tensor is written to somewhere; what is computed from it is not read.
+
     Attributes:
         readings: What was read, by node.
         leaves: The nodes that could not be read, by the name of the unknown function that stands for each.
         understood: The nodes that were read as operations; they have no side effects.
     """
 
-    def __init__(self, handlers: Mapping[str | None, Handler]) -> None:
-        self.handlers = handlers
+    def __init__(self, handlers: Mapping[str | None, Handler], is_changed: Callable[[Node], bool]) -> None:
+        self.handlers, self.is_changed = handlers, is_changed
         self.readings: dict[Node, Reading] = {}
         self.leaves: dict[str, Node] = {}
         self.understood: set[Node] = set()
@@ -107,7 +111,7 @@ class Reader:
 
     def _operation(self, node: Node) -> sympy.Basic:
         handler = self.handlers.get(operation_name(node))
-        if handler is None or "out" in node.kwargs:
+        if handler is None or "out" in node.kwargs or any(map(self.is_changed, [node, *node.all_input_nodes])):
             raise Unreadable
         try:
             inspect.signature(handler).bind(self, node, *node.args, **node.kwargs)
@@ -122,17 +126,6 @@ class Reader:
         places = (axis(place) for place in range(tensor.dim(), 0, -1))
         value = sympy.Function(name, integer=tensor.dtype in INTEGERS or None)(*places)
         return sympy.Ne(value, 0) if tensor.dtype == torch.bool else value
-
-    def sources(self, node: Node) -> set[Node]:
-        """The nodes that were read for a node, leaves and itself included."""
-        found: set[Node] = set()
-        pending = [node]
-        while pending:
-            source = pending.pop()
-            if source not in found:
-                found.add(source)
-                pending.extend(source.all_input_nodes if source in self.understood else ())
-        return found
 
     def operand(self, value: Any, shape: Shape) -> sympy.Basic:
         """An operand of an operation whose result has `shape`: a tensor that broadcasts to it or a number."""

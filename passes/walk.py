@@ -96,8 +96,7 @@ class Walker:
         """A number that is known, or a node that holds one while the graph runs; None for other tensors."""
         if fake_tensor(value) is None:
             return number(value)
-        known = self.reader.number(value)
-        return None if any(map(self._writers, self.reader.sources(value))) else known
+        return self.reader.number(value)
 
     def operands(self, node: Node, layout: Layout, until: Node, scaled: bool = True) -> list[Operand]:
         """What an operand is made from, beginning with itself, as long as it still holds the same at `until`.

@@ -227,7 +227,7 @@ EXACT: dict[str, tuple[Attend, str]] = {
     "causal with a window": (filled(lambda: (j() > i()) | (j() <= i() - 4)), "causal, offset 0; window 4"),
     "another mask per head": (filled(lambda: j() > i() + MASK_PER_HEAD), "boolean mask"),
     "another mask per query": (filled(lambda: PER_PAIR[0] > 0), "boolean mask"),
-    "soft cap": (scored(lambda scores: torch.tanh(scores / 2) * 2), "everything"),
+    "soft cap": (scored(lambda scores: torch.tanh(scores / 2) * 2), "everything; soft cap 2"),
     "a mask that hides nothing": (filled(lambda: j() > i() + KEYS), "everything"),
     "negative scale": (scored(lambda scores: scores * -1.5), "everything"),
     "probabilities used by their shape": (lambda q, k, v: dot(q, k).softmax(-1) @ v * k.shape[2], "everything"),

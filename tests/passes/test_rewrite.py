@@ -129,10 +129,12 @@ def test_refuses_broadcast_batches() -> None:
     assert "batch" in refusal(lambda *x: sdpa(*x), q, k, v)
 
 
-def test_refuses_broadcast_heads() -> None:
+def test_heads_that_broadcast() -> None:
     q, _, _ = inputs()
     _, k, v = inputs(heads=1)
-    assert "enable_gqa=True" in refusal(lambda *x: sdpa(*x), q, k, v)
+    captured, output = capture(lambda *x: sdpa(*x), q, k, v)
+    torch.testing.assert_close(output, sdpa(q, k, v))
+    assert captured.only().rewritten
 
 
 def test_refuses_short_calls() -> None:
