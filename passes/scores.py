@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from .axes import Dim, Layout, Misaligned, Size, all_leaves, broadcast, is_size, leaves
+from .axes import Dim, Layout, Misaligned, Size, broadcast, is_size, leaves
 from .masks import HIDDEN
 from .operations import (
     Clamped,
@@ -28,7 +28,7 @@ from .operations import (
     operation_name,
     read_operation,
 )
-from .softmax import find_reduction
+from .softmax import Reduction, find_reduction
 from .values import are_tensors, fake_tensor
 from .walk import Factor, Walker, source_layout
 
@@ -159,23 +159,23 @@ class ScoreWalk:
     def _sum(self, total: Sum, node: Node, layout: Layout) -> Scores:
         orders = [(total.left, total.right)] + [(total.right, total.left)] * (total.sign == 1)
         found, other = self._first(orders, node, layout)
-        if fake_tensor(other) is not None and self._is_constant(self._operand(node, layout, other)):
-            found.is_shifted = True
-            self._pass_maximum(found, other, node)
-        else:
+        largest = self._maximum(total, node, layout)
+        if largest is None:
             self._add(found, node, layout, other, float(total.sign))
+        else:
+            found.is_shifted = True
+            found.passed += largest.nodes
         return found
 
-    def _is_constant(self, layout: Layout) -> bool:
-        """Whether a tensor is the same for all keys, so that a softmax takes it out again."""
-        keys = leaves(self.summed if self.kept is None else (*self.summed, *self.kept[0]))
-        return not {*all_leaves(layout)} & {*keys}
-
-    def _pass_maximum(self, found: Scores, node: Node, user: Node) -> None:
-        """Note the nodes of a maximum of the scores, which may be left without use."""
-        largest = find_reduction(self.walker.current(node, user, found.obstacles), "max", "amax")
-        if largest is not None:
-            found.passed += largest.nodes
+    def _maximum(self, total: Sum, node: Node, layout: Layout) -> Reduction | None:
+        """The maximum over the keys, if a sum is of scores less their own: a softmax takes it out again."""
+        if total.sign != -1 or not are_tensors(total.left, total.right):
+            return None
+        found = find_reduction(self.walker.value(total.right, node), "max", "amax")
+        if found is None or leaves(layout[found.dim]) != leaves(self.summed):
+            return None
+        compared = self.walker.value(found.source, found.nodes[-1])
+        return found if compared is self.walker.value(total.left, node) else None
 
     def _clamped(self, clamped: Clamped, node: Node, layout: Layout) -> Scores:
         """Scores of which only those are raised that stay hidden."""

@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[Attend, str]] = {
         scored(lambda scores: scores + torch.ones(QUERIES, KEYS).triu(1) * -math.inf),
         "additive bias with content",
     ),
-    "another maximum": (weighted(other_maximum), "used elsewhere"),
+    "another maximum": (weighted(other_maximum), "additive bias with content"),
     "bias from the mask": (scored(lambda scores: scores - (j() > i()).float()), "additive bias with content"),
     "filled by index": (scored(filled_by_index), "changed in place"),
     "one row changed": (scored(one_row_changed), "changed in place"),
