@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from .axes import Misaligned, fresh, is_size, leaves
 from .handwritten import handwritten_site
 from .inputs import Input, choose, fewest_axes, laid_out
-from .mask_operations import HANDLERS
 from .masks import AXES, MaskTerm
 from .operations import Product, operation_name, read_operation
 from .site import AttentionSite
-from .symbolic import Reader
 from .values import fake_tensor
 from .walk import Factor, Walker
 
 
-def find_attention(graph: Graph, reader: Reader | None = None) -> Iterator[AttentionSite]:
-    """The attention sites of a graph, in its order; the graph may change between two of them."""
-    walker = Walker(graph, reader or Reader(HANDLERS))
-    for node in list(graph.nodes):
-        if node._erased:
-            continue
-        if operation_name(node) == "scaled_dot_product_attention":
-            yield _sdpa_site(walker, node, *node.args, **node.kwargs)
-        elif isinstance(product := read_operation(node), Product):
-            site = handwritten_site(walker, node, product)
-            if site is not None:
-                yield site
+def find_attention(walker: Walker, node: Node) -> AttentionSite | None:
+    """The attention whose output a node is, if it is one."""
+    if operation_name(node) == "scaled_dot_product_attention":
+        args: tuple[Any, ...] = node.args
+        kwargs: Mapping[str, Any] = node.kwargs
+        return _sdpa_site(walker, node, *args, **kwargs)
+    product = read_operation(node)
+    return handwritten_site(walker, node, product) if isinstance(product, Product) else None
 
 
 def _sdpa_site(

@@ -15,11 +15,11 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from .clauses import Clause, TooMany, clauses
 from .mask_operations import HANDLERS
-from .mutation import storage, writes
+from .mutation import Writes
 from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis
 from .values import fake_tensor, symbolic_shape
 
@@ -97,9 +97,9 @@ class Mask:
 class Prover:
     """Proves the masks of one graph, reading each node once."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, writes: Writes) -> None:
         self.reader = Reader(HANDLERS)
-        self._mutated = writes(graph)
+        self._writes = writes
 
     def prove(self, masks: Iterable[MaskTerm], query: torch.Tensor, key: torch.Tensor) -> Mask:
         """What the masks of an attention say together.
@@ -138,7 +138,7 @@ class Prover:
             raise NotProven(f"the mask cannot be read: {unreadable}") from None
         changed = self._changed(mask.node)
         if changed is not None:
-            if tensor.dtype != torch.bool or any(mask.user < writer for writer in self._writers(mask.node)):
+            if tensor.dtype != torch.bool or any(mask.user < writer for writer in self._writes.to(mask.node)):
                 raise NotProven(f"the mask depends on {changed}, which is changed in place; build it without that")
             expression = self.reader.leaf(mask.node, tensor)
         if mask.keep is None:
@@ -156,13 +156,9 @@ class Prover:
     def _changed(self, mask: Node) -> str | None:
         """What a mask is read from that is changed in place, in words; None if nothing is."""
         for node in self.reader.sources(mask):
-            if self._writers(node):
+            if self._writes.to(node):
                 return _origin(node)
         return None
-
-    def _writers(self, node: Node) -> list[Node]:
-        tensor = fake_tensor(node)
-        return [] if tensor is None else self._mutated.get(storage(tensor), [])
 
     def _leaves(self, *expressions: sympy.Basic) -> list[Node]:
         """The leaves of expressions, in the order of the graph."""

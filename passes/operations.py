@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .torch_internals import OpOverload, OpOverloadPacket, is_aten
 from .values import are_tensors, constant, fake_tensor, symbolic_shape
 
 _MODULES = (operator, torch, torch.nn.functional, torch.special)
@@ -28,10 +29,9 @@ def operation_name(node: Node) -> str | None:
         return str(node.target)
     if node.op != "call_function":
         return None
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.overloadpacket.__name__ if node.target.namespace == "aten" else None
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
-        return node.target.__name__ if node.target._qualified_op_name.startswith("aten::") else None
+    if isinstance(node.target, (OpOverload, OpOverloadPacket)):
+        packet = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
+        return packet.__name__ if is_aten(packet) else None
     name = getattr(node.target, "__name__", None)
     if not isinstance(name, str):
         return None

@@ -9,21 +9,23 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..ops.choice import choose_sparse
 from ..ops.config import S2OConfig
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from .axes import Step
+from .decompose import decompose
 from .emit import Emitter, NotComputed, emit_size
 from .find import find_attention
 from .masks import BATCH, HEAD, KEY, QUERY, Mask, NotProven, Prover, scores_shape
+from .mutation import Writes
 from .operations import operation_name
 from .report import Decision, site_name, source_location
 from .site import AttentionSite
 from .symbolic import is_predicate
+from .torch_internals import guard_or_false, is_erased
 from .values import constant, fake_tensor
-from .walk import Factor
+from .walk import Factor, Walker
 
 _LAYOUTS = {"transpose", "permute", "swapaxes", "movedim", "to", "float", "half", "bfloat16"}
 _STORING = {"reshape", "flatten", "contiguous", "matmul", "linear", "einsum"}
@@ -43,8 +45,17 @@ def rewrite(module: GraphModule, config: S2OConfig) -> list[Decision]:
     Returns:
         One decision per site. The node of a rewritten site has its decision in ``meta["s2o_decision"]``.
     """
+    decisions: list[Decision] = []
+    for nested in module.modules():
+        if isinstance(nested, GraphModule):
+            decisions += _rewrite_graph(nested, config)
+    return decisions
+
+
+def _rewrite_graph(module: GraphModule, config: S2OConfig) -> list[Decision]:
+    """Rewrite the sites of one graph; those of the graphs that it calls stay."""
     rewriter = _Rewriter(module.graph, config)
-    decisions = [rewriter.visit(site) for site in find_attention(module.graph, rewriter.prover.reader)]
+    decisions = [decision for node in list(module.graph.nodes) for decision in rewriter.visit(node)]
     if any(decision.rewritten for decision in decisions):
         module.graph.lint()
         module.recompile()
@@ -54,10 +65,28 @@ def rewrite(module: GraphModule, config: S2OConfig) -> list[Decision]:
 class _Rewriter:
     def __init__(self, graph: Graph, config: S2OConfig) -> None:
         self.graph, self.config = graph, config
-        self.prover = Prover(graph)
+        self.writes = Writes(graph.nodes)
+        self.prover = Prover(self.writes)
+        self.walker = Walker(self.writes, self.prover.reader)
         self.tensors: dict[Any, Node] = {}
 
-    def visit(self, site: AttentionSite) -> Decision:
+    def visit(self, node: Node) -> list[Decision]:
+        """Rewrite what a node computes, or leave it, and say what was done to each attention site in it."""
+        if is_erased(node):
+            return []
+        decomposition = decompose(node)
+        if decomposition is None:
+            site = find_attention(self.walker, node)
+            return [] if site is None else [self.decide(site)]
+        self.writes.add(decomposition.nodes)
+        decisions = [decision for part in decomposition.nodes for decision in self.visit(part)]
+        if any(decision.rewritten for decision in decisions):
+            decomposition.keep()
+        else:
+            decomposition.undo()
+        return decisions
+
+    def decide(self, site: AttentionSite) -> Decision:
         """Rewrite one site or leave it, and say which."""
         tensors = {"query": site.query, "key": site.key, "value": site.value}
         decision = Decision(
