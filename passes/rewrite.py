@@ -19,6 +19,7 @@ from .emit import Emitter, NotComputed, emit_size
 from .find import find_attention
 from .masks import BATCH, HEAD, KEY, QUERY, Mask, NotProven, Prover, scores_shape
 from .mutation import Writes
+from .nested import nested_graphs
 from .operations import operation_name
 from .report import Decision, site_name, source_location
 from .site import AttentionSite
@@ -38,6 +39,8 @@ class Refused(Exception):
 def rewrite(module: GraphModule, config: S2OConfig) -> list[Decision]:
     """Replace every attention site that can be proven safe, in place; the rest of the graph stays as it is.
 
+    The graphs that it calls are rewritten too; what they take from it is not known there.
+
     Args:
         module: The graph that Dynamo hands to a backend.
         config: The settings of the operator, the same for all sites.
@@ -45,15 +48,11 @@ def rewrite(module: GraphModule, config: S2OConfig) -> list[Decision]:
     Returns:
         One decision per site. The node of a rewritten site has its decision in ``meta["s2o_decision"]``.
     """
-    decisions: list[Decision] = []
-    for nested in module.modules():
-        if isinstance(nested, GraphModule):
-            decisions += _rewrite_graph(nested, config)
-    return decisions
+    return [decision for graph in nested_graphs(module) for decision in _rewrite_graph(graph, config)]
 
 
 def _rewrite_graph(module: GraphModule, config: S2OConfig) -> list[Decision]:
-    """Rewrite the sites of one graph; those of the graphs that it calls stay."""
+    """Rewrite the sites of one graph, and not those of the graphs that it calls."""
     rewriter = _Rewriter(module.graph, config)
     decisions = [decision for node in list(module.graph.nodes) for decision in rewriter.visit(node)]
     if any(decision.rewritten for decision in decisions):
@@ -194,7 +193,9 @@ class _Rewriter:
         if output is None or not output.is_contiguous() or _is_read_alike_in_any_memory(replaced):
             return node
         with self.graph.inserting_after(node):
-            return self.graph.call_method("contiguous", (node,))
+            contiguous = self.graph.call_method("contiguous", (node,))
+        contiguous.meta = dict(replaced.meta)
+        return contiguous
 
     def masking(self, mask: Mask, site: AttentionSite) -> dict[str, Any]:
         """The operator's arguments for a mask; sites with the same mask share the tensors."""
