@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from .torch_internals import fake_mode, make_fx, transformer_encoder_layer
+from .torch_internals import enter_autocast, exit_autocast, fake_mode, make_fx, transformer_encoder_layer
 from .values import fake_tensor
 
 
@@ -137,6 +138,22 @@ def _outputs(node: Node) -> list[Node]:
     return [node] if fake_tensor(node) is not None else list(node.users)
 
 
+def _autocast(node: Node) -> ExitStack:
+    """The autocast regions of a graph that a node is in, as a context."""
+    regions: list[Any] = []
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if other.target is enter_autocast:
+            regions.append(other)
+        elif other.target is exit_autocast:
+            regions.remove(other.args[0])
+    stack = ExitStack()
+    for region in regions:
+        stack.enter_context(torch.autocast(*region.args))
+    return stack
+
+
 def _traced(node: Node, body: Callable[..., Any], outputs: list[Node]) -> Graph:
     """A graph that computes the outputs of a call from its inputs."""
     inputs = node.all_input_nodes
@@ -149,7 +166,7 @@ def _traced(node: Node, body: Callable[..., Any], outputs: list[Node]) -> Graph:
 
     needs_gradients = any(output.meta["example_value"].requires_grad for output in outputs)
     values = [item.meta["example_value"] for item in inputs]
-    with fake_mode(values), torch.set_grad_enabled(needs_gradients):
+    with fake_mode(values), torch.set_grad_enabled(needs_gradients), _autocast(node):
         traced = make_fx(call, pre_dispatch=True)(*values)
     traced.graph.eliminate_dead_code()
     return traced.graph

@@ -9,11 +9,12 @@ from typing import Any
 
 from torch.fx import Node
 
-from .axes import Misaligned, fresh, is_size, leaves
+from .axes import Layout, Misaligned, fresh, is_size, leaves
 from .handwritten import handwritten_site
 from .inputs import Input, choose, fewest_axes, laid_out
 from .masks import AXES, MaskTerm
 from .operations import Product, operation_name, read_operation
+from .scores import ScoreMask, mask_term, separated
 from .site import AttentionSite
 from .values import fake_tensor
 from .walk import Factor, Walker
@@ -41,25 +42,40 @@ def _sdpa_site(
     scale: Any = None,
     enable_gqa: Any = False,
 ) -> AttentionSite:
+    masks, passed = _masks(walker, attn_mask, node)
     site = AttentionSite(
         node,
         Input(query),
         Input(key),
         Input(value),
-        masks=() if attn_mask is None else (_mask_term(attn_mask, node),),
+        masks=masks,
         is_causal=is_causal,
         scale=None if scale is None else (Factor(scale),),
         enable_gqa=enable_gqa,
         dropout_p=dropout_p,
+        passed=passed,
     )
     return _without_repeats(walker, site)
 
 
-def _mask_term(mask: Node, user: Node) -> MaskTerm:
+def _masks(walker: Walker, mask: Node | None, user: Node) -> tuple[tuple[MaskTerm, ...], frozenset[Node]]:
+    """The masks that the mask of a call of SDPA consists of, and the nodes that join them."""
+    if mask is None:
+        return (), frozenset()
     tensor = fake_tensor(mask)
-    added = tensor is not None and tensor.is_floating_point()
-    rank = 4 if tensor is None else min(4, tensor.dim())
-    return MaskTerm(mask, user, AXES[4 - rank :], None if added else True, 1.0 if added else -math.inf)
+    if tensor is None or tensor.dim() > 4:
+        return (MaskTerm(mask, user, AXES, True, -math.inf),), frozenset()
+    scores: Layout = (*((),) * (4 - tensor.dim()), *fresh(tensor.shape))
+    keep, value = (None, 1.0) if tensor.is_floating_point() else (True, -math.inf)
+    whole = ScoreMask(mask, user, scores[4 - tensor.dim() :], keep, value)
+    try:
+        parts, passed = separated(walker, whole)
+    except Misaligned:
+        parts, passed = [whole], []
+    dims = {(), *map(leaves, scores)}
+    if not all(dims.issuperset(map(leaves, part.layout)) for part in parts):
+        parts, passed = [whole], []
+    return tuple(mask_term(part, scores) for part in parts), frozenset(passed)
 
 
 def _without_repeats(walker: Walker, site: AttentionSite) -> AttentionSite:
@@ -88,5 +104,5 @@ def _without_repeats(walker: Walker, site: AttentionSite) -> AttentionSite:
         ]
     except Misaligned:
         return site
-    passed = frozenset(node for operands in sources for node in operands[-1].passed)
+    passed = site.passed.union(*(operands[-1].passed for operands in sources))
     return replace(site, key=inputs[0], value=inputs[1], enable_gqa=True, passed=passed)

@@ -136,7 +136,7 @@ class Prover:
             expression = self.reader.read(mask.node).expression
         except Unreadable as unreadable:
             raise NotProven(f"the mask cannot be read: {unreadable}") from None
-        changed = self._changed(mask.node)
+        changed = self._changed(mask)
         if changed is not None:
             if tensor.dtype != torch.bool or any(mask.user < writer for writer in self._writes.to(mask.node)):
                 raise NotProven(f"the mask depends on {changed}, which is changed in place; build it without that")
@@ -153,10 +153,14 @@ class Prover:
             raise NotProven(f"the mask {_origin(mask.node)} varies over another dimension than batch, heads and keys")
         return predicate
 
-    def _changed(self, mask: Node) -> str | None:
-        """What a mask is read from that is changed in place, in words; None if nothing is."""
-        for node in self.reader.sources(mask):
-            if self._writes.to(node):
+    def _changed(self, mask: MaskTerm) -> str | None:
+        """What a mask is read from that holds something else when it is read, in words; None if nothing does."""
+        sources = self.reader.sources(mask.node)
+        for node in sources:
+            writers = self._writes.to(node)
+            readers = [user for user in node.users if user in sources] + [mask.user] * (node is mask.node)
+            is_leaf = node not in self.reader.understood
+            if any(is_leaf or node < writer < reader for writer in writers for reader in readers):
                 return _origin(node)
         return None
 

@@ -41,11 +41,15 @@ class Writes:
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         self._writers: dict[StorageWeakRef, list[Node]] = {}
+        self._holders: dict[StorageWeakRef, list[Node]] = {}
         self.add(nodes)
 
     def add(self, nodes: Iterable[Node]) -> None:
         """Note nodes, in the order of their graph, that write to none of the storages that are known so far."""
         for node in nodes:
+            held = fake_tensor(node)
+            if held is not None:
+                self._holders.setdefault(_storage(held), []).append(node)
             tensors = map(fake_tensor, tree_leaves(list(_written(node))))
             for written in {_storage(tensor) for tensor in tensors if tensor is not None}:
                 self._writers.setdefault(written, []).append(node)
@@ -54,6 +58,15 @@ class Writes:
         """The nodes that write to the memory of a node's tensor, in order."""
         tensor = fake_tensor(node)
         return [] if tensor is None else self._writers.get(_storage(tensor), [])
+
+    def readers(self, node: Node) -> set[Node]:
+        """What may read what a node writes in place, its own users included; inputs are read by their owners."""
+        tensor = fake_tensor(node)
+        if tensor is None or node not in self.to(node):
+            return set(node.users)
+        holders = self._holders[_storage(tensor)]
+        users = {user for holder in holders for user in holder.users if node < user}
+        return users | {holder for holder in holders if holder.op in ("placeholder", "get_attr")}
 
 
 def _storage(tensor: torch.Tensor) -> StorageWeakRef:

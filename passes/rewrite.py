@@ -176,7 +176,7 @@ class _Rewriter:
         removable = site.scores | site.passed | self.prover.reader.understood
         found = {site.node}
         for node in reversed(self.graph.nodes):
-            if node in removable and found.issuperset(node.users):
+            if node in removable and found.issuperset(self.writes.readers(node)):
                 found.add(node)
         return found
 

@@ -21,7 +21,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from .clauses import at_least_zero, is_zero
-from .operations import operation_name
+from .operations import operation_name, out_of_place
 from .values import fake_tensor, symbolic, symbolic_shape
 
 INTEGERS = (torch.int32, torch.int64)
@@ -77,10 +77,10 @@ class Reader:
     Attributes:
         readings: What was read, by node.
         leaves: The nodes that could not be read, by the name of the unknown function that stands for each.
-        understood: The nodes that were read as operations; they have no side effects.
+        understood: The nodes that were read as operations; they have no side effects but in-place ones.
     """
 
-    def __init__(self, handlers: Mapping[str | None, Handler]) -> None:
+    def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self.handlers = handlers
         self.readings: dict[Node, Reading] = {}
         self.leaves: dict[str, Node] = {}
@@ -106,7 +106,8 @@ class Reader:
         return self.readings[node]
 
     def _operation(self, node: Node) -> sympy.Basic:
-        handler = self.handlers.get(operation_name(node))
+        name = operation_name(node)
+        handler = None if name is None else self.handlers.get(out_of_place(name))
         if handler is None or "out" in node.kwargs:
             raise Unreadable
         try:

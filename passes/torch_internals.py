@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -19,6 +21,8 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "StorageWeakRef",
+    "enter_autocast",
+    "exit_autocast",
     "fake_mode",
     "guard_or_false",
     "is_aten",
