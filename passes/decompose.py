@@ -123,8 +123,9 @@ def decompose(node: Node) -> Decomposition | None:
     with node.graph.inserting_before(node):
         results: Any = node.graph.graph_copy(traced, copies)
     made = {source: copy for source, copy in copies.items() if source not in inputs}
+    needs_gradients = any(output.meta["example_value"].requires_grad for output in outputs)
     for source, copy in made.items():
-        copy.meta = dict(node.meta, example_value=source.meta["val"])
+        copy.meta = dict(node.meta, example_value=_marked(source.meta["val"], needs_gradients))
     replaced = dict(zip(outputs, results, strict=True))
     decomposition = Decomposition(node, tuple(made.values()), node.args, node.kwargs, replaced)
     node.args, node.kwargs = (), {}
@@ -136,6 +137,12 @@ def decompose(node: Node) -> Decomposition | None:
 def _outputs(node: Node) -> list[Node]:
     """The nodes that hold the tensors of a call's result."""
     return [node] if fake_tensor(node) is not None else list(node.users)
+
+
+def _marked(value: Any, needs_gradients: bool) -> Any:
+    """A traced value, which tracing detached, as one that may need gradients."""
+    is_differentiable = isinstance(value, Tensor) and value.is_floating_point()
+    return value.requires_grad_(needs_gradients) if is_differentiable else value
 
 
 def _autocast(node: Node) -> ExitStack:
@@ -164,9 +171,8 @@ def _traced(node: Node, body: Callable[..., Any], outputs: list[Node]) -> Graph:
         result = body(*args, **kwargs)
         return tuple(result if output is node else operator.getitem(result, output.args[1]) for output in outputs)
 
-    needs_gradients = any(output.meta["example_value"].requires_grad for output in outputs)
     values = [item.meta["example_value"] for item in inputs]
-    with fake_mode(values), torch.set_grad_enabled(needs_gradients), _autocast(node):
+    with fake_mode(values), _autocast(node):
         traced = make_fx(call, pre_dispatch=True)(*values)
     traced.graph.eliminate_dead_code()
     return traced.graph
