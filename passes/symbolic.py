@@ -122,7 +122,8 @@ class Reader:
         self.leaves[name] = node
         places = (axis(place) for place in range(tensor.dim(), 0, -1))
         value = sympy.Function(name, integer=tensor.dtype in INTEGERS or None)(*places)
-        return sympy.Ne(value, 0) if tensor.dtype == torch.bool else value
+        expression = sympy.Ne(value, 0) if tensor.dtype == torch.bool else value
+        return _without_unit_axes(expression, symbolic_shape(tensor))
 
     def sources(self, node: Node) -> set[Node]:
         """The nodes that were read for a node, leaves and itself included."""

@@ -365,13 +365,13 @@ CHANGED = [
     with_filling_changed,
     with_sum_of_masks_changed,
     with_soft_cap_changed,
-    with_mask_changed_afterwards,
     with_probabilities_changed,
 ]
 CHANGED_WITHOUT_HARM = [
     with_query_changed_after_its_scale,
     with_key_changed_before_its_copy,
     with_a_clone_changed,
+    with_mask_changed_afterwards,
     with_output_changed,
 ]
 
