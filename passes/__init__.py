@@ -1,9 +1,8 @@
 """Graph passes: find attention, prove what its mask says, rewrite it, and record each decision."""
 
-from .find import find_attention
 from .masks import Mask, NotProven, Prover
 from .report import Decision, Report
 from .rewrite import rewrite
 from .site import AttentionSite
 
-__all__ = ["AttentionSite", "Decision", "Mask", "NotProven", "Prover", "Report", "find_attention", "rewrite"]
+__all__ = ["AttentionSite", "Decision", "Mask", "NotProven", "Prover", "Report", "rewrite"]

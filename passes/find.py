@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from .axes import Misaligned, fresh, is_size, leaves
+from .axes import Layout, Misaligned, fresh, is_size, leaves
 from .handwritten import handwritten_site
 from .inputs import Input, choose, fewest_axes, laid_out
 from .masks import AXES, MaskTerm
 from .operations import Product, operation_name, read_operation
+from .scores import ScoreMask, mask_term, separated
 from .site import AttentionSite
-from .symbolic import Reader
 from .values import fake_tensor
 from .walk import Factor, Walker
 
 
-def find_attention(graph: Graph, reader: Reader) -> Iterator[AttentionSite]:
-    """The attention sites of a graph, in its order; the graph may change between two of them."""
-    walker = Walker(graph, reader)
-    for node in list(graph.nodes):
-        if node._erased:
-            continue
-        if operation_name(node) == "scaled_dot_product_attention":
-            yield _sdpa_site(walker, node, *node.args, **node.kwargs)
-        elif isinstance(product := read_operation(node), Product):
-            site = handwritten_site(walker, node, product)
-            if site is not None:
-                yield site
+def find_attention(walker: Walker, node: Node) -> AttentionSite | None:
+    """The attention whose output a node is, if it is one."""
+    if operation_name(node) == "scaled_dot_product_attention":
+        args: tuple[Any, ...] = node.args
+        kwargs: Mapping[str, Any] = node.kwargs
+        return _sdpa_site(walker, node, *args, **kwargs)
+    product = read_operation(node)
+    return handwritten_site(walker, node, product) if isinstance(product, Product) else None
 
 
 def _sdpa_site(
@@ -46,25 +42,40 @@ def _sdpa_site(
     scale: Any = None,
     enable_gqa: Any = False,
 ) -> AttentionSite:
+    masks, passed = _masks(walker, attn_mask, node)
     site = AttentionSite(
         node,
         Input(query),
         Input(key),
         Input(value),
-        masks=() if attn_mask is None else (_mask_term(attn_mask, node),),
+        masks=masks,
         is_causal=is_causal,
         scale=None if scale is None else (Factor(scale),),
         enable_gqa=enable_gqa,
         dropout_p=dropout_p,
+        passed=passed,
     )
     return _without_repeats(walker, site)
 
 
-def _mask_term(mask: Node, user: Node) -> MaskTerm:
+def _masks(walker: Walker, mask: Node | None, user: Node) -> tuple[tuple[MaskTerm, ...], frozenset[Node]]:
+    """The masks that the mask of a call of SDPA consists of, and the nodes that join them."""
+    if mask is None:
+        return (), frozenset()
     tensor = fake_tensor(mask)
-    added = tensor is not None and tensor.is_floating_point()
-    rank = 4 if tensor is None else min(4, tensor.dim())
-    return MaskTerm(mask, user, AXES[4 - rank :], None if added else True, 1.0 if added else -math.inf)
+    if tensor is None or tensor.dim() > 4:
+        return (MaskTerm(mask, user, AXES, True, -math.inf),), frozenset()
+    scores: Layout = (*((),) * (4 - tensor.dim()), *fresh(tensor.shape))
+    keep, value = (None, 1.0) if tensor.is_floating_point() else (True, -math.inf)
+    whole = ScoreMask(mask, user, scores[4 - tensor.dim() :], keep, value)
+    try:
+        parts, passed = separated(walker, whole)
+    except Misaligned:
+        parts, passed = [whole], []
+    dims = {(), *map(leaves, scores)}
+    if not all(dims.issuperset(map(leaves, part.layout)) for part in parts):
+        parts, passed = [whole], []
+    return tuple(mask_term(part, scores) for part in parts), frozenset(passed)
 
 
 def _without_repeats(walker: Walker, site: AttentionSite) -> AttentionSite:
@@ -93,5 +104,5 @@ def _without_repeats(walker: Walker, site: AttentionSite) -> AttentionSite:
         ]
     except Misaligned:
         return site
-    passed = frozenset(node for operands in sources for node in operands[-1].passed)
+    passed = site.passed.union(*(operands[-1].passed for operands in sources))
     return replace(site, key=inputs[0], value=inputs[1], enable_gqa=True, passed=passed)

@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from .axes import Axis, Dim, Layout, Misaligned, Size, Step, all_leaves, fresh, is_size, leaves, relayout
 from .inputs import Input, choose, fewest_axes, laid_out
-from .masks import AXES, OTHER_AXES, MaskTerm
+from .masks import MaskTerm
 from .operations import Cleaned, Dropout, Expanded, Narrowed, Permuted, Product, Same, Viewed, read_operation
-from .scores import ACTIVE_DROPOUT, NotAttention, ScoreMask, Scores, ScoreWalk
+from .scores import ACTIVE_DROPOUT, NotAttention, ScoreMask, Scores, ScoreWalk, mask_term
 from .site import AttentionSite
 from .softmax import FoundSoftmax, find_softmax
 from .values import fake_tensor
@@ -266,6 +266,4 @@ class Roles:
 
     def mask_term(self, mask: ScoreMask) -> MaskTerm:
         """A mask with the axes of its dimensions as those of scores [batch, heads, queries, keys]."""
-        known = dict(zip((self.batch, self.heads + self.groups, self.queries, self.keys), AXES, strict=True))
-        axes = tuple(known.get(leaves(dim), other) for dim, other in zip(mask.layout, OTHER_AXES, strict=False))
-        return MaskTerm(mask.node, mask.user, axes, mask.keep, mask.value)
+        return mask_term(mask, (self.batch, self.heads + self.groups, self.queries, self.keys))

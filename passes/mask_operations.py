@@ -420,7 +420,7 @@ def _position(reader: Reader, index: Any, size: sympy.Expr) -> sympy.Expr:
     return place
 
 
-HANDLERS: dict[str | None, Handler] = {
+HANDLERS: dict[str, Handler] = {
     "arange": _arange,
     "tril": _tril,
     "triu": _triu,

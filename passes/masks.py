@@ -15,11 +15,11 @@ import sympy
 import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from .clauses import Clause, TooMany, clauses
 from .mask_operations import HANDLERS
-from .mutation import storage, writes
+from .mutation import Writes
 from .packing import with_indices_for_positions
 from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis
 from .values import fake_tensor, symbolic_shape
@@ -98,9 +98,10 @@ class Mask:
 class Prover:
     """Proves the masks of one graph, reading each node once."""
 
-    def __init__(self, graph: Graph) -> None:
-        self._writes = writes(graph)
-        self.reader = Reader(HANDLERS, lambda node: bool(self._writers(node)))
+    def __init__(self, writes: Writes) -> None:
+        self.reader = Reader(HANDLERS)
+        self._careful = self.reader.without(lambda node: bool(writes.to(node)))
+        self._writes = writes
 
     def prove(self, masks: Iterable[MaskTerm], query: torch.Tensor, key: torch.Tensor) -> Mask:
         """What the masks of an attention say together.
@@ -137,9 +138,11 @@ class Prover:
             expression = self.reader.read(mask.node).expression
         except Unreadable as unreadable:
             raise NotProven(f"the mask cannot be read: {unreadable}") from None
-        writers = self._writers(mask.node)
-        if writers and (tensor.dtype != torch.bool or any(mask.user < writer for writer in writers)):
-            raise NotProven(f"the mask {_origin(mask.node)} is changed in place; build it without that")
+        if self._is_changed(mask):
+            writers = self._writes.to(mask.node)
+            if writers and (tensor.dtype != torch.bool or any(mask.user < writer for writer in writers)):
+                raise NotProven(f"the mask {_origin(mask.node)} is changed in place; build it without that")
+            expression = self._careful.read(mask.node).expression
         if mask.keep is None:
             predicate = _where_nothing_is_added(mask, expression)
         else:
@@ -152,9 +155,16 @@ class Prover:
             raise NotProven(f"the mask {_origin(mask.node)} varies over another dimension than batch, heads and keys")
         return predicate
 
-    def _writers(self, node: Node) -> list[Node]:
-        tensor = fake_tensor(node)
-        return [] if tensor is None else self._writes.get(storage(tensor), [])
+    def _is_changed(self, mask: MaskTerm) -> bool:
+        """Whether something that a mask is read from holds something else when it is read."""
+        sources = self.reader.sources(mask.node)
+        for node in sources:
+            writers = self._writes.to(node)
+            readers = [user for user in node.users if user in sources] + [mask.user] * (node is mask.node)
+            is_leaf = node not in self.reader.understood
+            if any(is_leaf or node < writer < reader for writer in writers for reader in readers):
+                return True
+        return False
 
     def _leaves(self, *expressions: sympy.Basic) -> list[Node]:
         """The leaves of expressions, in the order of the graph."""

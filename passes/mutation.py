@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.fx import Node
 
+from .torch_internals import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    StorageWeakRef,
+    tree_leaves,
+    written_arguments,
+)
 from .values import fake_tensor
 
 _IN_PLACE_OPERATORS = {
@@ -29,17 +36,40 @@ _WRITTEN = {
 _PURE = {"and_", "or_", "not_", "is_"}
 
 
-def writes(graph: Graph) -> dict[StorageWeakRef, list[Node]]:
-    """The nodes of a graph that write to a storage, in order; a view shares the storage of its base."""
-    found: dict[StorageWeakRef, list[Node]] = {}
-    for node in graph.nodes:
-        tensors = map(fake_tensor, torch.utils._pytree.tree_leaves(list(_written(node))))
-        for written in {storage(tensor) for tensor in tensors if tensor is not None}:
-            found.setdefault(written, []).append(node)
-    return found
+class Writes:
+    """The nodes that write to each storage; a view shares the storage of its base."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._writers: dict[StorageWeakRef, list[Node]] = {}
+        self._holders: dict[StorageWeakRef, list[Node]] = {}
+        self.add(nodes)
+
+    def add(self, nodes: Iterable[Node]) -> None:
+        """Note nodes, in the order of their graph, that write to none of the storages that are known so far."""
+        for node in nodes:
+            held = fake_tensor(node)
+            if held is not None:
+                self._holders.setdefault(_storage(held), []).append(node)
+            tensors = map(fake_tensor, tree_leaves(list(_written(node))))
+            for written in {_storage(tensor) for tensor in tensors if tensor is not None}:
+                self._writers.setdefault(written, []).append(node)
+
+    def to(self, node: Node) -> list[Node]:
+        """The nodes that write to the memory of a node's tensor, in order."""
+        tensor = fake_tensor(node)
+        return [] if tensor is None else self._writers.get(_storage(tensor), [])
+
+    def readers(self, node: Node) -> set[Node]:
+        """What may read what a node writes in place, its own users included; inputs are read by their owners."""
+        tensor = fake_tensor(node)
+        if tensor is None or node not in self.to(node):
+            return set(node.users)
+        holders = self._holders[_storage(tensor)]
+        users = {user for holder in holders for user in holder.users if node < user}
+        return users | {holder for holder in holders if holder.op in ("placeholder", "get_attr")}
 
 
-def storage(tensor: torch.Tensor) -> StorageWeakRef:
+def _storage(tensor: torch.Tensor) -> StorageWeakRef:
     """An identity of a tensor's memory."""
     return StorageWeakRef(tensor.untyped_storage())
 
@@ -54,10 +84,10 @@ def _written(node: Node) -> Iterator[Any]:
 
 
 def _written_by_function(node: Node, target: Any) -> Iterator[Any]:
-    overload = getattr(target, "default", target) if isinstance(target, torch._ops.OpOverloadPacket) else target
-    if isinstance(overload, torch._ops.OpOverload):
+    overload = getattr(target, "default", target) if isinstance(target, OpOverloadPacket) else target
+    if isinstance(overload, OpOverload):
         yield from _written_by_schema(node, overload)
-    elif isinstance(target, torch._ops.HigherOrderOperator) or not _is_of_torch(target):
+    elif isinstance(target, HigherOrderOperator) or not _is_of_torch(target):
         yield from node.all_input_nodes
     elif target in _WRITTEN:
         yield from _arguments(node, target, _WRITTEN[target])
@@ -66,10 +96,9 @@ def _written_by_function(node: Node, target: Any) -> Iterator[Any]:
         yield node.kwargs.get("input")
 
 
-def _written_by_schema(node: Node, overload: torch._ops.OpOverload) -> Iterator[Any]:
-    for place, argument in enumerate(overload._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+def _written_by_schema(node: Node, overload: OpOverload) -> Iterator[Any]:
+    for place, name in written_arguments(overload):
+        yield node.args[place] if place < len(node.args) else node.kwargs.get(name)
 
 
 def _in_place_name(name: str) -> bool:

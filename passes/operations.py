@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .torch_internals import OpOverload, OpOverloadPacket, is_aten
 from .values import are_tensors, constant, fake_tensor, symbolic_shape
 
 _MODULES = (operator, torch, torch.nn.functional, torch.special)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ARITHMETIC = ("add", "sub", "mul", "multiply", "div", "divide", "true_divide", "subtract", "masked_fill", "nan_to_num")
-_IN_PLACE = {f"{name}_": name for name in _ARITHMETIC} | {
-    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv",
+_LOGIC = ("tril", "triu", "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not")
+_IN_PLACE = {f"{name}_": name for name in (*_ARITHMETIC, *_LOGIC)} | {
+    "iand": "and_", "ior": "or_", "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv",
 }  # fmt: skip
 
 
@@ -28,16 +30,20 @@ def operation_name(node: Node) -> str | None:
         return str(node.target)
     if node.op != "call_function":
         return None
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.overloadpacket.__name__ if node.target.namespace == "aten" else None
-    if isinstance(node.target, torch._ops.OpOverloadPacket):
-        return node.target.__name__ if node.target._qualified_op_name.startswith("aten::") else None
+    if isinstance(node.target, (OpOverload, OpOverloadPacket)):
+        packet = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
+        return packet.__name__ if is_aten(packet) else None
     name = getattr(node.target, "__name__", None)
     if not isinstance(name, str):
         return None
     name = name.removeprefix("special_")
     known = any(getattr(module, name, None) is node.target for module in _MODULES)
     return name if known or node.target is getattr else None
+
+
+def out_of_place(name: str) -> str:
+    """The name of the operation whose result an in-place one stores; other names as they are."""
+    return _IN_PLACE.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -200,7 +206,7 @@ def read_operation(node: Node) -> Operation | None:
     name = operation_name(node)
     if name is None or "out" in node.kwargs:
         return None
-    handler = _HANDLERS.get(_IN_PLACE.get(name, name))
+    handler = _HANDLERS.get(out_of_place(name))
     if handler is None:
         return None
     try:

@@ -9,22 +9,24 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..ops.choice import choose_sparse
 from ..ops.config import S2OConfig
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from .axes import Step
+from .decompose import decompose
 from .emit import Emitter, NotComputed, emit_size
 from .find import find_attention
-from .functional import fill_anew
 from .masks import BATCH, HEAD, KEY, QUERY, Mask, NotProven, Prover, scores_shape
+from .mutation import Writes
+from .nested import nested_graphs
 from .operations import operation_name
 from .report import Decision, site_name, source_location
 from .site import AttentionSite
 from .symbolic import is_predicate
+from .torch_internals import guard_or_false, is_erased
 from .values import constant, fake_tensor
-from .walk import Factor
+from .walk import Factor, Walker
 
 _LAYOUTS = {"transpose", "permute", "swapaxes", "movedim", "to", "float", "half", "bfloat16"}
 _STORING = {"reshape", "flatten", "contiguous", "matmul", "linear", "einsum"}
@@ -37,6 +39,8 @@ class Refused(Exception):
 def rewrite(module: GraphModule, config: S2OConfig) -> list[Decision]:
     """Replace every attention site that can be proven safe, in place; the rest of the graph stays as it is.
 
+    The graphs that it calls are rewritten too; what they take from it is not known there.
+
     Args:
         module: The graph that Dynamo hands to a backend.
         config: The settings of the operator, the same for all sites.
@@ -44,9 +48,13 @@ def rewrite(module: GraphModule, config: S2OConfig) -> list[Decision]:
     Returns:
         One decision per site. The node of a rewritten site has its decision in ``meta["s2o_decision"]``.
     """
-    fill_anew(module.graph)
+    return [decision for graph in nested_graphs(module) for decision in _rewrite_graph(graph, config)]
+
+
+def _rewrite_graph(module: GraphModule, config: S2OConfig) -> list[Decision]:
+    """Rewrite the sites of one graph, and not those of the graphs that it calls."""
     rewriter = _Rewriter(module.graph, config)
-    decisions = [rewriter.visit(site) for site in find_attention(module.graph, rewriter.prover.reader)]
+    decisions = [decision for node in list(module.graph.nodes) for decision in rewriter.visit(node)]
     if any(decision.rewritten for decision in decisions):
         module.graph.lint()
         module.recompile()
@@ -56,10 +64,28 @@ def rewrite(module: GraphModule, config: S2OConfig) -> list[Decision]:
 class _Rewriter:
     def __init__(self, graph: Graph, config: S2OConfig) -> None:
         self.graph, self.config = graph, config
-        self.prover = Prover(graph)
+        self.writes = Writes(graph.nodes)
+        self.prover = Prover(self.writes)
+        self.walker = Walker(self.writes, self.prover.reader)
         self.tensors: dict[Any, Node] = {}
 
-    def visit(self, site: AttentionSite) -> Decision:
+    def visit(self, node: Node) -> list[Decision]:
+        """Rewrite what a node computes, or leave it, and say what was done to each attention site in it."""
+        if is_erased(node):
+            return []
+        decomposition = decompose(node)
+        if decomposition is None:
+            site = find_attention(self.walker, node)
+            return [] if site is None else [self.decide(site)]
+        self.writes.add(decomposition.nodes)
+        decisions = [decision for part in decomposition.nodes for decision in self.visit(part)]
+        if any(decision.rewritten for decision in decisions):
+            decomposition.keep()
+        else:
+            decomposition.undo()
+        return decisions
+
+    def decide(self, site: AttentionSite) -> Decision:
         """Rewrite one site or leave it, and say which."""
         tensors = {"query": site.query, "key": site.key, "value": site.value}
         decision = Decision(
@@ -151,7 +177,7 @@ class _Rewriter:
         removable = site.scores | site.passed | self.prover.reader.understood
         found = {site.node}
         for node in reversed(self.graph.nodes):
-            if node in removable and found.issuperset(node.users):
+            if node in removable and found.issuperset(self.writes.readers(node)):
                 found.add(node)
         return found
 

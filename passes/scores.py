@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from .axes import Dim, Layout, Misaligned, Size, broadcast, is_size, leaves
-from .masks import HIDDEN
+from .masks import AXES, HIDDEN, OTHER_AXES, MaskTerm
 from .operations import (
     Clamped,
     Concatenated,
@@ -227,7 +227,7 @@ class ScoreWalk:
         keep = filled.keep if other is filled.value else not filled.keep
         value = self.walker.factor(other)
         known = value if isinstance(value, float) else None
-        self._mask(found, ScoreMask(filled.mask, node, self._operand(node, layout, filled.mask), keep, known))
+        self._mask(found, ScoreMask(filled.mask, node, _operand(node, layout, filled.mask), keep, known))
         return found
 
     def _first(self, orders: list[tuple[Any, Any]], node: Node, layout: Layout) -> tuple[Scores, Any]:
@@ -235,7 +235,7 @@ class ScoreWalk:
         for source, other in orders:
             if fake_tensor(source) is not None:
                 try:
-                    return self.find(source, self._operand(node, layout, source), node), other
+                    return self.find(source, _operand(node, layout, source), node), other
                 except (NotAttention, Misaligned):
                     continue
         raise NotAttention
@@ -247,30 +247,12 @@ class ScoreWalk:
             found.passed.append(other)
         elif fake_tensor(other) is not None and factor != 0:
             known = factor if isinstance(factor, float) else None
-            self._mask(found, ScoreMask(other, node, self._operand(node, layout, other), None, known))
+            self._mask(found, ScoreMask(other, node, _operand(node, layout, other), None, known))
 
     def _mask(self, found: Scores, mask: ScoreMask) -> None:
-        """Note a mask, or, where added masks are a sum, each of them."""
-        source = self.walker.operands(mask.node, mask.layout, mask.user)[-1]
-        found.passed += source.passed
-        for factor in source.factors:
-            mask.value = None if mask.value is None or factor.number is None else mask.value * factor.number
-        total = read_operation(source.node)
-        is_changed = self.walker.is_changed(source.node, source.node, mask.user)
-        if mask.keep is None and not is_changed and isinstance(total, Sum) and are_tensors(total.left, total.right):
-            found.passed.append(source.node)
-            for term, sign in ((total.left, 1), (total.right, total.sign)):
-                value = None if mask.value is None else sign * mask.value
-                layout = self._operand(source.node, source.layout, term)
-                self._mask(found, ScoreMask(term, source.node, layout, None, value))
-        else:
-            found.masks.append(replace(mask, node=source.node, layout=source.layout))
-
-    def _operand(self, node: Node, layout: Layout, operand: Node) -> Layout:
-        tensor, own = fake_tensor(node), fake_tensor(operand)
-        if tensor is None or own is None:
-            raise Misaligned
-        return broadcast(layout, tensor.shape, own.shape)
+        masks, passed = separated(self.walker, mask)
+        found.masks += masks
+        found.passed += passed
 
     _handlers: ClassVar[dict[type, Callable[..., Scores]]] = {
         Same: _same,
@@ -282,6 +264,45 @@ class ScoreWalk:
         Tanh: _tanh,
         Concatenated: _concatenated,
     }
+
+
+def separated(walker: Walker, mask: ScoreMask) -> tuple[list[ScoreMask], list[Node]]:
+    """What a mask is laid out and scaled from, each of them where added masks are a sum, and the nodes between.
+
+    Raises:
+        Misaligned: The dimensions of a sum cannot be told apart.
+    """
+    node = walker.current(mask.node, mask.user, [])
+    source = walker.operands(node, mask.layout, mask.user)[-1]
+    value = mask.value
+    for factor in source.factors:
+        value = None if value is None or factor.number is None else value * factor.number
+    total = read_operation(source.node)
+    is_changed = walker.is_changed(source.node, source.node, mask.user)
+    if mask.keep is not None or is_changed or not isinstance(total, Sum) or not are_tensors(total.left, total.right):
+        return [replace(mask, node=source.node, layout=source.layout, value=value)], list(source.passed)
+    masks, passed = [], [*source.passed, source.node]
+    for term, sign in ((total.left, 1), (total.right, total.sign)):
+        layout = _operand(source.node, source.layout, term)
+        signed = None if value is None else sign * value
+        inner, between = separated(walker, ScoreMask(term, source.node, layout, None, signed))
+        masks += inner
+        passed += between
+    return masks, passed
+
+
+def mask_term(mask: ScoreMask, scores: Layout) -> MaskTerm:
+    """A mask with the axes of its dimensions as those of scores, whose dimensions are given."""
+    known = dict(zip(map(leaves, scores), AXES, strict=True))
+    axes = tuple(known.get(leaves(dim), other) for dim, other in zip(mask.layout, OTHER_AXES, strict=False))
+    return MaskTerm(mask.node, mask.user, axes, mask.keep, mask.value)
+
+
+def _operand(node: Node, layout: Layout, operand: Node) -> Layout:
+    tensor, own = fake_tensor(node), fake_tensor(operand)
+    if tensor is None or own is None:
+        raise Misaligned
+    return broadcast(layout, tensor.shape, own.shape)
 
 
 def _size(node: Node, dim: int) -> Size:

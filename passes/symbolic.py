@@ -21,7 +21,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from .clauses import at_least_zero, is_zero
-from .operations import operation_name
+from .operations import operation_name, out_of_place
 from .values import fake_tensor, symbolic, symbolic_shape
 
 INTEGERS = (torch.int32, torch.int64)
@@ -76,19 +76,25 @@ class Reader:
 
     Args:
         handlers: How operations are read, by name.
-        is_changed: Whether a node's tensor is written to somewhere; what is computed from it is not read.
+        is_changed: Whether a node's tensor is written to somewhere; what is computed from it is then not read.
 
     Attributes:
         readings: What was read, by node.
         leaves: The nodes that could not be read, by the name of the unknown function that stands for each.
-        understood: The nodes that were read as operations; they have no side effects.
+        understood: The nodes that were read as operations; they have no side effects but in-place ones.
     """
 
-    def __init__(self, handlers: Mapping[str | None, Handler], is_changed: Callable[[Node], bool]) -> None:
+    def __init__(self, handlers: Mapping[str, Handler], is_changed: Callable[[Node], bool] | None = None) -> None:
         self.handlers, self.is_changed = handlers, is_changed
         self.readings: dict[Node, Reading] = {}
         self.leaves: dict[str, Node] = {}
         self.understood: set[Node] = set()
+
+    def without(self, is_changed: Callable[[Node], bool]) -> Reader:
+        """A reader with the same leaves, for which what is computed from changed tensors is a leaf too."""
+        careful = Reader(self.handlers, is_changed)
+        careful.leaves, careful.understood = self.leaves, self.understood
+        return careful
 
     def read(self, node: Node) -> Reading:
         """The reading of a node that holds a tensor.
@@ -110,8 +116,11 @@ class Reader:
         return self.readings[node]
 
     def _operation(self, node: Node) -> sympy.Basic:
-        handler = self.handlers.get(operation_name(node))
-        if handler is None or "out" in node.kwargs or any(map(self.is_changed, [node, *node.all_input_nodes])):
+        name = operation_name(node)
+        handler = None if name is None else self.handlers.get(out_of_place(name))
+        if handler is None or "out" in node.kwargs:
+            raise Unreadable
+        if self.is_changed is not None and any(map(self.is_changed, [node, *node.all_input_nodes])):
             raise Unreadable
         try:
             inspect.signature(handler).bind(self, node, *node.args, **node.kwargs)
@@ -125,7 +134,19 @@ class Reader:
         self.leaves[name] = node
         places = (axis(place) for place in range(tensor.dim(), 0, -1))
         value = sympy.Function(name, integer=tensor.dtype in INTEGERS or None)(*places)
-        return sympy.Ne(value, 0) if tensor.dtype == torch.bool else value
+        expression = sympy.Ne(value, 0) if tensor.dtype == torch.bool else value
+        return _without_unit_axes(expression, symbolic_shape(tensor))
+
+    def sources(self, node: Node) -> set[Node]:
+        """The nodes that were read for a node, leaves and itself included."""
+        found: set[Node] = set()
+        pending = [node]
+        while pending:
+            source = pending.pop()
+            if source not in found:
+                found.add(source)
+                pending.extend(source.all_input_nodes if source in self.understood else ())
+        return found
 
     def operand(self, value: Any, shape: Shape) -> sympy.Basic:
         """An operand of an operation whose result has `shape`: a tensor that broadcasts to it or a number."""

@@ -8,7 +8,8 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from .torch_internals import guard_or_false
 
 
 def fake_tensor(node: Any) -> torch.Tensor | None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from .axes import Layout, Misaligned, broadcast, leaves, take, viewed
-from .mutation import storage, writes
+from .mutation import Writes
 from .operations import Expanded, Operation, Permuted, Repeated, Same, Scaled, Viewed, read_operation
 from .symbolic import Reader
 from .values import fake_tensor, number
@@ -59,9 +59,9 @@ class Operand:
 class Walker:
     """Walks up one graph."""
 
-    def __init__(self, graph: Graph, reader: Reader) -> None:
+    def __init__(self, writes: Writes, reader: Reader) -> None:
         self.reader = reader
-        self._writes = writes(graph)
+        self._writes = writes
 
     def value(self, node: Node, user: Node) -> Node:
         """The node whose result `node` holds when `user` reads it.
@@ -69,7 +69,7 @@ class Walker:
         Raises:
             Changed: Something else was written to a part of it.
         """
-        writers = [writer for writer in self._writers(node) if node < writer < user]
+        writers = [writer for writer in self._writes.to(node) if node < writer < user]
         if not writers:
             return node
         if _geometry(writers[-1]) != _geometry(node):
@@ -86,17 +86,14 @@ class Walker:
 
     def is_changed(self, node: Node, after: Node, until: Node) -> bool:
         """Whether a tensor is written to between two nodes."""
-        return any(after < writer < until for writer in self._writers(node))
-
-    def _writers(self, node: Node) -> list[Node]:
-        tensor = fake_tensor(node)
-        return [] if tensor is None else self._writes.get(storage(tensor), [])
+        return any(after < writer < until for writer in self._writes.to(node))
 
     def factor(self, value: Any) -> float | Node | None:
         """A number that is known, or a node that holds one while the graph runs; None for other tensors."""
         if fake_tensor(value) is None:
             return number(value)
-        return self.reader.number(value)
+        known = self.reader.number(value)
+        return None if any(map(self._writes.to, self.reader.sources(value))) else known
 
     def operands(self, node: Node, layout: Layout, until: Node, scaled: bool = True) -> list[Operand]:
         """What an operand is made from, beginning with itself, as long as it still holds the same at `until`.

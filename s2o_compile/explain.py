@@ -10,6 +10,7 @@ import torch
 
 from .ops import S2OConfig
 from .ops.density import dense_pairs
+from .passes.nested import nested_graphs
 from .passes.report import Decision, Report
 from .passes.rewrite import rewrite
 
@@ -70,26 +71,29 @@ class _Analysis:
 
     def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.report.decisions += rewrite(module, self.config)
-        return _Measuring(module, self.progress).run if self.measure else module.forward
+        if self.measure:
+            for graph in nested_graphs(module):
+                self._count_visits(graph)
+        return module.forward
 
+    def _count_visits(self, module: torch.fx.GraphModule) -> None:
+        """Let the rewritten sites of one graph count the pairs that they visit."""
+        for node in module.graph.nodes:
+            if "s2o_decision" in node.meta:
+                node.target = self._counted(node.meta["s2o_decision"])
+        module.recompile()
 
-class _Measuring(torch.fx.Interpreter):
-    """Runs a rewritten graph and counts the pairs that each site visits."""
+    def _counted(self, decision: Decision) -> Callable[..., torch.Tensor]:
+        """The operator, counting its calls as those of one site."""
 
-    def __init__(self, module: torch.fx.GraphModule, progress: Callable[[Decision], None] | None) -> None:
-        super().__init__(module)
-        self.progress = progress
+        def attention(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            output, _, visited = torch.ops.s2o.attention_stats(query, key, *args, **kwargs)
+            _count(decision, visited, query, key, kwargs)
+            if self.progress is not None:
+                self.progress(decision)
+            return output
 
-    def run_node(self, n: torch.fx.Node) -> Any:
-        decision = n.meta.get("s2o_decision")
-        if decision is None:
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        result = torch.ops.s2o.attention_stats(*args, **kwargs)
-        _count(decision, result[2], args[0], args[1], kwargs)
-        if self.progress is not None:
-            self.progress(decision)
-        return result[0]
+        return attention
 
 
 def _count(

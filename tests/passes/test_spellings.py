@@ -513,17 +513,23 @@ WIDTH = HEADS * CHANNELS
 MODULES: dict[str, Callable[[], Attend]] = {
     "attention": lambda: nn.MultiheadAttention(WIDTH, HEADS).eval(),
     "attention, batch first": lambda: nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval(),
-    "encoder layer": lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True).eval(),
+    "encoder layer, batch first": lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True).eval(),
     "encoder layer, training": lambda: nn.TransformerEncoderLayer(WIDTH, HEADS, 32, dropout=0.0).train(),
-    "encoder": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True), 1).eval(),
+    "encoder, batch first": lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True), 1
+    ).eval(),
 }
 
 
 def called(name: str) -> Attend:
     module = MODULES[name]()
-    if isinstance(module, nn.MultiheadAttention):
-        return lambda x: module(x, x, x, need_weights=False)
-    return lambda x: module(x)
+
+    def call(x: Tensor) -> Tensor:
+        if isinstance(module, nn.MultiheadAttention):
+            return module(x, x, x, need_weights=False)[0]
+        return module(x)
+
+    return call if "first" in name else lambda x: call(x.transpose(0, 1))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -1,0 +1,178 @@
+"""Replaces calls that hide attention, as those of nn.MultiheadAttention, by the operations that they consist of."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.nn import functional as F
+
+from .torch_internals import enter_autocast, exit_autocast, fake_mode, make_fx, transformer_encoder_layer
+from .values import fake_tensor
+
+
+def _encoder_layer(
+    src: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor,
+    ffn_bias_1: Tensor,
+    ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor,
+    mask: Tensor | None = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """What nn.TransformerEncoderLayer computes in inference, on a batch that comes first."""
+
+    def attend(x: Tensor) -> Tensor:
+        qkv = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        allowed = None if mask is None else _allowed(mask, mask_type)
+        output = F.scaled_dot_product_attention(query, key, value, allowed)
+        return F.linear(output.transpose(1, 2).flatten(2), proj_weight, proj_bias)
+
+    def feed(x: Tensor) -> Tensor:
+        hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(hidden) if use_gelu else F.relu(hidden), ffn_weight_2, ffn_bias_2)
+
+    def norm_1(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def norm_2(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    if norm_first:
+        x = attend(norm_1(src)) + src
+        return feed(norm_2(x)) + x
+    x = norm_1(attend(src) + src)
+    return norm_2(feed(x) + x)
+
+
+def _allowed(mask: Tensor, mask_type: int | None) -> Tensor:
+    """Where a query may see a key; the native operators hide it where a mask is not zero, of whatever dtype."""
+    hidden = mask.bool()
+    padding = 1
+    return ~(hidden[:, None, None] if mask_type == padding else hidden)
+
+
+_BODIES: Mapping[Any, Callable[..., Any]] = {
+    F.multi_head_attention_forward: F.multi_head_attention_forward,
+    transformer_encoder_layer: _encoder_layer,
+}
+"""What calls consist of, as functions that are traced with the calls' arguments."""
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A call that was taken out of a graph, and the nodes that took its place.
+
+    Attributes:
+        node: The call, without arguments and use, still in the graph.
+        nodes: The nodes that compute what it did, in order.
+    """
+
+    node: Node
+    nodes: tuple[Node, ...]
+    _args: tuple[Any, ...]
+    _kwargs: dict[str, Any]
+    _outputs: Mapping[Node, Node]
+
+    def keep(self) -> None:
+        """Remove the call."""
+        for output in self._outputs:
+            output.graph.erase_node(output)
+        if self.node not in self._outputs:
+            self.node.graph.erase_node(self.node)
+
+    def undo(self) -> None:
+        """Put the call back."""
+        self.node.args, self.node.kwargs = self._args, self._kwargs
+        for output, replacement in self._outputs.items():
+            replacement.replace_all_uses_with(output, delete_user_cb=lambda user: user not in self.nodes)
+        for node in reversed(self.nodes):
+            node.graph.erase_node(node)
+
+
+def decompose(node: Node) -> Decomposition | None:
+    """Replace a call that may hide attention by what it consists of; None where it is another or not known."""
+    body = _BODIES.get(node.target) if node.op == "call_function" else None
+    outputs = _outputs(node)
+    if body is None or not outputs:
+        return None
+    traced = _traced(node, body, outputs)
+    copies: dict[Node, Node] = dict(zip(traced.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
+    inputs = set(copies)
+    with node.graph.inserting_before(node):
+        results: Any = node.graph.graph_copy(traced, copies)
+    made = {source: copy for source, copy in copies.items() if source not in inputs}
+    needs_gradients = any(output.meta["example_value"].requires_grad for output in outputs)
+    for source, copy in made.items():
+        copy.meta = dict(node.meta, example_value=_marked(source.meta["val"], needs_gradients))
+    replaced = dict(zip(outputs, results, strict=True))
+    decomposition = Decomposition(node, tuple(made.values()), node.args, node.kwargs, replaced)
+    node.args, node.kwargs = (), {}
+    for output, result in replaced.items():
+        output.replace_all_uses_with(result)
+    return decomposition
+
+
+def _outputs(node: Node) -> list[Node]:
+    """The nodes that hold the tensors of a call's result."""
+    return [node] if fake_tensor(node) is not None else list(node.users)
+
+
+def _marked(value: Any, needs_gradients: bool) -> Any:
+    """A traced value, which tracing detached, as one that may need gradients."""
+    is_differentiable = isinstance(value, Tensor) and value.is_floating_point()
+    return value.requires_grad_(needs_gradients) if is_differentiable else value
+
+
+def _autocast(node: Node) -> ExitStack:
+    """The autocast regions of a graph that a node is in, as a context."""
+    regions: list[Any] = []
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if other.target is enter_autocast:
+            regions.append(other)
+        elif other.target is exit_autocast:
+            regions.remove(other.args[0])
+    stack = ExitStack()
+    for region in regions:
+        stack.enter_context(torch.autocast(*region.args))
+    return stack
+
+
+def _traced(node: Node, body: Callable[..., Any], outputs: list[Node]) -> Graph:
+    """A graph that computes the outputs of a call from its inputs."""
+    inputs = node.all_input_nodes
+
+    def call(*values: Any) -> tuple[Any, ...]:
+        given = dict(zip(inputs, values, strict=True))
+        args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
+        result = body(*args, **kwargs)
+        return tuple(result if output is node else operator.getitem(result, output.args[1]) for output in outputs)
+
+    values = [item.meta["example_value"] for item in inputs]
+    with fake_mode(values), _autocast(node):
+        traced = make_fx(call, pre_dispatch=True)(*values)
+    traced.graph.eliminate_dead_code()
+    return traced.graph

@@ -1,0 +1,58 @@
+"""What the passes use of torch that its documentation does not promise; torch 2.11 to 2.13 have all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "StorageWeakRef",
+    "enter_autocast",
+    "exit_autocast",
+    "fake_mode",
+    "guard_or_false",
+    "is_aten",
+    "is_erased",
+    "make_fx",
+    "transformer_encoder_layer",
+    "tree_leaves",
+    "written_arguments",
+]
+
+transformer_encoder_layer = torch._transformer_encoder_layer_fwd
+"""What nn.TransformerEncoderLayer calls in inference."""
+
+
+def fake_mode(values: Iterable[Any]) -> FakeTensorMode:
+    """The mode of the fake tensors among `values`, of which there is at least one."""
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def is_aten(operator: OpOverloadPacket) -> bool:
+    """Whether an operator is one of PyTorch's own."""
+    return operator._qualified_op_name.startswith("aten::")
+
+
+def is_erased(node: Node) -> bool:
+    """Whether a node was removed from its graph."""
+    return node._erased
+
+
+def written_arguments(operator: OpOverload) -> list[tuple[int, str]]:
+    """The places and names of the arguments that an operator writes to."""
+    arguments = enumerate(operator._schema.arguments)
+    return [(place, item.name) for place, item in arguments if item.alias_info is not None and item.alias_info.is_write]
