@@ -1,4 +1,4 @@
-"""Finds attention in the graph that Dynamo hands to a backend: calls of SDPA, and what is written out by hand."""
+"""Finds attention in the graph that Dynamo hands to a backend: calls of SDPA or flex_attention, or written by hand."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from .axes import Misaligned, fresh, is_size, leaves
+from .flex import flex_site
 from .handwritten import handwritten_site
 from .inputs import Input, choose, fewest_axes, laid_out
 from .mask_operations import HANDLERS
@@ -29,10 +31,16 @@ def find_attention(graph: Graph, reader: Reader | None = None) -> Iterator[Atten
             continue
         if operation_name(node) == "scaled_dot_product_attention":
             yield _sdpa_site(walker, node, *node.args, **node.kwargs)
-        elif isinstance(product := read_operation(node), Product):
-            site = handwritten_site(walker, node, product)
-            if site is not None:
-                yield site
+        elif (site := _other_site(walker, node)) is not None:
+            yield site
+
+
+def _other_site(walker: Walker, node: Node) -> AttentionSite | None:
+    """The attention that a call of flex_attention is, or that a product completes."""
+    if node.target is torch.ops.higher_order.flex_attention:
+        return flex_site(walker, node, *node.args, **node.kwargs)
+    product = read_operation(node)
+    return handwritten_site(walker, node, product) if isinstance(product, Product) else None
 
 
 def _sdpa_site(

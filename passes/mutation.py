@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .values import fake_tensor
+from .values import fake_tensor, unbatched
 
 _IN_PLACE_OPERATORS = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv,
@@ -41,7 +41,7 @@ def writes(graph: Graph) -> dict[StorageWeakRef, list[Node]]:
 
 def storage(tensor: torch.Tensor) -> StorageWeakRef:
     """An identity of a tensor's memory."""
-    return StorageWeakRef(tensor.untyped_storage())
+    return StorageWeakRef(unbatched(tensor).untyped_storage())
 
 
 def _written(node: Node) -> Iterator[Any]:
@@ -57,6 +57,8 @@ def _written_by_function(node: Node, target: Any) -> Iterator[Any]:
     overload = getattr(target, "default", target) if isinstance(target, torch._ops.OpOverloadPacket) else target
     if isinstance(overload, torch._ops.OpOverload):
         yield from _written_by_schema(node, overload)
+    elif target is torch.ops.higher_order.flex_attention:
+        return
     elif isinstance(target, torch._ops.HigherOrderOperator) or not _is_of_torch(target):
         yield from node.all_input_nodes
     elif target in _WRITTEN:

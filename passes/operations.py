@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from .values import are_tensors, constant, fake_tensor, symbolic_shape
 
-_MODULES = (operator, torch, torch.nn.functional, torch.special)
+_MODULES = (operator, torch, torch.nn.functional, torch.special, torch._C._nn, torch._functorch.predispatch)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ARITHMETIC = ("add", "sub", "mul", "multiply", "div", "divide", "true_divide", "subtract", "masked_fill", "nan_to_num")
 _IN_PLACE = {f"{name}_": name for name in _ARITHMETIC} | {

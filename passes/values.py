@@ -17,6 +17,18 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def unbatched(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the dimensions that vmap hides; the tensor itself outside of vmap."""
+    while is_batched(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether vmap hides a dimension of a tensor."""
+    return bool(torch._C._functorch.is_batchedtensor(tensor))
+
+
 def are_tensors(*values: Any) -> bool:
     """Whether all values are nodes that hold tensors."""
     return all(fake_tensor(value) is not None for value in values)
