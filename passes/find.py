@@ -29,18 +29,15 @@ def find_attention(graph: Graph, reader: Reader | None = None) -> Iterator[Atten
     for node in list(graph.nodes):
         if node._erased:
             continue
+        site: AttentionSite | None = None
         if operation_name(node) == "scaled_dot_product_attention":
-            yield _sdpa_site(walker, node, *node.args, **node.kwargs)
-        elif (site := _other_site(walker, node)) is not None:
+            site = _sdpa_site(walker, node, *node.args, **node.kwargs)
+        elif node.target is torch.ops.higher_order.flex_attention:
+            site = flex_site(walker, node, *node.args, **node.kwargs)
+        elif isinstance(product := read_operation(node), Product):
+            site = handwritten_site(walker, node, product)
+        if site is not None:
             yield site
-
-
-def _other_site(walker: Walker, node: Node) -> AttentionSite | None:
-    """The attention that a call of flex_attention is, or that a product completes."""
-    if node.target is torch.ops.higher_order.flex_attention:
-        return flex_site(walker, node, *node.args, **node.kwargs)
-    product = read_operation(node)
-    return handwritten_site(walker, node, product) if isinstance(product, Product) else None
 
 
 def _sdpa_site(
