@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
 from .axes import is_size
 from .operations import operation_name
 from .symbolic import INTEGERS, Reader
-from .values import fake_tensor, is_nonnegative
+from .values import fake_tensor, is_nonnegative, symbolic
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,22 @@ class BlockMask:
         return (
             self.full == (None, None)
             and (reader.number(counts), reader.number(indices)) == (1, 0)
-            and all(is_nonnegative(size - length) for size, length in zip(self.block_size, lengths, strict=True))
+            and all(
+                isinstance(size, int) and is_nonnegative(size - length)
+                for size, length in zip(self.block_size, lengths, strict=True)
+            )
         )
 
     def mask(self, shape: Sequence[int | torch.SymInt]) -> Node | None:
         """The boolean mask that ``create_block_mask`` made the blocks from, if it fits scores of `shape`."""
-        queries, keys = self.block_size
+        queries, keys = map(symbolic, self.block_size)
+        if queries is None or keys is None:
+            return None
         partial, full = _ordered(*self.partial), _ordered(*self.full)
-        counts = _operand(full, "eq", queries * keys)
+        counts = _compared(full, "eq", queries * keys)
         if counts is None or not _is_between(partial, counts, queries * keys):
             return None
-        mask = _counted(counts, self.block_size)
+        mask = _counted(counts, (queries, keys))
         tensor = fake_tensor(mask)
         if tensor is None or not all(map(is_size, tensor.shape[2:], shape[2:])):
             return None
@@ -97,15 +103,23 @@ def _ordered(counts: Node | None, indices: Node | None) -> Node | None:
     return found if dense is sorted_ and tensor is not None and tensor.dtype == torch.bool else None
 
 
-def _is_between(node: Node | None, counts: Node, most: int) -> bool:
+def _compared(node: Any, name: str, number: sympy.Expr) -> Node | None:
+    """What a node compares with a number, if it does."""
+    if not isinstance(node, Node) or operation_name(node) != name or symbolic(node.args[1]) != number:
+        return None
+    source: Any = node.args[0]
+    return source
+
+
+def _is_between(node: Node | None, counts: Node, most: sympy.Expr) -> bool:
     """Whether a node says where counts are neither 0 nor the most they can be."""
     if node is None or operation_name(node) != "and_" or len(node.args) != 2:
         return False
     left, right = node.args
-    return _operand(left, "gt", 0) is counts and _operand(right, "lt", most) is counts
+    return _compared(left, "gt", sympy.Integer(0)) is counts and _compared(right, "lt", most) is counts
 
 
-def _counted(counts: Node, block_size: tuple[Any, Any]) -> Node | None:
+def _counted(counts: Node, block_size: tuple[sympy.Expr, sympy.Expr]) -> Node | None:
     """The mask whose true elements are counted for each block."""
     blocks = _operand(_operand(counts, "sum", dim=[-2, -1]), "permute", 0, 1, 2, 4, 3, 5)
     if blocks is None or operation_name(blocks) != "view":
@@ -116,7 +130,7 @@ def _counted(counts: Node, block_size: tuple[Any, Any]) -> Node | None:
         return None
     batch, heads, rows, queries, columns, keys = viewed.shape
     shape = (batch, heads, rows * queries, columns * keys)
-    if (queries, keys) != block_size or not all(map(is_size, tensor.shape, shape)):
+    if (symbolic(queries), symbolic(keys)) != block_size or not all(map(is_size, tensor.shape, shape)):
         return None
     return _unpadded(padded)
 
