@@ -90,8 +90,8 @@ def _unused(nodes: Iterable[Node]) -> set[Node] | None:
 
 def _read_score_mod(walker: Walker, score_mod: Node, buffers: Sequence[Any]) -> ModifiedScore:
     graph = _graph(score_mod)
-    reader = _ModReader(walker, graph, "score_mod", [None, *_INDICES, *buffers])
     try:
+        reader = _ModReader(walker, graph, "score_mod", [None, *_INDICES, *buffers])
         return ScoreModWalk(graph, reader).find(_result(graph))
     except Unreadable as unreadable:
         raise NotRead(f"the score_mod cannot be read: {unreadable}") from None
@@ -100,8 +100,8 @@ def _read_score_mod(walker: Walker, score_mod: Node, buffers: Sequence[Any]) -> 
 def _read_mask_mod(walker: Walker, blocks: BlockMask, buffers: Sequence[Any], shape: Sequence[Any]) -> Boolean:
     """Where a mask_mod and the blocks let a query see a key, as a predicate over `_INDICES`."""
     graph = _graph(blocks.mask_mod)
-    reader = _ModReader(walker, graph, "mask_mod", [*_INDICES, *buffers])
     try:
+        reader = _ModReader(walker, graph, "mask_mod", [*_INDICES, *buffers])
         predicate = reader.read(_result(graph)).expression
     except Unreadable as unreadable:
         raise NotRead(f"the mask_mod cannot be read: {unreadable}") from None
@@ -131,14 +131,14 @@ def _check_blocks(walker: Walker, blocks: BlockMask, predicate: Boolean, shape: 
 
 
 def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    """Nodes and all that they are computed from."""
+    """Nodes and all tensors that they are computed from."""
     found: set[Node] = set()
     pending = list(nodes)
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending += node.all_input_nodes
+            pending += [source for source in node.all_input_nodes if fake_tensor(source) is not None]
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
@@ -299,6 +299,15 @@ def test_blocks_changed_in_place_are_refused() -> None:
     assert_refused(attend, inputs(), reason="changed in place")
 
 
+def test_a_key_changed_in_place_before() -> None:
+    def attend(q: Any, k: Any, v: Any, *_: Any) -> torch.Tensor:
+        k = k.clone()
+        k[:, :, 3:] += 1
+        return flex_attention(q, k, v, block_mask=blocks_of(causal, q, k))
+
+    assert_rewritten(attend, inputs(), mask="causal, offset 0", dynamic=True)
+
+
 @pytest.mark.parametrize("when", ["before", "between", "after"])
 def test_buffers_changed_in_place_are_refused(when: str) -> None:
     def attend(q: Any, k: Any, v: Any, documents: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -402,15 +411,15 @@ def mask_mods() -> Any:
     return st.recursive(comparisons() | st.sampled_from(PREDICATES), joined, max_leaves=4)
 
 
+@settings(max_examples=30)
 @given(mask_mods(), st.integers(0, 2**16), st.booleans(), st.booleans())
 def test_no_mask_mod_gives_another_result(mod: Any, seed: int, dynamic: bool, as_score_mod: bool) -> None:
     torch._dynamo.reset()
     torch.manual_seed(seed)
 
-    def attend(q: Any, k: Any, v: Any, documents: Any, padding: Any, row: Any) -> torch.Tensor:
+    def masked_score(q: Any, k: Any, v: Any, documents: Any, padding: Any, row: Any) -> torch.Tensor:
         x = Buffers(documents, padding, row)
-        if as_score_mod:
-            return with_score_mod(lambda s, *indices: torch.where(mod(x, *indices), s, -math.inf))(q, k, v)
-        return made_inside(lambda x: lambda *indices: mod(x, *indices))(q, k, v, documents, padding, row)
+        return flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: torch.where(mod(x, b, h, i, j), s, -math.inf))
 
-    compare(attend, inputs(), dynamic=dynamic)
+    blocked = made_inside(lambda x: lambda b, h, i, j: mod(x, b, h, i, j))
+    compare(masked_score if as_score_mod else blocked, inputs(), dynamic=dynamic)
