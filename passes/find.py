@@ -1,4 +1,4 @@
-"""Finds attention in the graph that Dynamo hands to a backend: calls of SDPA, and what is written out by hand."""
+"""Finds attention in the graph that Dynamo hands to a backend: calls of SDPA or flex_attention, or written by hand."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from typing import Any
 from torch.fx import Node
 
 from .axes import Layout, Misaligned, fresh, is_size, leaves
+from .flex import flex_site
 from .handwritten import handwritten_site
 from .inputs import Input, choose, fewest_axes, laid_out
 from .masks import AXES, MaskTerm
 from .operations import Product, operation_name, read_operation
 from .scores import ScoreMask, mask_term, separated
 from .site import AttentionSite
+from .torch_internals import flex_attention
 from .values import fake_tensor
 from .walk import Factor, Walker
 
 
 def find_attention(walker: Walker, node: Node) -> AttentionSite | None:
     """The attention whose output a node is, if it is one."""
+    args: tuple[Any, ...] = node.args
+    kwargs: Mapping[str, Any] = node.kwargs
     if operation_name(node) == "scaled_dot_product_attention":
-        args: tuple[Any, ...] = node.args
-        kwargs: Mapping[str, Any] = node.kwargs
         return _sdpa_site(walker, node, *args, **kwargs)
+    if node.target is flex_attention:
+        return flex_site(walker, node, *args, **kwargs)
     product = read_operation(node)
     return handwritten_site(walker, node, product) if isinstance(product, Product) else None
 

@@ -27,6 +27,7 @@ from .symbolic import (
     bounds,
     cases,
     is_predicate,
+    level,
     merge,
     nonzero,
     where,
@@ -361,6 +362,19 @@ def _concatenated(reader: Reader, node: Node, tensors: Any, dim: Any = 0) -> sym
     return sympy.Or(*found)
 
 
+def _add_batch_dim(reader: Reader, node: Node, input: Any, dim: Any, number: Any) -> sympy.Basic:
+    """The elements along the first dimension, which vmap hides from here on."""
+    old = reader.read(input)
+    _need(dim == 0)
+    return old.expression.xreplace({axis(len(old.shape)): level(number)})
+
+
+def _remove_batch_dim(reader: Reader, node: Node, input: Any, number: Any, size: Any, dim: Any) -> sympy.Basic:
+    """The elements along all dimensions, of which the first is the one that vmap hid."""
+    _need(dim == 0)
+    return reader.read(input).expression.xreplace({level(number): axis(len(_shape(node)))})
+
+
 def _getitem(reader: Reader, node: Node, source: Any, index: Any) -> sympy.Basic:
     _need(fake_tensor(source) is not None)
     old = reader.read(source)
@@ -370,8 +384,14 @@ def _getitem(reader: Reader, node: Node, source: Any, index: Any) -> sympy.Basic
     return old.expression.xreplace(_sliced(reader, _without_ellipsis(items, len(old.shape)), old.shape, _shape(node)))
 
 
+def _index(reader: Reader, node: Node, input: Any, indices: Any) -> sympy.Basic:
+    return _getitem(reader, node, input, tuple(indices))
+
+
 def _gathered(reader: Reader, items: tuple[Any, ...], old: Shape, new: Shape) -> dict[sympy.Basic, sympy.Basic]:
-    _need(len(items) == len(old) and all(_dtype(item) in INTEGERS for item in items))
+    _need(all(_dtype(item) in INTEGERS for item in items))
+    # What is not indexed keeps its place from the right, unless an index has dimensions of its own.
+    _need(len(items) == len(old) or not any(map(_shape, items)))
     places: dict[sympy.Basic, sympy.Basic] = {}
     for n, item in enumerate(items):
         place = reader.integers(item, new)
@@ -428,7 +448,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("lt", "less"), _comparison(operator.lt, lambda a, b: b - a - 1)),
     **dict.fromkeys(("ge", "greater_equal"), _comparison(operator.ge, lambda a, b: a - b)),
     **dict.fromkeys(("gt", "greater"), _comparison(operator.gt, lambda a, b: a - b - 1)),
-    "eq": _equal,
+    **dict.fromkeys(("eq", "__eq__"), _equal),
     **dict.fromkeys(("ne", "not_equal"), _not_equal),
     "add": _arithmetic(operator.add),
     **dict.fromkeys(("sub", "subtract"), _arithmetic(operator.sub)),
@@ -444,6 +464,9 @@ HANDLERS: dict[str, Handler] = {
     "transpose": _transpose,
     "permute": _permute,
     "getitem": _getitem,
+    "index": _index,
+    "_add_batch_dim": _add_batch_dim,
+    "_remove_batch_dim": _remove_batch_dim,
     **dict.fromkeys(("cat", "concat", "concatenate"), _concatenated),
     **dict.fromkeys(("ones", "new_ones", "ones_like"), _ones),
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), _zeros),
@@ -455,7 +478,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("or_", "bitwise_or", "__or__"), _or),
     "logical_and": _logical(sympy.And),
     "logical_or": _logical(sympy.Or),
-    **dict.fromkeys(("invert", "inv", "bitwise_not"), _not),
+    **dict.fromkeys(("invert", "inv", "bitwise_not", "__invert__"), _not),
     "logical_not": _logical_not,
     **dict.fromkeys(("to", "bool", "long", "int", "type", "type_as", "float", "half", "bfloat16"), _cast),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "clone", "contiguous", "detach"), _same),

@@ -115,7 +115,27 @@ class Prover:
             NotProven: They cannot be read, or add something else to the scores than 0 or a number that hides.
         """
         masks = list(masks)
-        allowed = sympy.And(*(self._allowed(mask) for mask in masks))
+        mask = self._said(sympy.And(*(self._allowed(mask) for mask in masks)), query, key)
+        if not _hidden_rows_are_marked(mask.rest, masks):
+            raise NotProven("the mask hides all keys of some queries by a finite number; hide them with -inf")
+        return mask
+
+    def prove_mask_mod(self, predicate: Boolean, query: torch.Tensor, key: torch.Tensor) -> Mask:
+        """What a predicate over `AXES` says that is never a tensor over queries and keys, so none is made of it.
+
+        Raises:
+            NotProven: The operator would need one.
+        """
+        mask = self._said(predicate, query, key)
+        if {QUERY, KEY} <= mask.rest.free_symbols:
+            raise NotProven(
+                "the mask_mod combines query and key otherwise than causal masks, windows and documents do; "
+                "the operator would need a boolean for each pair of them, which flex_attention never stores"
+            )
+        return mask
+
+    def _said(self, allowed: Boolean, query: torch.Tensor, key: torch.Tensor) -> Mask:
+        """What a predicate over `AXES` says."""
         self._refuse_other_devices(allowed, query.device)
         shape = scores_shape(query, key)
         try:
@@ -123,8 +143,6 @@ class Prover:
         except TooMany:
             raise NotProven("the mask combines more conditions than can be told apart; build it from fewer") from None
         split = _split(clause for clause in found if clause is not None)
-        if not _hidden_rows_are_marked(split.rest, masks):
-            raise NotProven("the mask hides all keys of some queries by a finite number; hide them with -inf")
         return replace(split, sources=self._sources_in_words(split))
 
     def _allowed(self, mask: MaskTerm) -> Boolean:

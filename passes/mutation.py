@@ -15,7 +15,9 @@ from .torch_internals import (
     OpOverload,
     OpOverloadPacket,
     StorageWeakRef,
+    flex_attention,
     tree_leaves,
+    unbatched,
     written_arguments,
 )
 from .values import fake_tensor
@@ -71,7 +73,7 @@ class Writes:
 
 def _storage(tensor: torch.Tensor) -> StorageWeakRef:
     """An identity of a tensor's memory."""
-    return StorageWeakRef(tensor.untyped_storage())
+    return StorageWeakRef(unbatched(tensor).untyped_storage())
 
 
 def _written(node: Node) -> Iterator[Any]:
@@ -87,6 +89,8 @@ def _written_by_function(node: Node, target: Any) -> Iterator[Any]:
     overload = getattr(target, "default", target) if isinstance(target, OpOverloadPacket) else target
     if isinstance(overload, OpOverload):
         yield from _written_by_schema(node, overload)
+    elif target is flex_attention:
+        return
     elif isinstance(target, HigherOrderOperator) or not _is_of_torch(target):
         yield from node.all_input_nodes
     elif target in _WRITTEN:

@@ -123,6 +123,8 @@ class _Rewriter:
 
     def mask(self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor) -> Mask:
         """What the masks and the causal flag of a site say together."""
+        if site.mask_mod is not None:
+            return self.prover.prove_mask_mod(site.mask_mod, query, key)
         if not site.is_causal:
             return self.prover.prove(site.masks, query, key)
         if site.masks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from .axes import Step
@@ -22,6 +23,7 @@ class AttentionSite:
         key: [B, Hkv, Lk, D].
         value: [B, Hkv, Lk, Dv].
         masks: What masks the scores, all together.
+        mask_mod: Where a query may see a key, as a predicate over `AXES` in place of masks; None if they are tensors.
         is_causal: Whether query i sees only the keys up to i, counted from the top left.
         scale: The factors of the logits, or None for D ** -0.5.
         softcap: The factors of c in ``c * tanh(logits / c)``; None without a soft-cap.
@@ -39,6 +41,7 @@ class AttentionSite:
     key: Input
     value: Input
     masks: tuple[MaskTerm, ...] = ()
+    mask_mod: Boolean | None = None
     is_causal: bool | Node = False
     scale: tuple[Factor, ...] | None = None
     softcap: tuple[Factor, ...] | None = None

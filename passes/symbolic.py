@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from .clauses import at_least_zero, is_zero
 from .operations import operation_name, out_of_place
+from .torch_internals import is_batched
 from .values import fake_tensor, symbolic, symbolic_shape
 
 INTEGERS = (torch.int32, torch.int64)
@@ -32,6 +33,11 @@ Handler = Callable[..., sympy.Basic]
 def axis(place: int) -> sympy.Symbol:
     """The index along the axis that is `place`-th from the right, starting at 1."""
     return sympy.Symbol(f"axis{place}", integer=True, nonnegative=True)
+
+
+def level(number: int) -> sympy.Symbol:
+    """The index along the dimension that vmap hides at a level of its nesting."""
+    return sympy.Symbol(f"level{number}", integer=True, nonnegative=True)
 
 
 class Unreadable(Exception):
@@ -100,7 +106,7 @@ class Reader:
         """The reading of a node that holds a tensor.
 
         Raises:
-            Unreadable: The node's shape is not known.
+            Unreadable: The node's shape is not known, or it is a leaf that varies over more than its own indices.
         """
         if node not in self.readings:
             tensor = fake_tensor(node)
@@ -129,7 +135,13 @@ class Reader:
         return handler(self, node, *node.args, **node.kwargs)
 
     def leaf(self, node: Node, tensor: torch.Tensor) -> sympy.Basic:
-        """A node that holds `tensor` as an unknown function of its indices."""
+        """A node that holds `tensor` as an unknown function of its indices.
+
+        Raises:
+            Unreadable: It varies over other indices too, which vmap hides.
+        """
+        if is_batched(tensor):
+            raise Unreadable(f"{node.name} is computed under vmap")
         name = f"tensor_{node.name}"
         self.leaves[name] = node
         places = (axis(place) for place in range(tensor.dim(), 0, -1))

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
@@ -24,15 +25,20 @@ __all__ = [
     "enter_autocast",
     "exit_autocast",
     "fake_mode",
+    "flex_attention",
     "guard_or_false",
     "is_aten",
+    "is_batched",
     "is_erased",
     "make_fx",
     "transformer_encoder_layer",
     "tree_leaves",
+    "unbatched",
     "written_arguments",
 ]
 
+flex_attention = torch.ops.higher_order.flex_attention
+"""What torch.nn.attention.flex_attention.flex_attention calls."""
 transformer_encoder_layer = torch._transformer_encoder_layer_fwd
 """What nn.TransformerEncoderLayer calls in inference."""
 
@@ -40,6 +46,18 @@ transformer_encoder_layer = torch._transformer_encoder_layer_fwd
 def fake_mode(values: Iterable[Any]) -> FakeTensorMode:
     """The mode of the fake tensors among `values`, of which there is at least one."""
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def unbatched(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the dimensions that vmap hides; the tensor itself outside of vmap."""
+    while is_batched(tensor):
+        tensor = get_unwrapped(tensor)
+    return tensor
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether vmap hides a dimension of a tensor."""
+    return bool(is_batchedtensor(tensor))
 
 
 def is_aten(operator: OpOverloadPacket) -> bool:

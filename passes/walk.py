@@ -88,12 +88,20 @@ class Walker:
         """Whether a tensor is written to between two nodes."""
         return any(after < writer < until for writer in self._writes.to(node))
 
+    def is_ever_changed(self, node: Node) -> bool:
+        """Whether a tensor, or anything that it is read from, is written to."""
+        return any(map(self.is_written, self.reader.sources(node)))
+
+    def is_written(self, node: Node) -> bool:
+        """Whether a tensor is written to anywhere."""
+        return bool(self._writes.to(node))
+
     def factor(self, value: Any) -> float | Node | None:
         """A number that is known, or a node that holds one while the graph runs; None for other tensors."""
         if fake_tensor(value) is None:
             return number(value)
         known = self.reader.number(value)
-        return None if any(map(self._writes.to, self.reader.sources(value))) else known
+        return None if self.is_ever_changed(value) else known
 
     def operands(self, node: Node, layout: Layout, until: Node, scaled: bool = True) -> list[Operand]:
         """What an operand is made from, beginning with itself, as long as it still holds the same at `until`.
