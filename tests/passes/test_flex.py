@@ -168,7 +168,7 @@ SCORE_MODS: dict[str, tuple[ScoreMod, str]] = {
     "masked, then scaled": (lambda s, b, h, i, j: torch.where(i >= j, s, -math.inf) * 2, "causal, offset 0"),
     "capped, then masked": (
         lambda s, b, h, i, j: torch.where((i >= j) & (i - j < 5), 3 * torch.tanh(s / 3), -math.inf),
-        "causal, offset 0; window 5",
+        "causal, offset 0; window 5; soft cap 3",
     ),
 }
 

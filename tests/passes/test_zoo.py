@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 
 from benchmarks.zoo.architectures import ARCHITECTURES, calls
 from benchmarks.zoo.compare import EXACT, compare, examine
-from benchmarks.zoo.refusals import NOT_FOUND, expected_refusals, kind_of_refusal
+from benchmarks.zoo.refusals import EXPECTED, kind_of_refusal
 from s2o_compile import s2o
 
 SAMPLE = ("bert", "bloom", "clip", "deepseek_v3", "falcon", "gemma2", "llama", "mistral", "swin", "t5", "wav2vec2")
@@ -31,10 +31,9 @@ def sampled(name: str, scenario: str) -> list[pytest.MarkDecorator]:
 )
 def test_attention_is_found_and_right(name: str, implementation: str, scenario: str) -> None:
     outcome = examine(ARCHITECTURES[name], implementation, scenario)
-    expected = expected_refusals(name, scenario)
     assert outcome.difference < TOLERANCE
-    assert {kind_of_refusal(site.reason) for site in outcome.refused} <= expected
-    assert len(outcome.decisions) == outcome.expected or NOT_FOUND in expected
+    assert {kind_of_refusal(site.reason) for site in outcome.refused} <= EXPECTED.get(name, set())
+    assert len(outcome.decisions) == outcome.expected
 
 
 @pytest.mark.parametrize(("name", "scenario"), [("llama", "left padding"), ("bert", "plain")])
