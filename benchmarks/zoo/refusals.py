@@ -9,9 +9,6 @@ PHRASES = {
 }
 """Kinds of refusals, and what their reasons say; the first that fits counts."""
 
-NOT_FOUND = "not found"
-"""Stands beside the kinds of refusals for attention that is not found at all."""
-
 EXPECTED: dict[str, set[str]] = {
     "beit": {"additive bias"},
     "bloom": {"additive bias"},

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .refusals import NOT_FOUND, kind_of_refusal
+from .refusals import kind_of_refusal
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Row:
     @property
     def problems(self) -> list[str]:
         """What went wrong, and why sites stayed dense, each once."""
-        failed = [self.error] if self.error else [NOT_FOUND] * (self.found != self.expected)
+        failed = [self.error] if self.error else ["not found"] * (self.found != self.expected)
         return failed + list(dict.fromkeys(map(_kind, self.refused)))
 
 
