@@ -16,6 +16,7 @@ from .torch_internals import (
     OpOverloadPacket,
     StorageWeakRef,
     flex_attention,
+    is_wrapper,
     tree_leaves,
     unbatched,
     written_arguments,
@@ -113,7 +114,7 @@ def _in_place_name(name: str) -> bool:
 def _is_of_torch(target: Any) -> bool:
     """Whether a function is one of PyTorch's or Python's own, not one that wraps something unknown, as of NumPy."""
     module = getattr(target, "__module__", None) or "torch"
-    return not module.startswith("torch._dynamo") and module.split(".")[0] in ("torch", "_operator", "builtins", "math")
+    return not is_wrapper(target) and module.split(".")[0] in ("torch", "_operator", "builtins", "math")
 
 
 def _arguments(node: Node, target: Any, names: tuple[str, ...]) -> Iterator[Any]:

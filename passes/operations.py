@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .torch_internals import OpOverload, OpOverloadPacket, is_aten
+from .torch_internals import OpOverload, OpOverloadPacket, is_aten, namespaces
 from .values import are_tensors, constant, fake_tensor, symbolic_shape
 
-_MODULES = (operator, torch, torch.nn.functional, torch.special, torch._C._nn, torch._functorch.predispatch)
+_MODULES = (operator, torch, torch.nn.functional, torch.special, *namespaces)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ARITHMETIC = ("add", "sub", "mul", "multiply", "div", "divide", "true_divide", "subtract", "masked_fill", "nan_to_num")
 _LOGIC = ("tril", "triu", "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not")

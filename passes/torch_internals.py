@@ -30,7 +30,9 @@ __all__ = [
     "is_aten",
     "is_batched",
     "is_erased",
+    "is_wrapper",
     "make_fx",
+    "namespaces",
     "transformer_encoder_layer",
     "tree_leaves",
     "unbatched",
@@ -41,6 +43,10 @@ flex_attention = torch.ops.higher_order.flex_attention
 """What torch.nn.attention.flex_attention.flex_attention calls."""
 transformer_encoder_layer = torch._transformer_encoder_layer_fwd
 """What nn.TransformerEncoderLayer calls in inference."""
+
+
+namespaces = (torch._C._nn, torch._functorch.predispatch)
+"""Where functions live that are called under another name."""
 
 
 def fake_mode(values: Iterable[Any]) -> FakeTensorMode:
@@ -68,6 +74,11 @@ def is_aten(operator: OpOverloadPacket) -> bool:
 def is_erased(node: Node) -> bool:
     """Whether a node was removed from its graph."""
     return node._erased
+
+
+def is_wrapper(function: Any) -> bool:
+    """Whether a function is one that Dynamo puts around code of another library, such as NumPy."""
+    return str(getattr(function, "__module__", None)).startswith("torch._dynamo")
 
 
 def written_arguments(operator: OpOverload) -> list[tuple[int, str]]:

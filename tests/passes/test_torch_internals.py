@@ -8,9 +8,19 @@ import torch
 from s2o_compile.passes import torch_internals
 
 
-@pytest.mark.parametrize("name", torch_internals.__all__)
+@pytest.mark.parametrize("name", sorted({*torch_internals.__all__} - {"namespaces"}))
 def test_exists(name: str) -> None:
     assert callable(getattr(torch_internals, name))
+
+
+def test_namespaces() -> None:
+    gelu = torch.nn.functional.gelu
+    assert any(getattr(namespace, "gelu", None) is gelu for namespace in torch_internals.namespaces)
+
+
+def test_wrappers() -> None:
+    assert torch_internals.is_wrapper(torch._dynamo.utils.numpy_method_wrapper("fill"))
+    assert not torch_internals.is_wrapper(torch.nn.functional.softmax)
 
 
 def test_operators() -> None:
