@@ -16,6 +16,9 @@ from .clauses import literal_of
 from .values import fake_tensor, symbolic, symbolic_shape
 
 Value = int | Node
+_SIZES: dict[type, Callable[[Any, Any], Any]] = {
+    sympy.Add: operator.add, sympy.Mul: operator.mul, sympy.Min: torch.sym_min,
+}  # fmt: skip
 
 
 class NotComputed(Exception):
@@ -42,9 +45,9 @@ def emit_size(graph: Graph, expression: sympy.Expr, before: Node) -> Value:
             return node
     if expression.is_Symbol:
         return _size_of_input(graph, expression)
-    if not isinstance(expression, (sympy.Add, sympy.Mul)):
+    form = _SIZES.get(expression.func)
+    if form is None:
         raise NotComputed
-    form = operator.add if isinstance(expression, sympy.Add) else operator.mul
     return _folded(graph, form, [emit_size(graph, part, before) for part in expression.args])
 
 

@@ -184,6 +184,7 @@ class _ModReader(Reader):
 
     def __init__(self, walker: Walker, graph: Graph, name: str, arguments: Sequence[Any]) -> None:
         super().__init__(walker.reader.handlers)
+        self.innermost: Node | None = None
         if any(map(Writes(graph.nodes).to, graph.nodes)):
             raise NotRead(f"the {name} changes tensors in place; let it compute new ones")
         for placeholder, argument in zip(graph.find_nodes(op="placeholder"), arguments, strict=True):
@@ -200,4 +201,6 @@ class _ModReader(Reader):
         Raises:
             Unreadable: Always.
         """
-        raise Unreadable(f"it computes {operation_name(node) or 'with the score'} in a way that is not followed")
+        self.innermost = self.innermost or node
+        name = operation_name(self.innermost) or "a comparison of the score"
+        raise Unreadable(f"it computes {name} in a way that is not followed")

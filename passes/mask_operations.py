@@ -397,7 +397,7 @@ def _gathered(reader: Reader, items: tuple[Any, ...], old: Shape, new: Shape) ->
         place = reader.integers(item, new)
         ends = bounds(place, new)
         # A negative index counts from the end.
-        _need(ends is not None and bool(ends[0].is_nonnegative))
+        _need(bool(place.is_nonnegative) or (ends is not None and bool(ends[0].is_nonnegative)))
         places[axis(len(old) - n)] = place
     return places
 

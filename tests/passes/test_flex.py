@@ -94,6 +94,10 @@ PROVEN: dict[str, tuple[Build, str]] = {
         lambda x: lambda b, h, i, j: (x.documents + 1)[b, i] == (x.documents + 1)[b, j],
         "documents from input documents",
     ),
+    "documents of half the positions": (
+        lambda x: lambda b, h, i, j: x.documents[b, i // 2] == x.documents[b, j],
+        "documents from input documents",
+    ),
     "chunks": (
         lambda x: lambda b, h, i, j: (i // 8 == j // 8) & (i >= j),
         "causal, offset 0; documents",
@@ -220,7 +224,8 @@ REFUSED_MASK_MODS: dict[str, tuple[Build, str]] = {
     "window of each head": (lambda x: lambda b, h, i, j: i - j < h + 2, "flex_attention never stores"),
     "nothing": (lambda x: lambda b, h, i, j: j < 0, "hides every key"),
     "negative index": (lambda x: lambda b, h, i, j: x.padding[b, j - 3], "cannot be read"),
-    "random access": (lambda x: lambda b, h, i, j: x.row[(i - j).abs()], "cannot be read"),
+    "distances": (lambda x: lambda b, h, i, j: x.row[(i - j).abs()], "flex_attention never stores"),
+    "random access": (lambda x: lambda b, h, i, j: x.row[x.documents[b, j]], "computes getitem"),
 }
 
 

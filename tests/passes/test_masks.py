@@ -246,3 +246,16 @@ def test_symbolic_offset() -> None:
     captured, output = capture(attend, *args, dynamic=True)
     torch.testing.assert_close(output, attend(*args))
     assert captured.only().rewritten, captured.only().reason
+
+
+def test_the_less_of_a_number_and_a_symbolic_offset() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int) -> torch.Tensor:
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        return scaled_dot_product_attention(q, k, v, attn_mask=(j <= i + past) & (j <= i + 6))
+
+    for past in (4, 9):
+        torch._dynamo.reset()
+        args = inputs(queries=20)
+        captured, output = capture(attend, *args, past, dynamic=True)
+        torch.testing.assert_close(output, attend(*args, past))
+        assert captured.only().rewritten, captured.only().reason
