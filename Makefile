@@ -1,5 +1,5 @@
 # make demo   dense and sparse prefill of a long document, compared (DEMO="--length 4096" for other options)
-# make test   all tests (TEST="-k name" for some)
+# make test   all tests, on two cores (TEST="-k name" for some)
 # make lint   ruff and mypy
 # Each makes .venv first when it is missing; Python 3.10 or later is all it needs.
 
@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/s2o demo $(DEMO)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

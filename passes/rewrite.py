@@ -191,14 +191,18 @@ class _Rewriter:
                 self.prover.reader.understood.discard(node)
 
     def laid_out(self, node: Node, replaced: Node) -> Node:
-        """The operator's output, contiguous where that of `replaced` is and its users may tell."""
+        """The operator's output, in memory as that of `replaced` where its users may tell."""
         output = fake_tensor(replaced)
-        if output is None or not output.is_contiguous() or _is_read_alike_in_any_memory(replaced):
+        order = None if output is None else _memory_order(output)
+        if order is None or _is_read_alike_in_any_memory(replaced):
             return node
-        with self.graph.inserting_after(node):
-            contiguous = self.graph.call_method("contiguous", (node,))
-        contiguous.meta = dict(replaced.meta)
-        return contiguous
+        steps: tuple[Step, ...] = (("contiguous", ()),)
+        if order != sorted(order):
+            steps = ("permute", tuple(order)), *steps, ("permute", tuple(map(order.index, sorted(order))))
+        with self.graph.inserting_before(node.next):
+            copy = self.apply(steps, node)
+        copy.meta = dict(replaced.meta)
+        return copy
 
     def masking(self, mask: Mask, site: AttentionSite) -> dict[str, Any]:
         """The operator's arguments for a mask; sites with the same mask share the tensors."""
@@ -244,6 +248,16 @@ class _Rewriter:
                 node = self.graph.call_method("expand", (node, *sizes))
             self.tensors[key] = node
         return self.tensors[key]
+
+
+def _memory_order(tensor: torch.Tensor) -> list[int] | None:
+    """The dimensions of a tensor as they lie in memory, outermost first; None where strides are symbolic."""
+    places = list(range(tensor.dim()))
+    if tensor.is_contiguous():
+        return places
+    strides = tensor.stride()
+    known = all(isinstance(stride, int) for stride in strides)
+    return sorted(places, key=lambda place: -strides[place]) if known else None
 
 
 def _is_read_alike_in_any_memory(node: Node) -> bool:
