@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from typing import Any
@@ -193,9 +194,9 @@ class _Rewriter:
     def laid_out(self, node: Node, replaced: Node) -> Node:
         """The operator's output, in memory as that of `replaced` where its users may tell."""
         output = fake_tensor(replaced)
-        order = None if output is None else _memory_order(output)
-        if order is None or _is_read_alike_in_any_memory(replaced):
+        if output is None or _is_read_alike_in_any_memory(replaced):
             return node
+        order = _memory_order(output)
         steps: tuple[Step, ...] = (("contiguous", ()),)
         if order != sorted(order):
             steps = ("permute", tuple(order)), *steps, ("permute", tuple(map(order.index, sorted(order))))
@@ -250,14 +251,15 @@ class _Rewriter:
         return self.tensors[key]
 
 
-def _memory_order(tensor: torch.Tensor) -> list[int] | None:
-    """The dimensions of a tensor as they lie in memory, outermost first; None where strides are symbolic."""
-    places = list(range(tensor.dim()))
-    if tensor.is_contiguous():
-        return places
+def _memory_order(tensor: torch.Tensor) -> list[int]:
+    """The dimensions of a tensor as they lie in memory, outermost first."""
     strides = tensor.stride()
-    known = all(isinstance(stride, int) for stride in strides)
-    return sorted(places, key=lambda place: -strides[place]) if known else None
+
+    def compare(one: int, other: int) -> int:
+        return guard_or_false(strides[one] < strides[other]) - guard_or_false(strides[one] > strides[other])
+
+    places = list(range(tensor.dim()))
+    return places if tensor.is_contiguous() else sorted(places, key=functools.cmp_to_key(compare))
 
 
 def _is_read_alike_in_any_memory(node: Node) -> bool:
