@@ -114,8 +114,10 @@ class Decomposition:
 def decompose(node: Node) -> Decomposition | None:
     """Replace a call that may hide attention by what it consists of; None where it is another or not known."""
     body = _BODIES.get(node.target) if node.op == "call_function" else None
+    if body is None:
+        return None
     outputs = _outputs(node)
-    if body is None or not outputs:
+    if not outputs:
         return None
     traced = _traced(node, body, outputs)
     copies: dict[Node, Node] = dict(zip(traced.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))

@@ -98,13 +98,13 @@ class _Rewriter:
         )
         try:
             mask = self.accept(site)
+            self.replace(site, mask, self.unused_without(site), decision)
         except (Refused, NotProven) as refused:
             decision.reason = str(refused)
             return decision
         decision.rewritten, decision.mask = True, "; ".join([str(mask), *_logit_terms(site)])
         proven = "the mask is proven" if mask.rest == sympy.true else "what is not proven of the mask is passed on"
         decision.reason = f"{proven} and the call may be long enough for sparse attention"
-        self.replace(site, mask, decision)
         return decision
 
     def accept(self, site: AttentionSite) -> Mask:
@@ -117,10 +117,7 @@ class _Rewriter:
         _check_tensors(query, key, value, constant(site.enable_gqa))
         _check_call(site)
         _check_length(query, key, self.config)
-        mask = self.mask(site, query, key)
-        if not site.scores <= self.unused_without(site):
-            raise Refused("the attention scores or probabilities are used elsewhere; do not return or keep them")
-        return mask
+        return self.mask(site, query, key)
 
     def mask(self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor) -> Mask:
         """What the masks and the causal flag of a site say together."""
@@ -132,9 +129,14 @@ class _Rewriter:
             raise Refused("attn_mask and is_causal=True exclude each other; pass one of them")
         return Mask(is_causal=True)
 
-    def replace(self, site: AttentionSite, mask: Mask, decision: Decision) -> None:
-        """Put the operator where a site is, and remove what only the site needed."""
-        unused = self.unused_without(site)
+    def replace(self, site: AttentionSite, mask: Mask, unused: set[Node], decision: Decision) -> None:
+        """Put the operator where a site is, and remove what is then unused.
+
+        Raises:
+            Refused: The operator cannot compute what the site does; the site is as it was.
+        """
+        if not site.scores <= unused:
+            raise Refused("the attention scores or probabilities are used elsewhere; do not return or keep them")
         with self.graph.inserting_before(site.node):
             arguments = {**self.masking(mask, site), **self.logits(site)}
             inputs = tuple(self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))

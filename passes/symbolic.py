@@ -280,14 +280,14 @@ def where(choice: Choice, test: Callable[[sympy.Expr], bool]) -> Boolean:
 
 def bounds(expression: sympy.Expr, shape: Shape) -> tuple[sympy.Expr, sympy.Expr] | None:
     """The least and the greatest value of an expression over a shape; None if it is not affine in its axes."""
+    if expression.atoms(sympy.Function, sympy.Mod):
+        return None
     low, high = {}, {}
     for place, size in enumerate(shape):
         symbol = axis(len(shape) - place)
         ends = (sympy.Integer(0), size - 1)
         slope = expression.coeff(symbol)
         low[symbol], high[symbol] = ends if slope >= 0 else ends[::-1]
-    if expression.atoms(sympy.Function, sympy.Mod):
-        return None
     return expression.xreplace(low), expression.xreplace(high)
 
 

@@ -259,3 +259,15 @@ def test_the_less_of_a_number_and_a_symbolic_offset() -> None:
         captured, output = capture(attend, *args, past, dynamic=True)
         torch.testing.assert_close(output, attend(*args, past))
         assert captured.only().rewritten, captured.only().reason
+
+
+def test_an_offset_that_the_graph_does_not_compute_stays_dense() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        half = (k.shape[2] + 2) // 2
+        mask = torch.arange(k.shape[2]) < torch.arange(q.shape[2])[:, None] + half
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    args = inputs(queries=20, keys=33)
+    captured, output = capture(attend, *args, dynamic=True)
+    torch.testing.assert_close(output, attend(*args))
+    assert "does not compute as a number" in captured.only().reason
