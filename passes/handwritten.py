@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 from torch.fx import Node
 
-from .axes import Axis, Dim, Layout, Misaligned, Size, Step, all_leaves, fresh, is_size, leaves, relayout
+from .axes import Axis, Dim, Layout, Misaligned, Step, all_leaves, fresh, is_size, leaves, relayout
 from .inputs import Input, choose, fewest_axes, laid_out
 from .masks import MaskTerm
 from .operations import Cleaned, Dropout, Expanded, Narrowed, Permuted, Product, Same, Viewed, read_operation
@@ -17,12 +16,12 @@ from .scores import ACTIVE_DROPOUT, NotAttention, ScoreMask, Scores, ScoreWalk, 
 from .site import AttentionSite
 from .softmax import FoundSoftmax, find_softmax
 from .values import fake_tensor
-from .walk import Changed, Walker, source_layout
+from .walk import Changed, Walker, shape_of, source_layout
 
 
 def handwritten_site(walker: Walker, node: Node, product: Product) -> AttentionSite | None:
     """The attention whose output is a product of probabilities and a value, if it is one."""
-    layout = fresh(_shape(node))
+    layout = fresh(shape_of(node))
     if product.bias is not None or product.scale != 1:
         return None
     for swapped in (False, True):
@@ -41,7 +40,7 @@ def operand_layouts(product: Product, node: Node, layout: Layout) -> tuple[Layou
     """
     axes = dict(zip(product.axes, layout, strict=True))
     sizes = [
-        dict(zip(names, _shape(operand), strict=True))
+        dict(zip(names, shape_of(operand), strict=True))
         for names, operand in ((product.left_axes, product.left), (product.right_axes, product.right))
     ]
     for name in product.contracted:
@@ -50,13 +49,6 @@ def operand_layouts(product: Product, node: Node, layout: Layout) -> tuple[Layou
         (axes[name],) = fresh((sizes[0][name],))
     left, right = (tuple(() if is_size(size, 1) else axes[name] for name, size in own.items()) for own in sizes)
     return left, right, all_leaves(tuple(axes[name] for name in product.contracted))
-
-
-def _shape(node: Node) -> Sequence[Size]:
-    tensor = fake_tensor(node)
-    if tensor is None:
-        raise Misaligned
-    return tensor.shape
 
 
 @dataclass
@@ -95,7 +87,7 @@ def _probabilities(walker: Walker, node: Node, layout: Layout, user: Node) -> _P
         operation = read_operation(node)
         if isinstance(operation, Narrowed) and narrowed is None:
             narrowed, kept = operation, (layout[operation.dim], operation.start)
-            (dim,) = fresh((_shape(operation.source)[operation.dim],))
+            (dim,) = fresh((shape_of(operation.source)[operation.dim],))
             layout = (*layout[: operation.dim], dim, *layout[operation.dim + 1 :])
         elif narrowed is None and isinstance(operation, (Same, Cleaned, Dropout, Viewed, Permuted, Expanded)):
             if isinstance(operation, Dropout):

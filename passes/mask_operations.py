@@ -14,6 +14,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from .clauses import is_zero
+from .operations import Permuted, read_operation
 from .symbolic import (
     INTEGERS,
     Choice,
@@ -329,20 +330,13 @@ def _reshape(reader: Reader, node: Node, input: Any, *_: Any, **__: Any) -> symp
     return old.expression.xreplace(moved)
 
 
-def _permute(reader: Reader, node: Node, input: Any, *dims: Any) -> sympy.Basic:
-    order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
-    old = reader.read(input)
+def _permute(reader: Reader, node: Node, *_: Any, **__: Any) -> sympy.Basic:
+    operation = read_operation(node)
+    if not isinstance(operation, Permuted):
+        raise Unreadable
+    old = reader.read(operation.source)
     rank = len(old.shape)
-    _need(len(order) == rank and all(isinstance(dim, int) for dim in order))
-    return old.expression.xreplace({axis(rank - dim % rank): axis(rank - n) for n, dim in enumerate(order)})
-
-
-def _transpose(reader: Reader, node: Node, input: Any, dim0: Any, dim1: Any) -> sympy.Basic:
-    rank = len(_shape(node))
-    _need(rank > 0 and isinstance(dim0, int) and isinstance(dim1, int))
-    order = list(range(rank))
-    order[dim0], order[dim1] = order[dim1], order[dim0]
-    return _permute(reader, node, input, *order)
+    return old.expression.xreplace({axis(rank - dim): axis(rank - n) for n, dim in enumerate(operation.order)})
 
 
 def _concatenated(reader: Reader, node: Node, tensors: Any, dim: Any = 0) -> sympy.Basic:
@@ -461,8 +455,7 @@ HANDLERS: dict[str, Handler] = {
     "sqrt": _sqrt,
     "cumsum": _cumulative_sum,
     "diff": _difference,
-    "transpose": _transpose,
-    "permute": _permute,
+    **dict.fromkeys(("transpose", "permute"), _permute),
     "getitem": _getitem,
     "index": _index,
     "_add_batch_dim": _add_batch_dim,

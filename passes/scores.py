@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from .axes import Dim, Layout, Misaligned, Size, broadcast, is_size, leaves
+from .axes import Dim, Layout, Misaligned, broadcast, is_size, leaves
 from .masks import AXES, HIDDEN, OTHER_AXES, MaskTerm
 from .operations import (
     Clamped,
@@ -30,7 +30,7 @@ from .operations import (
 )
 from .softmax import Reduction, find_reduction
 from .values import are_tensors, fake_tensor
-from .walk import Factor, Walker, source_layout
+from .walk import Factor, Walker, shape_of, source_layout
 
 ACTIVE_DROPOUT = "dropout is active; call model.eval() or set its probability to 0"
 
@@ -202,7 +202,7 @@ class ScoreWalk:
         keys, start = self.kept
         scores, sink = joined.sources if start == 0 else joined.sources[::-1]
         count = math.prod(axis.size for axis in leaves(keys))
-        if start > 1 or not is_size(_size(sink, joined.dim), 1) or not is_size(_size(scores, joined.dim), count):
+        if start > 1 or not is_size(shape_of(sink)[joined.dim], 1) or not is_size(shape_of(scores)[joined.dim], count):
             raise NotAttention
         found = self.find(scores, (*layout[: joined.dim], keys, *layout[joined.dim + 1 :]), node)
         found.sink = sink, (*layout[: joined.dim], (), *layout[joined.dim + 1 :])
@@ -299,14 +299,4 @@ def mask_term(mask: ScoreMask, scores: Layout) -> MaskTerm:
 
 
 def _operand(node: Node, layout: Layout, operand: Node) -> Layout:
-    tensor, own = fake_tensor(node), fake_tensor(operand)
-    if tensor is None or own is None:
-        raise Misaligned
-    return broadcast(layout, tensor.shape, own.shape)
-
-
-def _size(node: Node, dim: int) -> Size:
-    tensor = fake_tensor(node)
-    if tensor is None:
-        raise Misaligned
-    return tensor.shape[dim]
+    return broadcast(layout, shape_of(node), shape_of(operand))

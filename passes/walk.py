@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from .axes import Layout, Misaligned, broadcast, leaves, take, viewed
+from .axes import Layout, Misaligned, Size, broadcast, leaves, take, viewed
 from .mutation import Writes
 from .operations import Expanded, Operation, Permuted, Repeated, Same, Scaled, Viewed, read_operation
 from .symbolic import Reader
@@ -150,25 +151,35 @@ class Walker:
         return None
 
 
+def shape_of(node: Node) -> Sequence[Size]:
+    """The shape of a node's tensor.
+
+    Raises:
+        Misaligned: It is not known.
+    """
+    tensor = fake_tensor(node)
+    if tensor is None:
+        raise Misaligned
+    return tensor.shape
+
+
 def source_layout(operation: Operation, node: Node, layout: Layout, source: Node) -> Layout:
     """The axes of an operation's source, from those of its result.
 
     Raises:
         Misaligned: They cannot be told.
     """
-    tensor, result = fake_tensor(source), fake_tensor(node)
-    if tensor is None or result is None:
-        raise Misaligned
+    shape, result = shape_of(source), shape_of(node)
     if isinstance(operation, Viewed):
-        return viewed(layout, tensor.shape)
+        return viewed(layout, shape)
     if isinstance(operation, Permuted):
-        return tuple(layout[operation.order.index(place)] for place in range(tensor.dim()))
+        return tuple(layout[operation.order.index(place)] for place in range(len(shape)))
     if isinstance(operation, Repeated):
-        return _before_repeat(layout, operation.dim, tensor.shape[operation.dim])
-    return broadcast(layout, result.shape, tensor.shape)
+        return _before_repeat(layout, operation.dim, shape[operation.dim])
+    return broadcast(layout, result, shape)
 
 
-def _before_repeat(layout: Layout, dim: int, size: int) -> Layout:
+def _before_repeat(layout: Layout, dim: int, size: Size) -> Layout:
     """The layout before each element along `dim`, of which there are `size`, was repeated in place."""
     return (*layout[:dim], take(size, list(leaves(layout[dim]))), *layout[dim + 1 :])
 
