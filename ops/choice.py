@@ -7,8 +7,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .config import S2OConfig
 
-DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 2**20}
-"""Fewest keys from which the default settings were measured, or are extrapolated, to beat SDPA: see the README."""
+DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 32768}
+"""Fewest keys from which the default settings were measured to beat SDPA: see the README."""
 
 
 def choose_sparse(query: torch.Tensor, key: torch.Tensor, config: S2OConfig) -> bool | None:

@@ -15,6 +15,7 @@ from .helpers import (
     float32,
     load_padding,
     load_rows,
+    mask_terms,
     see,
     span,
 )
@@ -77,9 +78,9 @@ def attend_kernel(
     key_documents,
     mask,
     index,
-    log_weight,
     count,
     skipped,
+    importance,
     mean_key,
     mean_value,
     output,
@@ -117,6 +118,7 @@ def attend_kernel(
     capacity,
     blocks,
     threshold,
+    log2_threshold,
     scale,
     softcap,
     SEGMENT: tl.constexpr,
@@ -144,10 +146,11 @@ def attend_kernel(
 ):
     """Attend one tile: TILE positions of HEADS heads that share a list.
 
-    Lists as `select_kernel` writes them. Program (tile, latest first; part of the group's heads; batch entry and
-    group).
+    Lists as `select_kernel` and `importance_kernel` write them. Program (tile, latest first; part of the group's heads;
+    batch entry and group).
     """
-    scale, softcap, threshold = float32(scale), float32(softcap), float32(threshold)
+    scale, softcap = float32(scale), float32(softcap)
+    threshold, log2_threshold = float32(threshold), float32(log2_threshold)
     tiles_per_segment: tl.constexpr = SEGMENT // TILE
     parts_per_list: tl.constexpr = (GROUP // LISTS + HEADS - 1) // HEADS
     tile = first_segment * tiles_per_segment + tl.num_programs(0) - 1 - tl.program_id(0)
@@ -170,16 +173,10 @@ def attend_kernel(
     key += batch * key_stride_b + group * key_stride_h
     value += batch * value_stride_b + group * value_stride_h
     padding += batch * padding_stride_b
-    terms = (
-        offset,
-        window,
-        query_documents + batch * query_documents_stride_b,
-        key_documents + batch * key_documents_stride_b,
-        mask + batch * mask_stride_b,
-        mask_stride_h,
-        mask_stride_n,
-        mask_stride_k,
-    )
+    terms = mask_terms(
+        batch, offset, window, query_documents, query_documents_stride_b, key_documents, key_documents_stride_b,
+        mask, mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
+    )  # fmt: skip
 
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
@@ -187,7 +184,7 @@ def attend_kernel(
     no_bias = tl.zeros([BLOCK_N], tl.float32)
     varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
-    _, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
+    begin, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     end = high
     if CAUSAL:
         end = tl.maximum(low, clip(tl.minimum((tile + 1) * TILE, queries) + offset, keys))
@@ -203,7 +200,7 @@ def attend_kernel(
 
     listed = tl.load(count + place)
     index += place.to(tl.int64) * capacity
-    log_weight += place.to(tl.int64) * capacity
+    importance += place.to(tl.int64) * capacity - begin
     if STOP_BY_GAIN:
         done = 0
         while done < listed:
@@ -231,7 +228,7 @@ def attend_kernel(
             seen = see(terms, head, position, real, chosen, inside, False, WINDOW, DOCUMENTS, MASK)
             bias = no_bias
             if SAMPLED:
-                bias = tl.load(log_weight + column, mask=inside, other=0.0)
+                bias = tl.maximum(log2_threshold - tl.load(importance + chosen, mask=inside, other=0.0), 0.0)
             maximum, mass, total = _add(
                 maximum, mass, total, rows, key, value, key_stride_n, value_stride_n, chosen, inside, seen, bias,
                 scale, softcap, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,

@@ -11,6 +11,7 @@ from .. import sampling
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e38)
+FLOAT8_MAX = tl.constexpr(448.0)
 KEY_BLOCK = tl.constexpr(64)
 KEY_STEP = tl.constexpr(sampling.KEY_STEP)
 SEGMENT_STEP = tl.constexpr(sampling.SEGMENT_STEP)
@@ -40,20 +41,42 @@ def span(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """`Geometry.span`: where a segment's history starts, and the keys [low, high) that it attends densely."""
+    """`Geometry.span`: where a segment's history starts, and its dense span [low, high); of one segment or of many."""
     first = segment * SEGMENT
     end = tl.minimum(first + SEGMENT, queries)
-    start = 0
+    start = first * 0
     if WINDOW:
         start = clip(first + offset - window + 1, keys) // KEY_BLOCK * KEY_BLOCK
     low = tl.maximum(start, clip(first + offset - near_keys, keys) // KEY_BLOCK * KEY_BLOCK)
     high = clip((clip(end + offset + near_keys, keys) + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK, keys)
-    if segment >= ranked_segments:
-        low = start
-        high = keys
+    is_ranked = segment < ranked_segments
+    low = tl.where(is_ranked, low, start)
+    high = tl.where(is_ranked, high, keys)
     if CAUSAL:
         high = clip(end + offset, keys)
     return start, low, tl.maximum(low, high)
+
+
+@triton.jit
+def mask_terms(
+    batch,
+    offset,
+    window,
+    query_documents,
+    query_documents_stride_b,
+    key_documents,
+    key_documents_stride_b,
+    mask,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_n,
+    mask_stride_k,
+):
+    """The terms that `see` reads, of one batch entry."""
+    query_documents += batch * query_documents_stride_b
+    key_documents += batch * key_documents_stride_b
+    mask += batch * mask_stride_b
+    return offset, window, query_documents, key_documents, mask, mask_stride_h, mask_stride_n, mask_stride_k
 
 
 @triton.jit
@@ -91,14 +114,37 @@ def see(
 
 
 @triton.jit
-def dot_logits(rows, keys, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
-    """The logits of rows [M, D] and keys [D, N], capped to `softcap`, which is in units of log 2 as well."""
-    logits = tl.dot(rows, keys, input_precision=PRECISION) * scale
+def dot_logits(one, other, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
+    """The logits of one [M, D] and other [D, N], capped to `softcap`, which is in units of log 2 as well."""
+    logits = tl.dot(one, other, input_precision=PRECISION) * scale
     if SOFTCAP:
         decay = tl.exp2(tl.abs(logits) / softcap * (-2 * LOG2_E))
         capped = softcap * (1 - decay) / (1 + decay)
         logits = tl.where(logits < 0, -capped, capped)
     return logits
+
+
+@triton.jit
+def load_guides(
+    guides, segment, slot, stride_h, stride_n, per_head, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The guides at `slot` [M] of each row's segment: rows [M, BLOCK_D], heads, places, and which are real."""
+    head, guide = slot // PER_SEGMENT, segment * PER_SEGMENT + slot % PER_SEGMENT
+    real = (head < HEADS) & (guide < per_head)
+    channels = tl.arange(0, BLOCK_D)
+    pointers = guides + head.to(tl.int64)[:, None] * stride_h + guide.to(tl.int64)[:, None] * stride_n
+    rows = tl.load(pointers + channels[None, :], mask=real[:, None] & (channels < D)[None, :], other=0.0)
+    return rows, head, guide, real
+
+
+@triton.jit
+def unit_scale(scale, ranges, place, places, QUANTISED: tl.constexpr):
+    """What turns products of guides and keys into logits, for a batch entry and group at `place` of `places`."""
+    scale = float32(scale)
+    if QUANTISED:
+        scale *= tl.load(ranges + place) / FLOAT8_MAX * (tl.load(ranges + places + place) / FLOAT8_MAX)
+    return scale
 
 
 @triton.jit

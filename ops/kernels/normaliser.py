@@ -6,11 +6,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import dot_logits, finite_or_zero, float32, load_padding, load_rows, see, span
+from .helpers import (
+    dot_logits,
+    finite_or_zero,
+    float32,
+    load_guides,
+    load_padding,
+    load_rows,
+    mask_terms,
+    see,
+    span,
+    unit_scale,
+)
 
 
 @triton.jit
-def _add(maximum, mass, logits):
+def _is_history(column, history):
+    begin, low, high, end = history
+    column = column[None, :]
+    return (column >= begin) & (column < end) & ((column < low) | (column >= high))
+
+
+@triton.jit
+def _add(maximum, mass, logits, seen):
+    logits = tl.where(seen, logits, float("-inf"))
     largest = tl.maximum(maximum, tl.max(logits, 1))
     origin = finite_or_zero(largest)
     mass = mass * tl.exp2(maximum - origin) + tl.sum(tl.exp2(logits - origin[:, None]), 1)
@@ -20,6 +39,7 @@ def _add(maximum, mass, logits):
 @triton.jit
 def normaliser_kernel(
     guides,
+    ranges,
     key,
     padding,
     query_documents,
@@ -45,6 +65,7 @@ def normaliser_kernel(
     keys,
     guides_per_head,
     first_segment,
+    segments,
     ranked_segments,
     offset,
     window,
@@ -63,73 +84,76 @@ def normaliser_kernel(
     DOCUMENTS: tl.constexpr,
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    QUANTISED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write lse [B, groups, heads, guides], in units of log 2, for the guides of one segment of one KV group.
+    """Write lse [B, groups, heads, guides], in units of log 2, for the guides of segments of one KV group.
 
-    Program (segment, block of the segment's guides over all heads, batch entry and group).
+    Program (SEGMENTS consecutive segments; block of the guides of each over all heads; batch entry and group).
     """
-    scale, softcap, log2_sample = float32(scale), float32(softcap), float32(log2_sample)
-    segment = first_segment + tl.program_id(0)
+    softcap, log2_sample = float32(softcap), float32(log2_sample)
+    scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
     batch = (tl.program_id(2) // groups).to(tl.int64)
     group = (tl.program_id(2) % groups).to(tl.int64)
     per_segment: tl.constexpr = SEGMENT // POOL
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head, guide = row // per_segment, segment * per_segment + row % per_segment
-    real = (head < GUIDE_HEADS) & (guide < guides_per_head)
+    rows_per_segment: tl.constexpr = BLOCK_M // SEGMENTS
     guides += batch * guides_stride_b + group * guides_stride_g
-    channels = tl.arange(0, BLOCK_D)
-    pointers = guides + head.to(tl.int64)[:, None] * guides_stride_h + guide.to(tl.int64)[:, None] * guides_stride_n
-    rows = tl.load(pointers + channels[None, :], mask=real[:, None] & (channels < D)[None, :], other=0.0)
+    first_guide = (batch * groups + group) * GUIDE_HEADS * guides_per_head
     key += batch * key_stride_b + group * key_stride_h
     padding += batch * padding_stride_b
-    terms = (
-        offset,
-        window,
-        query_documents + batch * query_documents_stride_b,
-        key_documents + batch * key_documents_stride_b,
-        mask + batch * mask_stride_b,
-        mask_stride_h,
-        mask_stride_n,
-        mask_stride_k,
-    )
+    terms = mask_terms(
+        batch, offset, window, query_documents, query_documents_stride_b, key_documents, key_documents_stride_b,
+        mask, mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
+    )  # fmt: skip
+
+    row = tl.arange(0, BLOCK_M)
+    segment = first_segment + tl.program_id(0) * SEGMENTS + row // rows_per_segment
+    slot = tl.program_id(1) * rows_per_segment + row % rows_per_segment
+    rows, head, guide, real = load_guides(
+        guides, segment, slot, guides_stride_h, guides_stride_n, guides_per_head, GUIDE_HEADS, per_segment,
+        D, BLOCK_D,
+    )  # fmt: skip
+    real = real & (segment < first_segment + segments)
     query_head, position = group * GUIDE_HEADS + head, guide * POOL
     begin, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
-    is_ranked = segment < ranked_segments
-    end = low if CAUSAL else tl.where(is_ranked, keys, low)
-    dense_end = tl.where(is_ranked, high, low)
+    is_ranked = (segment < ranked_segments) & real
+    end = tl.where(is_ranked, low if CAUSAL else keys, begin)
+    high = tl.where(is_ranked, high, low)
+    first, last = tl.min(begin, 0), tl.max(end, 0)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
+    history = (begin[:, None], low[:, None], high[:, None], end[:, None])
 
-    for start in range(begin // sample * sample + sample // 2, end, BLOCK_N * sample):
+    for start in range(first // sample * sample + sample // 2, last, BLOCK_N * sample):
         column = start + tl.arange(0, BLOCK_N) * sample
-        inside = (column < end) & (column >= first_keys) & ((column < low) | (column >= high))
-        inside = load_padding(padding, column, inside, HAS_PADDING)
+        inside = load_padding(padding, column, (column >= first_keys) & (column < last), HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
+        seen = see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION) + log2_sample
-        seen = see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
-        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
+        maximum, mass = _add(maximum, mass, logits, seen & _is_history(column, history))
 
-    for start in range(begin, tl.minimum(first_keys, end), BLOCK_N):
+    for start in range(first, tl.minimum(first_keys, last), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        inside = (column < first_keys) & (column < end) & ((column < low) | (column >= high))
-        inside = load_padding(padding, column, inside, HAS_PADDING)
+        inside = load_padding(padding, column, (column < first_keys) & (column < last), HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
         seen = see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
-        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
-
-    for start in range(low, dense_end, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        inside = load_padding(padding, column, column < high, HAS_PADDING)
-        block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
+        maximum, mass = _add(maximum, mass, logits, seen & _is_history(column, history))
+
+    last = tl.max(high, 0)
+    for start in range(tl.min(tl.where(is_ranked, low, keys), 0), last, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        inside = load_padding(padding, column, column < last, HAS_PADDING)
+        block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
         seen = see(terms, query_head, position, real, column, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
-        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
+        seen = seen & (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
+        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
+        maximum, mass = _add(maximum, mass, logits, seen)
 
-    place = ((batch * groups + group) * GUIDE_HEADS + head) * guides_per_head + guide
+    place = first_guide + head.to(tl.int64) * guides_per_head + guide
     tl.store(lse + place, maximum + tl.log2(mass), mask=real)

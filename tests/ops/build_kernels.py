@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.kernels import launch
+from s2o_compile.ops.kernels import launch, quantise, rank
 from s2o_compile.ops.visibility import Visibility
 
 CAPABILITIES = (80, 90)
@@ -24,6 +24,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -50,16 +51,19 @@ class Builder:
                 signature[parameter.name] = "fp64" if isinstance(value, float) else "i32"
         options = {"num_warps": num_warps, "num_stages": num_stages}
         for capability in CAPABILITIES:
+            if capability < 89 and "*fp8e4nv" in signature.values():
+                continue
             source, target = ASTSource(self.kernel, signature, constants), GPUTarget("cuda", capability, 32)
             assert triton.compile(source, target=target, options=options).asm["cubin"]
             print(f"{self.kernel.__name__}-{capability}")
 
 
 def main(dtype: torch.dtype) -> None:
-    launch.wrap_triton = Builder  # type: ignore[assignment]
-    query, key = torch.empty(1, 4, 300, 16, dtype=dtype), torch.empty(1, 2, 300, 16, dtype=dtype)
+    launch.wrap_triton = rank.wrap_triton = quantise.wrap_triton = Builder  # type: ignore[assignment]
+    query, key = torch.empty(1, 4, 300, 32, dtype=dtype), torch.empty(1, 2, 300, 32, dtype=dtype)
     documents, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 1, 300, 300, dtype=torch.bool)
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
+    launch.ranks_in_float8 = lambda query, softcap: query.dtype != torch.float32 and not softcap
     for config in CONFIGS:
         launch.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, config)
         if config.tail != "means":

@@ -17,4 +17,4 @@ def test_kernels_compile_for_gpus(dtype: str) -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     built = run.stdout.split()
-    assert {"normaliser_kernel-80", "select_kernel-90", "attend_kernel-90"} <= set(built)
+    assert {"normaliser_kernel-80", "importance_kernel-90", "select_kernel-90", "attend_kernel-90"} <= set(built)

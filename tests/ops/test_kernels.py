@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 
 from s2o_compile.ops import AttentionResult, S2OConfig
-from s2o_compile.ops.kernels import launch
+from s2o_compile.ops.kernels import launch, rank
 from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.sinks import add_sinks
 from s2o_compile.ops.visibility import Visibility
@@ -19,6 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LONGEST = 200 if DEVICE == "cuda" else 130
 # The interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+# Each example compiles kernels of its own on a GPU.
+EXAMPLES = 8 if DEVICE == "cuda" else 40
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
@@ -29,7 +31,7 @@ def run(call: Call, tensors: tuple[torch.Tensor, ...]) -> AttentionResult:
     return result if sinks is None else add_sinks(result, sinks)
 
 
-@settings(max_examples=40, phases=PHASES)
+@settings(max_examples=EXAMPLES, phases=PHASES)
 @given(calls(longest=LONGEST))
 def test_agrees_with_the_reference(call: Call) -> None:
     tensors = call.tensors(torch.float32, DEVICE)
@@ -46,7 +48,7 @@ def test_agrees_with_the_reference(call: Call) -> None:
         assert_same(got, want, 1e-4)
 
 
-@settings(max_examples=20, phases=PHASES)
+@settings(max_examples=EXAMPLES // 2, phases=PHASES)
 @given(calls(longest=LONGEST, settings=configs(thresholds=(0.0,))))
 def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
     for dtype in DTYPES:
@@ -73,6 +75,7 @@ def test_head_dimensions(channels: int, value_channels: int, dtype: torch.dtype)
 
 def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "WORKSPACE", 2**12)
+    monkeypatch.setattr(rank, "CHUNK", 128)
     torch.manual_seed(3)
     query, key, value = (torch.randn(1, 2, 200, 16, device=DEVICE) for _ in "qkv")
     for config in (
@@ -83,6 +86,26 @@ def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
             got = launch.sparse_attention(query, key, value, visibility, 0.25, 0.0, config)
             want = reference_attention(query.double(), key.double(), value.double(), visibility, config=config)
             assert_same(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("config", [S2OConfig(threshold=1e-2), S2OConfig(threshold=1e-2, pool=2, lists="head")])
+def test_ranking_in_float8_errs_no_more(config: S2OConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With keys that have large biases of single channels, which float8 alone could not represent."""
+    torch.manual_seed(9)
+    bias = 30 * (torch.arange(32, device=DEVICE) % 8 == 0)
+    query, key, value = (torch.randn(1, 2, 300, 32, device=DEVICE) * 2 for _ in "qkv")
+    tensors = [x.half() for x in (query, key + bias, value)]
+    mask = torch.ones(300, 300, dtype=torch.bool, device=DEVICE).tril()
+    want = dense(*tensors, mask)
+    visited, error = [], []
+    for is_float8 in (False, True):
+        monkeypatch.setattr(launch, "ranks_in_float8", lambda query, softcap, answer=is_float8: answer)
+        result = launch.sparse_attention(*tensors, Visibility(True), 32**-0.5, 0.0, config)
+        visited.append(result.visited.sum().item())
+        error.append((result.output.double() - want).square().sum().item())
+    assert visited[1] == pytest.approx(visited[0], rel=0.05)
+    assert error[1] <= 1.5 * error[0]
+    assert error != [0, 0]
 
 
 @pytest.mark.gpu
@@ -133,7 +156,8 @@ def test_compiled(dynamic: bool) -> None:
         return torch.ops.s2o.attention(query * 2, key, value, is_causal=True, min_length=0, threshold=1e-3) + 1
 
     got = torch.compile(model, fullgraph=True, dynamic=dynamic)(query, key, value)
-    assert largest_difference(got, model(query, key, value)) < 1e-2
+    # The mean key may round differently, and a key at its draw be visited by one and not by the other.
+    assert largest_difference(got, model(query, key, value)) < 2e-2
 
 
 @pytest.mark.gpu

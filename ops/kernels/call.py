@@ -1,0 +1,111 @@
+"""What the kernels of one call share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton import next_power_of_2
+
+from ..config import S2OConfig
+from ..geometry import BLOCK, Geometry
+from ..visibility import Visibility
+
+_LOG2_E = math.log2(math.e)
+
+
+@dataclass
+class Call:
+    """The tensors of a call and what its kernels share."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    visibility: Visibility
+    geometry: Geometry
+    scale: float
+    softcap: float
+    config: S2OConfig
+
+    @property
+    def groups(self) -> int:
+        """KV heads."""
+        return self.key.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query.shape[1] // self.groups
+
+    @property
+    def lists(self) -> int:
+        """Lists per KV head and segment."""
+        return self.group if self.config.lists == "head" else 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of keys."""
+        return -(-self.geometry.keys // BLOCK)
+
+    def capacity(self, segment: int) -> int:
+        """The longest history of the segments up to `segment`."""
+        geometry = self.geometry
+        if not geometry.is_causal or self.config.stop == "gain":
+            return geometry.keys
+        longest = max(1, geometry.span(min(segment, geometry.ranked_segments - 1)).low)
+        return longest if geometry.window is None else min(longest, geometry.window + BLOCK)
+
+    @functools.cached_property
+    def masks(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that mask: padding, documents of queries, documents of keys, mask; a stand-in where absent."""
+        absent = self.key.new_empty(1, 1, dtype=torch.bool)
+        rows = (self.visibility.key_padding, self.visibility.query_documents, self.visibility.key_documents)
+        mask = self.visibility.mask
+        return *(absent if x is None else x.contiguous() for x in rows), absent if mask is None else mask
+
+    @property
+    def mask_strides(self) -> tuple[int, ...]:
+        """The strides of `masks`: of the first three over the batch, of the last in 4 dimensions."""
+        *rows, mask = self.masks
+        full = (*self.query.shape[:3], self.geometry.keys)
+        strides = (0,) * 4 if self.visibility.mask is None else mask.expand(full).stride()
+        return *(x.stride(0) for x in rows), *strides
+
+    @property
+    def log2_threshold(self) -> float:
+        """The logarithm of the threshold."""
+        return math.log2(self.config.threshold) if self.config.threshold else -1e38
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The arguments that all kernels share: of spans, masks and logits."""
+        visibility = self.visibility
+        return {
+            "queries": self.geometry.queries,
+            "keys": self.geometry.keys,
+            "ranked_segments": self.geometry.ranked_segments,
+            "offset": self.geometry.offset,
+            "window": visibility.window or 0,
+            "near_keys": self.geometry.near_keys,
+            "groups": self.groups,
+            "scale": self.scale * _LOG2_E,
+            "softcap": self.softcap * _LOG2_E,
+            "SEGMENT": self.config.segment,
+            "CAUSAL": visibility.is_causal,
+            "HAS_PADDING": visibility.key_padding is not None,
+            "WINDOW": visibility.window is not None,
+            "DOCUMENTS": visibility.query_documents is not None,
+            "MASK": visibility.mask is not None,
+            "SOFTCAP": self.softcap > 0,
+            "D": self.key.shape[-1],
+            "BLOCK_D": channels(self.key.shape[-1]),
+            "PRECISION": "ieee" if self.query.dtype == torch.float32 else "tf32",
+        }
+
+
+def channels(count: int) -> int:
+    """Channels as the kernels hold them."""
+    return max(16, next_power_of_2(count))

@@ -1,0 +1,178 @@
+"""The importance of each key of a history, for each list of keys."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .helpers import (
+    LOWEST,
+    dot_logits,
+    float32,
+    load_guides,
+    load_padding,
+    load_rows,
+    mask_terms,
+    see,
+    span,
+    unit_scale,
+)
+
+
+@triton.jit
+def _larger(one, other):
+    """The larger, or NaN where either is."""
+    return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def importance_kernel(
+    guides,
+    ranges,
+    lse,
+    key,
+    padding,
+    query_documents,
+    key_documents,
+    mask,
+    importance,
+    guides_stride_b,
+    guides_stride_g,
+    guides_stride_h,
+    guides_stride_n,
+    key_stride_b,
+    key_stride_h,
+    key_stride_n,
+    padding_stride_b,
+    query_documents_stride_b,
+    key_documents_stride_b,
+    mask_stride_b,
+    mask_stride_h,
+    mask_stride_n,
+    mask_stride_k,
+    groups,
+    queries,
+    keys,
+    guides_per_head,
+    first_segment,
+    segments,
+    ranked_segments,
+    offset,
+    window,
+    near_keys,
+    first_keys,
+    capacity,
+    chunk,
+    log2_max_weight,
+    mean_weight,
+    scale,
+    softcap,
+    SEGMENT: tl.constexpr,
+    POOL: tl.constexpr,
+    GUIDE_HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    WINDOW: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    QUANTISED: tl.constexpr,
+    HAS_MAX: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write importance [lists, capacity], in units of log 2; inf is sure to be visited, -inf is not to be visited.
+
+    Lists stand in the order [batch, group, list, segment], keys from where the segment's history starts. Program
+    (`chunk` keys for SEGMENTS consecutive segments, last first; list of the group; batch entry and group). Keys are the
+    rows of the product, so that the maximum over guides stays within a warp.
+    """
+    softcap = float32(softcap)
+    scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
+    log2_max_weight, mean_weight = float32(log2_max_weight), float32(mean_weight)
+    batch = (tl.program_id(2) // groups).to(tl.int64)
+    group = (tl.program_id(2) % groups).to(tl.int64)
+    per_segment: tl.constexpr = SEGMENT // POOL
+    heads: tl.constexpr = GUIDE_HEADS // LISTS
+    total: tl.constexpr = heads * per_segment
+    rows_per_segment: tl.constexpr = BLOCK_M // SEGMENTS
+    first_head = tl.program_id(1) * heads
+    guides += batch * guides_stride_b + group * guides_stride_g + first_head.to(tl.int64) * guides_stride_h
+    first_guide = ((batch * groups + group) * GUIDE_HEADS + first_head) * guides_per_head
+    lse += first_guide
+    key += batch * key_stride_b + group * key_stride_h
+    padding += batch * padding_stride_b
+    terms = mask_terms(
+        batch, offset, window, query_documents, query_documents_stride_b, key_documents, key_documents_stride_b,
+        mask, mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
+    )  # fmt: skip
+
+    parts = (segments + SEGMENTS - 1) // SEGMENTS
+    first = first_segment + (parts - 1 - tl.program_id(0) % parts) * SEGMENTS
+    part = first + tl.arange(0, SEGMENTS)
+    is_ranked = part < tl.minimum(ranked_segments, first_segment + segments)
+    begin, low, high = span(part, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
+    end = tl.where(is_ranked, low if CAUSAL else keys, begin)
+    present = tl.minimum(guides_per_head - part * per_segment, per_segment)
+    place = (tl.program_id(2) * LISTS + tl.program_id(1)) * segments + part - first_segment
+    importance += place.to(tl.int64) * capacity - begin
+
+    row = tl.arange(0, BLOCK_M)
+    segment, slot = first + row // rows_per_segment, row % rows_per_segment
+    rows, head, guide, real = load_guides(
+        guides, segment, slot, guides_stride_h, guides_stride_n, guides_per_head, heads, per_segment,
+        D, BLOCK_D,
+    )  # fmt: skip
+    normaliser = tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
+    varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
+    start_of_chunk = tl.min(begin, 0) + tl.program_id(0) // parts * chunk
+    for start in range(start_of_chunk, tl.minimum(start_of_chunk + chunk, tl.max(end, 0)), BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        block = load_rows(key, column, column < keys, key_stride_n, D, BLOCK_D)
+        largest = tl.full([BLOCK_N, SEGMENTS], float("-inf"), tl.float32)
+        mean = tl.zeros([BLOCK_N, SEGMENTS], tl.float32)
+        blind = tl.zeros([SEGMENTS], tl.int32)
+        visible = tl.zeros([BLOCK_N, SEGMENTS], tl.int32)
+        for done in tl.static_range(0, total, rows_per_segment):
+            if total > rows_per_segment:
+                rows, head, guide, real = load_guides(
+                    guides, segment, done + slot, guides_stride_h, guides_stride_n, guides_per_head, heads,
+                    per_segment, D, BLOCK_D,
+                )  # fmt: skip
+                normaliser = tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
+            logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) - normaliser[None, :]
+            if varies:
+                query_head, position = group * GUIDE_HEADS + first_head + head, guide * POOL
+                seen = see(terms, query_head, position, real, column, column < keys, False, WINDOW, DOCUMENTS, MASK)
+                seen = tl.trans(seen & real[:, None])
+                logits = tl.where(seen, logits, float("-inf"))
+                seen = tl.reshape(seen.to(tl.int32), [BLOCK_N, SEGMENTS, rows_per_segment])
+                visible = tl.maximum(visible, tl.max(seen, 2))
+            of_segments = tl.reshape(logits, [BLOCK_N, SEGMENTS, rows_per_segment])
+            largest = _larger(largest, tl.max(of_segments, 2))
+            if HAS_MEAN:
+                mean += tl.sum(tl.exp2(of_segments), 2)
+            lost = tl.reshape((normaliser != normaliser).to(tl.int32), [SEGMENTS, rows_per_segment])
+            blind += tl.sum(lost, 1)
+        score = tl.full([BLOCK_N, SEGMENTS], float("-inf"), tl.float32)
+        if HAS_MAX:
+            score = largest + log2_max_weight
+        if HAS_MEAN:
+            score = _larger(score, tl.log2(mean * (mean_weight / (heads * present))[None, :]))
+        # Where a guide tells nothing every key is visited, and a key of which the guides can tell nothing too.
+        sure = (score != score) | (blind > 0)[None, :] | (column < first_keys)[:, None]
+        score = tl.where(sure, float("inf"), tl.maximum(score, LOWEST))
+        inside = load_padding(padding, column, column < keys, HAS_PADDING)
+        ranked = inside[:, None] & ((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]))
+        if varies:
+            ranked = ranked & (visible > 0)
+        pointers = importance[None, :] + column[:, None]
+        written = (column[:, None] >= begin[None, :]) & (column[:, None] < end[None, :])
+        tl.store(pointers, tl.where(ranked, score, float("-inf")), mask=written)

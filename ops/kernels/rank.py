@@ -1,0 +1,123 @@
+"""The lists of keys that a run of segments visits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.library import wrap_triton
+
+from ..ranking import sorted_history
+from .call import Call
+from .importance import importance_kernel
+from .normaliser import normaliser_kernel
+from .quantise import Operands
+from .select import select_kernel
+from .tiling import ranking_tiling, rows_per_list
+
+_SPAN = ("queries", "keys", "ranked_segments", "offset", "window", "near_keys", "SEGMENT", "CAUSAL", "WINDOW")
+CHUNK = 4096
+"""Keys that one program scores."""
+
+
+@dataclass
+class Lists:
+    """The keys to visit, one list per (batch entry, group, list, segment of the run), as the kernels lay them out."""
+
+    index: torch.Tensor
+    count: torch.Tensor
+    skipped: torch.Tensor
+    importance: torch.Tensor
+
+
+def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
+    """The whole history, by importance."""
+    per_segment = call.config.segment // call.config.pool
+    part = guides[:, :, :, segments.start * per_segment : segments.stop * per_segment]
+    index, count = sorted_history(
+        part, call.key, call.visibility, segments, call.geometry, call.scale, call.softcap, call.config
+    )
+    return Lists(index.contiguous(), count.contiguous(), count, call.key.new_empty(1))
+
+
+def select(call: Call, operands: Operands, segments: range) -> Lists:
+    """The keys that their importance and draws choose."""
+    config = call.config
+    importance = score(call, operands, normalisers(call, operands, segments), segments)
+    lists, capacity = importance.shape
+    index = torch.empty_like(importance, dtype=torch.int32)
+    count = index.new_empty(lists)
+    skipped = index.new_empty((lists, call.blocks) if config.has_means else 1)
+    wrap_triton(select_kernel)[(len(segments), lists // len(segments))](
+        importance, index, count, skipped,
+        **{name: call.shared[name] for name in _SPAN},
+        first_segment=segments.start,
+        capacity=capacity,
+        blocks=call.blocks,
+        log2_threshold=call.log2_threshold,
+        SAMPLED=config.has_samples,
+        HAS_MEANS=config.has_means,
+        BLOCK_N=2048, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return Lists(index, count, skipped, importance)
+
+
+def normalisers(call: Call, operands: Operands, segments: range) -> torch.Tensor:
+    """The log-sum-exp of each guide [B, Hkv, guide heads, guides], in units of log 2; of those of `segments`."""
+    config, guides, key = call.config, operands.guides, operands.key
+    lse = torch.empty(guides.shape[:-1], dtype=torch.float32, device=guides.device)
+    total = guides.shape[2] * (config.segment // config.pool)
+    tiling = ranking_tiling(key.shape[-1], key.element_size())
+    rows = rows_per_list(total, tiling.rows)
+    together = tiling.rows // rows
+    wrap_triton(normaliser_kernel)[
+        (-(-len(segments) // together), -(-total // rows), call.query.shape[0] * call.groups)
+    ](
+        guides, guides if operands.ranges is None else operands.ranges, key, *call.masks, lse,
+        *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
+        sample=config.sample,
+        log2_sample=math.log2(config.sample),
+        SEGMENTS=together,
+        **call.shared, **guide_settings(call, operands, segments), **tiling.arguments,
+    )  # fmt: skip
+    return lse
+
+
+def score(call: Call, operands: Operands, lse: torch.Tensor, segments: range) -> torch.Tensor:
+    """The importance of the keys of each list's history [lists, keys], in units of log 2."""
+    config, guides, key = call.config, operands.guides, operands.key
+    batch = call.query.shape[0] * call.groups
+    capacity = call.capacity(segments[-1])
+    importance = torch.empty(batch * call.lists * len(segments), capacity, dtype=torch.float32, device=guides.device)
+    tiling = ranking_tiling(key.shape[-1], key.element_size())
+    rows = rows_per_list(guides.shape[2] // call.lists * (config.segment // config.pool), tiling.rows)
+    together = tiling.rows // rows
+    programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
+    wrap_triton(importance_kernel)[(programs, call.lists, batch)](
+        guides, guides if operands.ranges is None else operands.ranges, lse, key, *call.masks, importance,
+        *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
+        capacity=capacity,
+        chunk=CHUNK,
+        log2_max_weight=math.log2(config.max_weight) if config.max_weight else 0.0,
+        mean_weight=config.mean_weight,
+        HAS_MAX=config.max_weight > 0,
+        HAS_MEAN=config.mean_weight > 0,
+        LISTS=call.lists, SEGMENTS=together,
+        **call.shared, **guide_settings(call, operands, segments), **tiling.arguments,
+    )  # fmt: skip
+    return importance
+
+
+def guide_settings(call: Call, operands: Operands, segments: range) -> dict[str, Any]:
+    """The arguments that the kernels of guides share."""
+    return {
+        "guides_per_head": operands.guides.shape[3],
+        "first_segment": segments.start,
+        "segments": len(segments),
+        "first_keys": call.config.first_keys,
+        "POOL": call.config.pool,
+        "GUIDE_HEADS": operands.guides.shape[2],
+        "QUANTISED": operands.ranges is not None,
+    }

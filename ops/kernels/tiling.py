@@ -1,0 +1,47 @@
+"""How large the blocks of each kernel are, by what fits into a multiprocessor's shared memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton import next_power_of_2
+
+MAX_ROWS = 128
+"""Rows of queries that a kernel handles at once."""
+
+
+class Tiling(NamedTuple):
+    """Rows and keys that a kernel multiplies at once, and how it is compiled."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """As arguments of a launch."""
+        return {"BLOCK_M": self.rows, "BLOCK_N": self.keys, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def ranking_tiling(channels: int, itemsize: int) -> Tiling:
+    """Of the kernels that multiply guides by keys, for the channels of a key and the bytes of each."""
+    if itemsize <= 2 and channels <= 128:
+        return Tiling(MAX_ROWS, 64, 4, 4) if itemsize == 1 else Tiling(MAX_ROWS, 128, 8, 2)
+    return Tiling(64, 64, 4, 2) if channels * itemsize <= 512 else Tiling(32, 32, 4, 2)
+
+
+def attend_tiling(row_bytes: int, rows: int) -> Tiling:
+    """Of `attend_kernel`, for rows of a tile and the wider of a key and a value, in bytes."""
+    rows = max(16, next_power_of_2(rows))
+    keys, stages = (
+        (64, 4) if row_bytes <= 128 else (32, 4) if row_bytes <= 256 else (32, 2) if row_bytes <= 512 else (16, 2)
+    )
+    return Tiling(rows, keys, 8 if rows > 128 or row_bytes > 256 else 4, stages)
+
+
+def rows_per_list(rows: int, most: int) -> int:
+    """How many guides of a list a kernel scores at once: the power of two that leaves the fewest places empty."""
+    if rows <= most:
+        return next_power_of_2(rows)
+    return min(most, most // 2, key=lambda chunk: -(-rows // chunk) * chunk)
