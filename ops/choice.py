@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .config import S2OConfig
+from .sizes import statically_known_true
 
 DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 2**20}
 """Fewest keys from which the default settings were measured, or are extrapolated, to beat SDPA: see the README."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import scaled_dot_product_attention
 
+from .sizes import statically_known_true
 from .softmax import soft_cap
 from .visibility import Visibility
 
@@ -22,7 +22,7 @@ def dense_attention(
         not is_causal or statically_known_true(visibility.causal_offset == 0)
     ):
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
-    mask = dense_mask(visibility, query, key)
+    mask = _mask(visibility, query, key)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return output.masked_fill(~mask.any(-1, keepdim=True), 0)
 
@@ -41,7 +41,7 @@ def decode_attention(
     groups, keys = key.shape[1:3]
     logits = query.float().reshape(batch, groups, -1, width) @ key.float().mT * scale
     logits = soft_cap(logits, softcap).view(batch, heads, length, keys)
-    logits = logits.masked_fill(~dense_mask(visibility, query, key), -math.inf)
+    logits = logits.masked_fill(~_mask(visibility, query, key), -math.inf)
     lse = logits.logsumexp(-1, keepdim=True)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.float()[:, None, None])
@@ -50,13 +50,5 @@ def decode_attention(
     return output.view(batch, heads, length, -1).to(query.dtype)
 
 
-def dense_mask(visibility: Visibility, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """All terms as one boolean that broadcasts to [B, Hq, Lq, Lk]."""
-    terms, mask = visibility._replace(mask=None), visibility.mask
-    if terms.is_empty and mask is not None:
-        return mask
-    batch, row, column = (
-        torch.arange(size, device=key.device) for size in (query.shape[0], query.shape[2], key.shape[2])
-    )
-    seen = terms.seen(batch[:, None, None, None], 0, row[:, None], column)
-    return seen if mask is None else seen & mask
+def _mask(visibility: Visibility, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return visibility.as_mask(query.shape[0], query.shape[2], key.shape[2], key.device)

@@ -12,7 +12,6 @@ import json
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import cpu
 from .choice import choose_sparse
@@ -20,6 +19,7 @@ from .config import S2OConfig
 from .dense import decode_attention, dense_attention
 from .result import AttentionResult
 from .sinks import add_sinks
+from .sizes import statically_known_true
 from .validation import validate
 from .visibility import Visibility
 

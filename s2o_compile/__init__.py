@@ -1,7 +1,7 @@
 """Sparse long-context attention as a compiler feature of PyTorch: ``torch.compile(model, backend="s2o")``.
 
-Nothing is imported before it is used, PyTorch included. The operator ``torch.ops.s2o.attention`` is there once both
-this package and PyTorch are imported, and ``attn_implementation="s2o"`` once transformers is imported too, in any order.
+Nothing is imported before it is used, PyTorch included. The operator ``torch.ops.s2o.attention`` is there once this
+package and PyTorch are imported, in any order, and ``attn_implementation="s2o"`` once transformers is too.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _register_operator() -> None:
 
 def _register_with_transformers() -> None:
     try:
-        importlib.import_module(".integrations.transformers", __name__).register()
+        importlib.import_module(".integrations.transformers", __name__)
     except ImportError as error:
         warnings.warn(f"attn_implementation='s2o' needs transformers 5.10 or later: {error}", stacklevel=2)
 

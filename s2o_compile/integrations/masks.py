@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ..ops.choice import choose_sparse
 from ..ops.visibility import Visibility
+from .lazy_mask import LazyMask
 from .settings import settings_of
 
 _AND = and_masks(causal_mask_function).__code__
@@ -82,7 +83,7 @@ def s2o_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | torch.Tensor = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
@@ -92,7 +93,7 @@ def s2o_mask(
     config: Any = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Visibility | torch.Tensor | None:
+) -> torch.Tensor | None:
     """The mask for the layers of one forward pass, as ``transformers.AttentionMaskInterface`` asks for it.
 
     Calls that will run dense get the mask of SDPA, as those that gradients may be needed of do. So do calls whose mask
@@ -103,7 +104,7 @@ def s2o_mask(
         batch_size: B.
         q_length: Lq.
         kv_length: Lk.
-        q_offset: The position of the first query.
+        q_offset: The position of the first query, a number or a tensor that holds one.
         kv_offset: The position of the first key.
         mask_function: Whether a query sees a key, as transformers writes it.
         attention_mask: [B, at most Lk + `kv_offset`] boolean, False for padding.
@@ -122,7 +123,8 @@ def s2o_mask(
             if choose_sparse(q_length, keys, torch.device(device), settings_of(config)):
                 padding = _padding(attention_mask, kv_length, kv_offset)
                 hides = padding is not None and not padding[:, :keys].all()
-                return terms._replace(key_padding=padding if hides else None)
+                terms = terms._replace(key_padding=padding if hides else None)
+                return LazyMask(terms, (batch_size, 1, q_length, kv_length), torch.device(device))
     return sdpa_mask(
         batch_size,
         q_length,

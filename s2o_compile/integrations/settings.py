@@ -25,8 +25,12 @@ def configure(model: torch.nn.Module, config: S2OConfig) -> None:
     Raises:
         ValueError: No part of the model runs with this attention.
     """
-    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    users = [settings for settings in found.values() if getattr(settings, "_attn_implementation", None) == IMPLEMENTATION]
+    found: dict[int, Any] = {
+        id(module.config): module.config for module in model.modules() if hasattr(module, "config")
+    }
+    users = [
+        settings for settings in found.values() if getattr(settings, "_attn_implementation", None) == IMPLEMENTATION
+    ]
     if not users:
         raise ValueError(
             f"model must run with attn_implementation='s2o', and {type(model).__name__} does not: "
@@ -36,10 +40,16 @@ def configure(model: torch.nn.Module, config: S2OConfig) -> None:
         settings.s2o = config.arguments()
 
 
+def fields_of(config: Any) -> dict[str, Any]:
+    """The fields of `S2OConfig` that a configuration of transformers holds, unchecked: Dynamo may read them."""
+    return getattr(config, IMPLEMENTATION, None) or {}
+
+
 def settings_of(config: Any) -> S2OConfig:
     """The settings in a configuration of transformers.
 
     Raises:
-        ValueError: They are not those of `S2OConfig`.
+        TypeError: A field has the wrong type.
+        ValueError: A field is unknown or has a value that is not allowed.
     """
-    return S2OConfig.from_options(getattr(config, IMPLEMENTATION, None) or {})
+    return S2OConfig.from_options(fields_of(config))

@@ -1,4 +1,4 @@
-"""``attn_implementation="s2o"`` for the models of transformers."""
+"""``attn_implementation="s2o"`` for the models of transformers, registered there by importing this module."""
 
 from __future__ import annotations
 
@@ -10,17 +10,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
 
 from ..ops.choice import choose_sparse
-from ..ops.dense import dense_mask
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from ..ops.visibility import Visibility
+from .lazy_mask import LazyMask
 from .masks import s2o_mask, visible_keys
-from .settings import IMPLEMENTATION, settings_of
-
-
-def register() -> None:
-    """Make the attention and its masks known to transformers."""
-    AttentionInterface.register(IMPLEMENTATION, s2o_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, s2o_mask)
+from .settings import IMPLEMENTATION, fields_of, settings_of
 
 
 def s2o_attention(
@@ -28,7 +22,7 @@ def s2o_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Visibility | torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -85,7 +79,7 @@ def s2o_attention(
         mask=terms.mask,
         softcap=softcap or 0.0,
         sinks=s_aux,
-        **settings_of(module.config).arguments(),
+        **fields_of(module.config),
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -108,12 +102,10 @@ def _obstacle(
     return None
 
 
-def _runs_dense(
-    mask: Visibility | torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, module: torch.nn.Module
-) -> bool:
+def _runs_dense(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, module: torch.nn.Module) -> bool:
     """Whether a call is for SDPA. The mask interface decides that; where it was not asked, the lengths do."""
     if mask is not None or query.shape[2] == 1 or is_tracing(query):
-        return not isinstance(mask, Visibility)
+        return not isinstance(mask, LazyMask)
     return not choose_sparse(query.shape[2], key.shape[2], query.device, settings_of(module.config))
 
 
@@ -122,14 +114,14 @@ def _sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: Visibility | torch.Tensor | None,
+    mask: torch.Tensor | None,
     dropout: float,
     scaling: float | None,
     is_causal: bool,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    if isinstance(mask, Visibility):
-        mask = dense_mask(mask, query, key)
+    if isinstance(mask, LazyMask):
+        mask = mask.dense()
     output: torch.Tensor
     output, _ = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -137,13 +129,18 @@ def _sdpa(
     return output, None
 
 
-def _terms(mask: Visibility | torch.Tensor | None, is_causal: bool) -> Visibility:
+def _terms(mask: torch.Tensor | None, is_causal: bool) -> Visibility:
     """A mask of any form as terms of the operator; `is_causal` says what a missing one means."""
-    if isinstance(mask, Visibility):
-        return mask
+    if isinstance(mask, LazyMask):
+        return mask.terms
     if mask is None:
         return Visibility(is_causal=is_causal)
     if mask.dtype != torch.bool:
-        raise ValueError("attention_mask must be boolean for a soft cap or sinks with attn_implementation='s2o'; it is "
-                         f"{mask.dtype}")
+        raise ValueError(
+            f"attention_mask must be boolean for a soft cap or sinks with attn_implementation='s2o'; it is {mask.dtype}"
+        )
     return Visibility(mask=mask)
+
+
+AttentionInterface.register(IMPLEMENTATION, s2o_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, s2o_mask)
