@@ -15,6 +15,7 @@ from .after_import import after_import
 if TYPE_CHECKING:
     from .analysis import explain
     from .backend import S2OBackend, s2o
+    from .exporting import export
     from .functional import attention
     from .integrations.settings import configure
     from .ops import S2OConfig
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["Report", "S2OBackend", "S2OConfig", "__version__", "attention", "configure", "explain", "s2o"]
+__all__ = ["Report", "S2OBackend", "S2OConfig", "__version__", "attention", "configure", "explain", "export", "s2o"]
 
 _HOMES = {
     "Report": "passes",
@@ -31,6 +32,7 @@ _HOMES = {
     "attention": "functional",
     "configure": "integrations.settings",
     "explain": "analysis",
+    "export": "exporting",
     "s2o": "backend",
 }
 
