@@ -42,7 +42,7 @@ def export(
     with torch.no_grad():
         dense = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict).module()
         assert isinstance(dense, torch.fx.GraphModule)
-        _name_values_as_dynamo(dense)
+        _prepare(dense)
         report = Report(rewrite(dense, config or S2OConfig()))
         log.info("%d of %d attention sites rewritten", report.rewritten, len(report.decisions))
         for decision in report.decisions:
@@ -51,11 +51,13 @@ def export(
         return torch.export.export(dense, args, kwargs, dynamic_shapes=dynamic_shapes)
 
 
-def _name_values_as_dynamo(module: torch.fx.GraphModule) -> None:
-    """Put fake tensors where the passes look for them."""
-    for node in module.graph.nodes:
+def _prepare(module: torch.fx.GraphModule) -> None:
+    """Put fake tensors where the passes look for them, and drop checks of dtypes, which use masks and scores."""
+    for node in list(module.graph.nodes):
         if "val" in node.meta:
             node.meta["example_value"] = node.meta["val"]
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
 
 
 def _check(report: Report, model: torch.nn.Module) -> None:

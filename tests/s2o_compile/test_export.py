@@ -41,8 +41,7 @@ def assert_equals_dense(program: Any, model: Logits, lengths: tuple[int, ...], p
         torch.testing.assert_close(got[:, 9:], want[:, 9:], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize(("name", "strict"), [("llama", False), ("llama", True), ("gpt2", False)])
 def test_other_lengths(name: str, strict: bool) -> None:
     model = Logits(tiny(name))
     inputs = (tokens(40), padding(40, "left"))
@@ -51,17 +50,20 @@ def test_other_lengths(name: str, strict: bool) -> None:
     assert_equals_dense(program.module(), model, (40, 20, 77))
 
 
-def test_attention_written_out() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "s2o"])
+def test_masks_and_scores_are_gone(attention: str) -> None:
     model = Logits(tiny("llama"))
-    model.model.set_attn_implementation("eager")
+    model.model.set_attn_implementation(attention)
     program = s2o_compile.export(model, (tokens(40), padding(40, "left")), config=EXACT)
     assert operators(program) == 2
     assert_equals_dense(program.module(), model, (40,))
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    assert not any(isinstance(value, torch.Tensor) and value.shape[-2:] == (40, 40) for value in values)
 
 
 def test_a_saved_program(tmp_path: Path) -> None:
     model = Logits(tiny("llama"))
-    program = s2o_compile.export(model, (tokens(40),), dynamic_shapes=(LENGTHS, None), config=EXACT)
+    program = s2o_compile.export(model, (tokens(40),), dynamic_shapes=(LENGTHS,), config=EXACT)
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2")
     assert operators(loaded) == 2
