@@ -234,6 +234,18 @@ def test_under_torch_compile(name: str) -> None:
     assert sum(node.target in operators for node in captured.nodes()) == 2
 
 
+@pytest.mark.parametrize("implementation", ["s2o", "sdpa"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_generate_compiled(cache: str, implementation: str) -> None:
+    dense, model = pair("llama")
+    model.set_attn_implementation(implementation)
+    captured = Capture()
+    model.forward = torch.compile(model.forward, backend=captured)
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+    assert torch.equal(model.generate(**prompts(), **options), dense.generate(**prompts(), **options))
+    assert len(captured.operators()) >= 2
+
+
 FUNCTIONS = {
     "causal": masking.causal_mask_function,
     "bidirectional": masking.bidirectional_mask_function,
