@@ -19,7 +19,7 @@ def after_import(name: str, action: Callable[[], Any]) -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Finds one module through the other finders, and adds an action to its execution, the first time."""
+    """Finds one module through the later finders, and adds an action to its execution, the first time."""
 
     def __init__(self, name: str, action: Callable[[], Any]) -> None:
         self.name, self.action = name, action
@@ -29,8 +29,8 @@ class _Watcher(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        later = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in later)), None)
         if spec is not None and spec.loader is not None:
             self._watch(spec.loader)
         return spec

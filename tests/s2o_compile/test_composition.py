@@ -33,7 +33,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast(compiled: bool) -> None:
-    dense, model, ids = tiny("llama"), tiny("llama"), tokens(40)
+    dense, model, ids = tiny("llama", layers=1), tiny("llama", layers=1), tokens(40)
     captured = Capture()
     if compiled:
         sparse = torch.compile(model, backend=captured)
@@ -45,17 +45,17 @@ def test_autocast(compiled: bool) -> None:
         want, got = run(dense, ids), run(sparse, ids)
     assert got.dtype == want.dtype == torch.bfloat16
     assert (got - want).abs().max() < 0.03 * want.abs().max()
-    assert len(captured.operators()) == (2 if compiled else 0)
+    assert len(captured.operators()) == (1 if compiled else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_in_inference_mode(dtype: torch.dtype) -> None:
-    model, ids = tiny("llama").to(dtype), tokens(40)
+    model, ids = tiny("llama", layers=1).to(dtype), tokens(40)
     captured = Capture()
     compiled = torch.compile(model, backend=captured)
     with torch.inference_mode():
         want, got = run(model, ids), run(compiled, ids)
-    assert got.dtype == dtype and len(captured.operators()) == 2
+    assert got.dtype == dtype and len(captured.operators()) == 1
     assert (got - want).abs().max() < 0.03 * want.abs().max()
 
 
@@ -65,7 +65,7 @@ def test_threads_have_their_own_settings(compiled: bool) -> None:
     ids = tokens(80)
     models = []
     for threshold in (0.0, 0.3):
-        model, config = tiny("llama"), dataclasses.replace(EXACT, threshold=threshold)
+        model, config = tiny("llama", layers=1), dataclasses.replace(EXACT, threshold=threshold)
         if compiled:
             models.append(torch.compile(model, backend=Capture(config)))
         else:
@@ -102,25 +102,12 @@ def test_modes_reach_inductor(mode: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert patches == torch._inductor.list_mode_options(mode) != {}
 
 
-def test_max_autotune_runs() -> None:
-    linear = torch.nn.Linear(8, 8)
-
-    def block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return linear(sdpa(linear(query), key, value, is_causal=True)).relu()
-
-    backend, arguments = s2o_compile.s2o.with_config(EXACT), inputs()
-    with torch.no_grad():
-        got = torch.compile(block, backend=backend, mode="max-autotune")(*arguments)
-        torch.testing.assert_close(got, block(*arguments), atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("whole", [False, True])
-def test_fsdp(whole: bool) -> None:
+def test_fsdp() -> None:
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     dense, model, ids = tiny("llama"), tiny("llama"), tokens(40)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    for layer in [] if whole else model.model.layers:
+    for layer in model.model.layers:
         fsdp.fully_shard(layer, mesh=mesh)
     fsdp.fully_shard(model, mesh=mesh)
     captured = Capture()

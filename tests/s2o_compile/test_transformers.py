@@ -222,7 +222,7 @@ def test_masks_of_users(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
 def test_under_torch_compile(name: str) -> None:
     dense, sparse = pair(name)
     captured = Capture()
@@ -234,8 +234,7 @@ def test_under_torch_compile(name: str) -> None:
     assert sum(node.target in operators for node in captured.nodes()) == 2
 
 
-@pytest.mark.parametrize("implementation", ["s2o", "sdpa"])
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(("cache", "implementation"), [("dynamic", "s2o"), ("static", "sdpa")])
 def test_generate_compiled(cache: str, implementation: str) -> None:
     dense, model = pair("llama")
     model.set_attn_implementation(implementation)
@@ -287,10 +286,9 @@ def test_other_masks_stay_tensors(function: Any) -> None:
         assert torch.equal(found, masking.sdpa_mask(2, 20, 30, 10, mask_function=function))
 
 
-@pytest.mark.parametrize("first", ["import s2o_compile, transformers", "import transformers, s2o_compile"])
-def test_registered_in_any_order_of_imports(first: str) -> None:
+def test_registered_when_transformers_is_imported_later() -> None:
     code = (
-        f"{first}, sys\nassert 'transformers.modeling_utils' not in sys.modules\n"
+        "import s2o_compile, sys\nassert 'transformers' not in sys.modules\n"
         "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions\n"
         "from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks\n"
         "print(functions['s2o'].__module__, masks['s2o'].__module__)"
