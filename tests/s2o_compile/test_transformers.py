@@ -101,15 +101,13 @@ def test_prefill(name: str, padded: bool, terms: list[dict[str, Any]]) -> None:
     assert windows == {"mistral": [20, 20], "gemma2": [20, None], "gpt_oss": [20, None]}.get(name, [None, None])
 
 
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("extra", [{}, {"num_beams": 3}, {"prefill_chunk_size": 24}], ids=["greedy", "beams", "chunks"])
-def test_generate(name: str, cache: str, padded: bool, extra: dict[str, Any], terms: list[dict[str, Any]]) -> None:
+def test_generate(name: str, cache: str, extra: dict[str, Any], terms: list[dict[str, Any]]) -> None:
     dense, sparse = pair(name)
-    inputs = prompts() if padded else {"input_ids": prompts()["input_ids"]}
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, **extra}
-    want, got = (model.generate(**inputs, **options) for model in (dense, sparse))
+    want, got = (model.generate(**prompts(), **options) for model in (dense, sparse))
     assert torch.equal(got, want)
     assert any(call["queries"] > 1 for call in terms)
     special = name in ("gemma2", "gpt_oss")
