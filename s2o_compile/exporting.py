@@ -32,7 +32,8 @@ def export(
         model: The module.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        dynamic_shapes: As ``torch.export.export`` takes them.
+        dynamic_shapes: As ``torch.export.export`` takes them; torch 2.11 refuses named dimensions where 2.13 does not,
+            and both take ``Dim.AUTO``.
         config: The settings of the operator, by default ``S2OConfig()``.
         strict: Whether Dynamo traces the model.
 

@@ -15,7 +15,7 @@ from s2o_compile import S2OConfig
 from ..passes.capture import EXACT
 from ..passes.models import padding, tiny, tokens
 
-LENGTHS = {1: Dim("length", min=2, max=200)}
+LENGTHS = {1: Dim.AUTO}
 
 
 class Logits(torch.nn.Module):
