@@ -24,7 +24,7 @@ from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from s2o_compile.cli import read_config
+from s2o_compile.cli.options import read_config
 from s2o_compile.demo.document import build_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model

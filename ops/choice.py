@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .config import S2OConfig
+from .sizes import statically_known_true
 
 DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 32768}
 """Fewest keys from which the default settings were measured to beat SDPA: see the README."""
 
 
-def choose_sparse(query: torch.Tensor, key: torch.Tensor, config: S2OConfig) -> bool | None:
+def choose_sparse(queries: int, keys: int, device: torch.device, config: S2OConfig) -> bool | None:
     """Whether a call is worth the sparse path: enough keys, and more queries than would be attended densely anyway.
 
     `min_length` 0 always takes the sparse path. None where the lengths are symbolic and the answer depends on them.
     """
     least = config.min_length
     if least is None:
-        least = DEFAULT_MIN_LENGTH.get(query.device.type, DEFAULT_MIN_LENGTH["cuda"])
+        least = DEFAULT_MIN_LENGTH.get(device.type, DEFAULT_MIN_LENGTH["cuda"])
     if least == 0:
         return True
     densely = max(config.last_queries, config.segment)
-    if statically_known_true(key.shape[2] >= least) and statically_known_true(query.shape[2] > densely):
+    if statically_known_true(keys >= least) and statically_known_true(queries > densely):
         return True
-    if statically_known_true(key.shape[2] < least) or statically_known_true(query.shape[2] <= densely):
+    if statically_known_true(keys < least) or statically_known_true(queries <= densely):
         return False
     return None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import scaled_dot_product_attention
 
+from .sizes import statically_known_true
 from .softmax import soft_cap
 from .visibility import Visibility
 
@@ -51,12 +51,4 @@ def decode_attention(
 
 
 def _mask(visibility: Visibility, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """All terms as one boolean that broadcasts to [B, Hq, Lq, Lk]."""
-    terms, mask = visibility._replace(mask=None), visibility.mask
-    if terms.is_empty and mask is not None:
-        return mask
-    batch, row, column = (
-        torch.arange(size, device=key.device) for size in (query.shape[0], query.shape[2], key.shape[2])
-    )
-    seen = terms.seen(batch[:, None, None, None], 0, row[:, None], column)
-    return seen if mask is None else seen & mask
+    return visibility.as_mask(query.shape[0], query.shape[2], key.shape[2], key.device)

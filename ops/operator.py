@@ -12,7 +12,6 @@ import json
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import cpu
 from .choice import choose_sparse
@@ -20,6 +19,7 @@ from .config import S2OConfig
 from .dense import decode_attention, dense_attention
 from .result import AttentionResult
 from .sinks import add_sinks
+from .sizes import statically_known_true
 from .validation import validate
 from .visibility import Visibility
 
@@ -109,7 +109,7 @@ def attention(
     """
     terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
     call = _Call.of(query, key, value, terms, scale, softcap, sinks, fields)
-    sparse = choose_sparse(call.query, call.key, call.config)
+    sparse = call.chooses_sparse()
     if sparse is None:
         return torch.ops.s2o.attention_dynamic(
             call.query, call.key, call.value, is_causal, causal_offset, key_padding, scale, window, query_documents,
@@ -140,7 +140,7 @@ def attention_stats(
     """
     terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
     call = _Call.of(query, key, value, terms, scale, softcap, sinks, fields)
-    return call.spans() if choose_sparse(call.query, call.key, call.config) is False else call.sparse()
+    return call.spans() if call.chooses_sparse() is False else call.sparse()
 
 
 def attention_dynamic(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -182,6 +182,10 @@ class _Call:
             terms = terms._replace(mask=terms.mask[(None,) * (4 - terms.mask.dim())])
         terms = terms.simplified(query.shape[2], key.shape[2])
         return cls(query, key, value, terms, scale, softcap, sinks, config)
+
+    def chooses_sparse(self) -> bool | None:
+        """Whether the call is worth the sparse path; None where that is known at run time only."""
+        return choose_sparse(self.query.shape[2], self.key.shape[2], self.query.device, self.config)
 
     def dense(self) -> torch.Tensor:
         """The output of dense attention, in whichever way is fastest."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .sizes import statically_known_true
 from .visibility import Visibility
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -8,9 +8,9 @@ import operator
 from typing import NamedTuple
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .config import S2OConfig
+from .sizes import statically_known_true
 
 
 class Visibility(NamedTuple):
@@ -68,6 +68,15 @@ class Visibility(NamedTuple):
             index = zip((batch, head, row, key), sizes, strict=True)
             terms.append(self.mask[tuple(0 if size == 1 else place for place, size in index)])
         return functools.reduce(operator.and_, terms) if terms else torch.ones_like(key, dtype=torch.bool)
+
+    def as_mask(self, batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+        """All terms as one boolean that broadcasts to [B, Hq, Lq, Lk]."""
+        terms, mask = self._replace(mask=None), self.mask
+        if terms.is_empty and mask is not None:
+            return mask
+        index, row, column = (torch.arange(size, device=device) for size in (batch, queries, keys))
+        seen = terms.seen(index[:, None, None, None], 0, row[:, None], column)
+        return seen if mask is None else seen & mask
 
     def ranking(self, config: S2OConfig) -> S2OConfig:
         """The configuration as far as such a call can follow it.

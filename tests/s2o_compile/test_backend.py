@@ -182,8 +182,8 @@ def test_attention_front() -> None:
 
 
 def test_import_is_light() -> None:
-    heavy = ("triton", "transformers", "matplotlib", "rich", "torch._inductor", "torch._dynamo")
-    code = f"import sys, s2o_compile; print([m for m in {heavy!r} if m in sys.modules])"
+    heavy = ("triton", "sympy", "transformers", "matplotlib", "rich", "torch._inductor", "torch._dynamo")
+    code = f"import sys, torch, s2o_compile, s2o_compile.backend; print([m for m in {heavy!r} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -223,3 +223,16 @@ def test_log(setting: str | None, lines: int) -> None:
     assert len(found) == lines
     assert not found or "1 of 1 attention sites rewritten" in found[0]
     assert lines < 2 or "sparse; causal, offset 0" in found[1]
+
+
+@pytest.mark.parametrize("order", ["torch, s2o_compile", "s2o_compile, torch"])
+def test_the_operator_is_there_in_any_order_of_imports(order: str) -> None:
+    run = subprocess.run([sys.executable, "-c", f"import {order}; torch.ops.s2o.attention.default"])
+    assert run.returncode == 0
+
+
+def test_names_of_the_package() -> None:
+    assert set(s2o_compile.__all__) <= set(dir(s2o_compile))
+    assert all(getattr(s2o_compile, name) is not None for name in s2o_compile.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'attend'"):
+        _ = s2o_compile.attend

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from s2o_compile import cli, demo
+from s2o_compile import cli, demo, doctor
+from s2o_compile.demo import explain as explain_module
+from s2o_compile.demo.document import Document
+
+from ..passes.models import tiny, tokens
 
 
 def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -22,14 +28,13 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["demo", "--help"], []])
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["demo", "--help"], ["explain", "--help"], []])
 def test_harmless_calls(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 0 and capsys.readouterr().out
 
 
-@pytest.mark.xfail(reason="the package itself imports torch")
 def test_help_does_not_import_torch() -> None:
     code = "import sys, s2o_compile.cli; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -50,6 +55,10 @@ def test_help_does_not_import_torch() -> None:
         (["demo", "--option", "segmnt=32"], "unknown option 'segmnt'; the options of s2o are threshold"),
         (["demo", "--option", "tail=maybe"], "tail must be 'sampled' or 'means' or 'none'"),
         (["demo", "--device", "tpu"], "--device must be auto, cpu or cuda"),
+        (["explain", "--threshold", "3"], "threshold must be a number from 0 to below 1, not 3.0"),
+        (["explain", "--device", "tpu"], "--device must be auto, cpu or cuda"),
+        (["explain", "--document"], "--document"),
+        (["doctor", "--length", "3"], "No such option"),
         (["demo", "--dtype", "int8"], "--dtype must be auto, float16"),
     ],
 )
@@ -83,6 +92,53 @@ def test_errors_of_the_demo(
 
     monkeypatch.setattr(demo, "run_demo", run_demo)
     assert message in fail(capsys, "demo", "--output", str(tmp_path))
+
+
+def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["explain", str(tmp_path)])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and not captured.out
+    assert captured.err.splitlines()[-1].startswith(f"s2o: The model {tmp_path} cannot be loaded: ")
+
+
+@pytest.mark.parametrize("json_only", [False, True])
+def test_explain(json_only: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = Document(tokens=tokens(200)[0].tolist(), middle=[], end=[], scored=range(100, 200))
+    monkeypatch.setattr(explain_module, "load_model", lambda *_: (tiny("llama"), object()))
+    monkeypatch.setattr(explain_module, "build_document", lambda *_: text)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["explain", "any", "--length", "200", "--measure", "--min-length", "0", *["--json"] * json_only])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    if json_only:
+        report = json.loads(printed)
+        assert (report["rewritten"], report["dense"]) == (2, 0)
+        assert report["decisions"][0]["mask"] == "causal, offset 0"
+        assert len(report["decisions"][0]["density"]) == 4
+    else:
+        assert "2 of 2 attention sites rewritten" in printed and "density" in printed
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor", "--json"])
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert stop.value.code == (0 if all(check["passed"] for check in checks.values()) else 1)
+    assert checks["torch"]["found"] == torch.__version__
+    assert checks['torch.compile(backend="s2o")']["passed"] and checks["cpu, self-test"]["passed"]
+    assert ("cuda" in checks) == (not torch.cuda.is_available())
+
+
+def test_doctor_says_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "TOLERANCE", 0)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 1
+    assert "report this" in printed and "C++" in printed
 
 
 def test_defects_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ from s2o_compile.demo.measure import Prediction, Prefill, compiled_graphs
 from s2o_compile.demo.report import save_json, save_picture
 from s2o_compile.demo.results import compare
 
+from ..passes.models import tiny
+
 
 class Characters:
     """A tokenizer with one token for each character, and a first token."""
@@ -131,8 +133,8 @@ class TestChecks:
             model_module.load_model(None, torch.device("cpu"), torch.float32)
 
     def test_positions(self) -> None:
-        with pytest.raises(DemoError, match="at most 8,192 positions: use --length 8192 or less"):
-            run_module._check_length("model", 8192, 8193)
+        with pytest.raises(DemoError, match="at most 256 positions: use --length 256 or less"):
+            model_module.check_length(tiny("llama"), "model", 257)
 
     def test_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = torch.nn.Linear(2, 2)

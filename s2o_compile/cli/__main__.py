@@ -1,0 +1,5 @@
+"""``python -m s2o_compile.cli``."""
+
+from . import main
+
+main()

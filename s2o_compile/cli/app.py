@@ -1,0 +1,68 @@
+"""The command line itself: what all commands share, and what becomes of errors."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from .errors import UsageError
+
+app = typer.Typer(help="Sparse long-context attention as a torch.compile backend.", add_completion=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"s2o-compile {version('s2o-compile')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def group(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Sparse long-context attention as a torch.compile backend."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; what the user did wrong is one sentence on stderr and exit code 2.
+
+    Args:
+        arguments: Instead of the process's own.
+    """
+    try:
+        code = app(arguments, prog_name="s2o", standalone_mode=False)
+    except Exception as error:
+        message = _user_message(error)
+        if message is None:
+            raise
+        print(f"s2o: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code or 0)
+
+
+def _user_message(error: Exception) -> str | None:
+    """One sentence for what the user can change; None for a defect of the program."""
+    if hasattr(error, "format_message"):
+        return error.format_message()
+    if isinstance(error, UsageError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("s2o_compile"):
+        return f"This needs the package {error.name}: pip install 's2o-compile[demo]'."
+    demo_errors = sys.modules.get("s2o_compile.demo.errors")
+    if demo_errors is not None and isinstance(error, demo_errors.DemoError):
+        return str(error)
+    return "There is not enough memory: use a smaller --length." if _is_out_of_memory(error) else None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -1,0 +1,75 @@
+"""``s2o demo``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .app import app
+from .errors import UsageError
+from .options import Device, DType, Fields, Json, Length, MinLength, Threshold, read_config
+
+if TYPE_CHECKING:
+    from ..demo import Results
+
+
+@app.command()
+def demo(
+    length: Length = 8192,
+    document: Annotated[
+        Path | None, typer.Option(help="A text file to read; Python's standard library by default.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A transformers model, by path or hub id; default SmolLM2-135M-Instruct."),
+    ] = None,
+    threshold: Threshold = None,
+    min_length: MinLength = None,
+    option: Fields = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    repeats: Annotated[int | None, typer.Option(help="Timed prefills of each; 1 on a CPU, 5 on a GPU.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses the hidden values.")] = 3,
+    output: Annotated[Path, typer.Option(help="Folder for the picture and the JSON.")] = Path("s2o-demo"),
+    json_only: Json = False,
+) -> None:
+    """Prefill a long document with dense and with sparse attention and compare time and answers."""
+    from ..demo import Progress, Settings, run_demo
+
+    config = read_config(threshold, min_length, option or [])
+    settings = Settings(length, document, model, config, device, dtype, repeats, seed)
+    _make_folder(output)
+    results = run_demo(settings, Progress())
+    _save(results, output)
+    _print(results, output, json_only)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+
+
+def _save(results: Results, folder: Path) -> None:
+    from ..demo.report import save_json, save_picture
+
+    save_json(results, folder / "demo.json")
+    if results.density is not None:
+        save_picture(results, folder / "density.png")
+
+
+def _print(results: Results, folder: Path, json_only: bool) -> None:
+    from rich.console import Console
+
+    from ..demo.report import print_report
+
+    if json_only:
+        print(json.dumps(results.as_dict(), indent=2))
+        return
+    print_report(results, Console())
+    picture = " and density.png" if results.density is not None else ""
+    print(f"\nSaved demo.json{picture} in {folder}.")

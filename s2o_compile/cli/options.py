@@ -1,0 +1,54 @@
+"""The options that several commands have, and the settings that they ask for."""
+
+from __future__ import annotations
+
+import ast
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from ..ops.config import S2OConfig
+
+Length = Annotated[int, typer.Option(help="Tokens to prefill.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="Share of a query's softmax mass below which keys no longer matter.")
+]
+MinLength = Annotated[int | None, typer.Option(help="Calls with fewer keys run dense.")]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="Any other field of S2OConfig; repeatable."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def read_config(threshold: float | None, min_length: int | None, options: list[str]) -> S2OConfig:
+    """The settings that a command line asks for; `options` are NAME=VALUE.
+
+    Raises:
+        UsageError: An option is unknown or has a value that is not allowed.
+    """
+    from ..ops.config import S2OConfig
+
+    fields = dict(map(_read_option, options))
+    fields |= {
+        name: value for name, value in (("threshold", threshold), ("min_length", min_length)) if value is not None
+    }
+    try:
+        return S2OConfig.from_options(fields)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{error}.") from error
+
+
+def _read_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--option takes NAME=VALUE, not {text!r}.")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value

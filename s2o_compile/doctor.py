@@ -1,0 +1,108 @@
+"""Whether this machine can run sparse attention, and if not, why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .ops import S2OConfig
+from .ops.choice import DEFAULT_MIN_LENGTH
+
+LEAST_CAPABILITY = (8, 0)
+"""The oldest GPUs that the kernels are compiled for in the tests."""
+TOLERANCE = 1e-2
+_PACKAGES = ("s2o-compile", "torch", "triton", "transformers")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What was looked at.
+        found: What was found.
+        passed: Whether sparse attention can run as far as this goes.
+        advice: What to do, or what follows; '' for nothing.
+    """
+
+    name: str
+    found: str
+    passed: bool = True
+    advice: str = ""
+
+
+def examine() -> list[Check]:
+    """Look at versions, devices and the backend, and run the operator on each device."""
+    checks = [Check("python", platform.python_version()), *map(_version, _PACKAGES), _backend(), _compiler()]
+    if not torch.cuda.is_available():
+        checks.append(Check("cuda", "none", advice="all runs on the CPU"))
+    return checks + [check for device in _devices() for check in _device(device)]
+
+
+def _version(package: str) -> Check:
+    try:
+        return Check(package, importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return Check(package, "not installed", package == "transformers", f"pip install {package}")
+
+
+def _backend() -> Check:
+    found = "s2o" in torch._dynamo.list_backends(exclude_tags=())
+    advice = "" if found else "reinstall s2o-compile: its entry point is missing"
+    return Check('torch.compile(backend="s2o")', "registered" if found else "unknown", found, advice)
+
+
+def _compiler() -> Check:
+    compiler = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    advice = "" if compiler else "Inductor compiles for a CPU with a C++ compiler: install one"
+    return Check("C++ compiler", compiler or "none", compiler is not None, advice)
+
+
+def _devices() -> Iterator[torch.device]:
+    yield torch.device("cpu")
+    for index in range(torch.cuda.device_count()):
+        yield torch.device("cuda", index)
+
+
+def _device(device: torch.device) -> Iterator[Check]:
+    name = str(device)
+    if device.type == "cuda":
+        yield _gpu(device)
+    else:
+        yield Check(name, f"{platform.machine()}, {torch.get_num_threads()} threads")
+    least = DEFAULT_MIN_LENGTH[device.type]
+    yield Check(
+        f"{name}, sparse from",
+        f"{least:,} keys",
+        advice="shorter calls run dense unless min_length says otherwise",
+    )
+    yield _self_test(device)
+
+
+def _gpu(device: torch.device) -> Check:
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    found = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, capability {capability[0]}.{capability[1]}"
+    recent = capability >= LEAST_CAPABILITY
+    return Check(str(device), found, recent, "" if recent else "the kernels need capability 8.0 or later")
+
+
+def _self_test(device: torch.device) -> Check:
+    """Run the operator at threshold 0 on random numbers and compare it with SDPA."""
+    name = f"{device}, self-test"
+    query, key, value = torch.randn(3, 1, 2, 256, 64, device=device)
+    fields = S2OConfig(threshold=0, min_length=0).arguments()
+    try:
+        output = torch.ops.s2o.attention(query, key, value, is_causal=True, **fields)
+    except Exception as error:  # Whatever a driver or a compiler may raise is the finding.
+        return Check(name, f"{type(error).__name__}: {str(error).splitlines()[0]}", False, "report this")
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    difference = (output - want).abs().max().item()
+    passed = difference < TOLERANCE
+    return Check(name, f"differs from SDPA by {difference:.1e}", passed, "" if passed else "report this")

@@ -1,0 +1,1 @@
+"""What other libraries see of this package."""

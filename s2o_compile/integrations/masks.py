@@ -1,0 +1,151 @@
+"""Masks of transformers as terms of the operator, instead of tensors of [Lq, Lk] elements."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
+)
+from transformers.utils.import_utils import is_tracing
+
+from ..ops.choice import choose_sparse
+from ..ops.visibility import Visibility
+from .lazy_mask import LazyMask
+from .settings import settings_of
+
+_AND = and_masks(causal_mask_function).__code__
+_WINDOW = sliding_window_overlay(1).__code__
+_WINDOW_ON_BOTH_SIDES = sliding_window_bidirectional_overlay(1).__code__
+
+
+class Band(NamedTuple):
+    """The keys that a query sees by position: so many before its own and after it, or all where None."""
+
+    before: int | None = None
+    after: int | None = None
+
+    def __and__(self, other: Band) -> Band:
+        return Band(_least(self.before, other.before), _least(self.after, other.after))
+
+    def terms(self, offset: int) -> Visibility:
+        """The same as terms of the operator, where query i is at the position of key i + `offset`."""
+        ahead = self.after or 0
+        return Visibility(
+            is_causal=self.after is not None,
+            causal_offset=offset + ahead,
+            window=None if self.before is None else self.before + ahead + 1,
+        )
+
+
+def _least(one: int | None, other: int | None) -> int | None:
+    return min((limit for limit in (one, other) if limit is not None), default=None)
+
+
+def read_band(function: Callable[..., Any]) -> Band | None:
+    """What a mask function of transformers says; None if it is none of those that depend on the distance alone.
+
+    Mask functions are closures over their numbers, so they are known by their code.
+    """
+    if function is causal_mask_function:
+        return Band(after=0)
+    if function is bidirectional_mask_function:
+        return Band()
+    code = getattr(function, "__code__", None)
+    if code is _WINDOW:
+        return Band(before=_closed_over(function, "sliding_window") - 1)
+    if code is _WINDOW_ON_BOTH_SIDES:
+        return Band(*[_closed_over(function, "sliding_window")] * 2)
+    if code is not _AND:
+        return None
+    band = Band()
+    for part in map(read_band, _closed_over(function, "mask_functions")):
+        if part is None:
+            return None
+        band &= part
+    return band
+
+
+def _closed_over(function: Callable[..., Any], name: str) -> Any:
+    return inspect.getclosurevars(function).nonlocals[name]
+
+
+def s2o_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    config: Any = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask for the layers of one forward pass, as ``transformers.AttentionMaskInterface`` asks for it.
+
+    Calls that will run dense get the mask of SDPA, as those that gradients may be needed of do. So do calls whose mask
+    must be a tensor or says more than causal, sliding window and padding, and all that is traced: there a backend
+    reads the mask in the graph.
+
+    Args:
+        batch_size: B.
+        q_length: Lq.
+        kv_length: Lk.
+        q_offset: The position of the first query, a number or a tensor that holds one.
+        kv_offset: The position of the first key.
+        mask_function: Whether a query sees a key, as transformers writes it.
+        attention_mask: [B, at most Lk + `kv_offset`] boolean, False for padding.
+        allow_is_causal_skip: Whether the mask may be something other than a tensor, where it is causal.
+        allow_is_bidirectional_skip: The same where it is bidirectional.
+        config: The configuration of the model.
+        device: Of the mask.
+        **kwargs: For ``transformers.masking_utils.sdpa_mask``.
+    """
+    may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
+    if q_length > 1 and may_skip and not torch.is_grad_enabled() and not is_tracing(attention_mask):
+        band = read_band(mask_function)
+        if band is not None:
+            terms = band.terms(int(q_offset) - int(kv_offset))
+            keys = visible_keys(terms, q_length, kv_length)
+            if choose_sparse(q_length, keys, torch.device(device), settings_of(config)):
+                padding = _padding(attention_mask, kv_length, kv_offset)
+                hides = padding is not None and not padding[:, :keys].all()
+                terms = terms._replace(key_padding=padding if hides else None)
+                return LazyMask(terms, (batch_size, 1, q_length, kv_length), torch.device(device))
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        device=device,
+        **kwargs,
+    )
+
+
+def _padding(mask: torch.Tensor | None, keys: int, first: int) -> torch.Tensor | None:
+    """The padding mask of so many keys from the first."""
+    mask = prepare_padding_mask(mask, keys, first)
+    return None if mask is None else mask[:, first : first + keys]
+
+
+def visible_keys(terms: Visibility, queries: int, keys: int) -> int:
+    """How many of the keys come before the end of what the last query may see."""
+    return max(0, min(keys, queries + terms.causal_offset)) if terms.is_causal else keys

@@ -1,0 +1,146 @@
+"""``attn_implementation="s2o"`` for the models of transformers, registered there by importing this module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.import_utils import is_tracing
+
+from ..ops.choice import choose_sparse
+from ..ops.validation import DTYPES, MAX_HEAD_DIM
+from ..ops.visibility import Visibility
+from .lazy_mask import LazyMask
+from .masks import s2o_mask, visible_keys
+from .settings import IMPLEMENTATION, fields_of, settings_of
+
+
+def s2o_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, as ``transformers.AttentionInterface`` calls it.
+
+    Calls that the operator cannot take, or need not, go to the SDPA attention of transformers: dropout, gradients,
+    position biases, one query, short calls, and all that is traced, where a backend decides. With a soft cap or sinks,
+    which SDPA lacks, all calls go to the operator.
+
+    Args:
+        module: The layer, which may have `is_causal` and has the `config` of its model.
+        query: [B, Hq, Lq, D].
+        key: [B, Hkv, Lk, D].
+        value: [B, Hkv, Lk, Dv].
+        attention_mask: What the mask interface returned, or a mask of a user.
+        dropout: Probability; above 0 the call runs dense.
+        scaling: Factor of the logits, by default D ** -0.5.
+        is_causal: Whether a missing mask means a causal one, by default what `module` says.
+        softcap: See ``s2o_compile.attention``.
+        s_aux: The sinks, [Hq].
+        **kwargs: For ``sdpa_attention_forward`` of transformers.
+
+    Returns:
+        The output [B, Lq, Hq, Dv], and no probabilities.
+
+    Raises:
+        ValueError: A soft cap or sinks come with what only SDPA can do, or continuous batching is asked for.
+    """
+    if kwargs.get("cache") is not None:
+        raise ValueError("attn_implementation='s2o' cannot attend to a paged cache; use 'sdpa' for continuous batching")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    obstacle = _obstacle(query, key, value, dropout, kwargs.get("position_bias"))
+    if softcap is None and s_aux is None:
+        if obstacle or _runs_dense(attention_mask, query, key, module):
+            return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    elif obstacle:
+        raise ValueError(f"attn_implementation='s2o' has no soft cap and no sinks {obstacle}; use 'eager'")
+    terms = _terms(attention_mask, is_causal and query.shape[2] > 1)
+    keys = visible_keys(terms, query.shape[2], key.shape[2])
+    output = torch.ops.s2o.attention(
+        query,
+        key[:, :, :keys],
+        value[:, :, :keys],
+        is_causal=terms.is_causal,
+        causal_offset=terms.causal_offset,
+        key_padding=None if terms.key_padding is None else terms.key_padding[:, :keys],
+        scale=scaling,
+        window=terms.window,
+        mask=terms.mask,
+        softcap=softcap or 0.0,
+        sinks=s_aux,
+        **fields_of(module.config),
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _obstacle(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float, position_bias: torch.Tensor | None
+) -> str | None:
+    """Why the operator cannot take a call, or None."""
+    tensors = (query, key, value)
+    if dropout > 0:
+        return "under dropout"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "where gradients are needed"
+    if position_bias is not None:
+        return "with a position bias"
+    if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+        return f"for heads of more than {MAX_HEAD_DIM} channels"
+    if query.dtype not in DTYPES or query.device.type not in ("cpu", "cuda") or query.shape[0] != key.shape[0]:
+        return f"for queries of shape {list(query.shape)} in {query.dtype} on {query.device}"
+    return None
+
+
+def _runs_dense(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, module: torch.nn.Module) -> bool:
+    """Whether a call is for SDPA. The mask interface decides that; where it was not asked, the lengths do."""
+    if mask is not None or query.shape[2] == 1 or is_tracing(query):
+        return not isinstance(mask, LazyMask)
+    return not choose_sparse(query.shape[2], key.shape[2], query.device, settings_of(module.config))
+
+
+def _sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    if isinstance(mask, LazyMask):
+        mask = mask.dense()
+    output: torch.Tensor
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return output, None
+
+
+def _terms(mask: torch.Tensor | None, is_causal: bool) -> Visibility:
+    """A mask of any form as terms of the operator; `is_causal` says what a missing one means."""
+    if isinstance(mask, LazyMask):
+        return mask.terms
+    if mask is None:
+        return Visibility(is_causal=is_causal)
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention_mask must be boolean for a soft cap or sinks with attn_implementation='s2o'; it is {mask.dtype}"
+        )
+    return Visibility(mask=mask)
+
+
+AttentionInterface.register(IMPLEMENTATION, s2o_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, s2o_mask)

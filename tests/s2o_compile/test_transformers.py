@@ -1,0 +1,295 @@
+"""``attn_implementation="s2o"``: whole models of transformers, without torch.compile, equal to dense at threshold 0."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import s2o_compile
+from s2o_compile import S2OConfig
+
+from ..passes.capture import EXACT, Capture
+from ..passes.models import tiny
+
+transformers = pytest.importorskip("transformers")
+masking = pytest.importorskip("transformers.masking_utils")
+masks = pytest.importorskip("s2o_compile.integrations.masks")
+
+VOCABULARY = 97
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}),
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {}),
+    "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, {"sliding_window": 20}),
+    "gemma2": (
+        transformers.Gemma2ForCausalLM,
+        transformers.Gemma2Config,
+        {"sliding_window": 20, "attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 8},
+    ),
+    "gpt_oss": (
+        transformers.GptOssForCausalLM,
+        transformers.GptOssConfig,
+        {"sliding_window": 20, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+}
+CACHES = ["dynamic", "static"]
+
+
+def pair(name: str, config: S2OConfig = EXACT) -> tuple[Any, Any]:
+    """A tiny model with dense attention, and the same with this one."""
+    model, configuration, extra = MODELS[name]
+    torch.manual_seed(0)
+    dense = model._from_config(configuration(**COMMON, **extra), attn_implementation="eager").eval()
+    sparse = model._from_config(configuration(**COMMON, **extra), attn_implementation="s2o").eval()
+    for parameter in dense.parameters():
+        # Larger than what models start with, so that attention is far from uniform.
+        parameter.data.normal_(std=0.3)
+    sparse.load_state_dict(dense.state_dict())
+    s2o_compile.configure(sparse, config)
+    return dense, sparse
+
+
+def prompts(length: int = 50, batch: int = 2) -> dict[str, torch.Tensor]:
+    """Random tokens, of which the first prompt has nine on the left that are padding."""
+    torch.manual_seed(length)
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, :9] = 0
+    return {"input_ids": torch.randint(1, VOCABULARY, (batch, length)) * mask, "attention_mask": mask}
+
+
+@pytest.fixture
+def terms(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The terms of each call of the operator, other than tensors."""
+    calls: list[dict[str, Any]] = []
+    operator = torch.ops.s2o.attention
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        calls.append({"queries": query.shape[2], "keys": key.shape[2], **kwargs})
+        return operator(query, key, value, **kwargs)
+
+    monkeypatch.setattr(torch.ops.s2o, "attention", attention)
+    return calls
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_prefill(name: str, padded: bool, terms: list[dict[str, Any]]) -> None:
+    dense, sparse = pair(name)
+    inputs = prompts() if padded else {"input_ids": prompts()["input_ids"]}
+    with torch.no_grad():
+        want, got = dense(**inputs).logits, sparse(**inputs).logits
+    start = 9 if padded else 0
+    torch.testing.assert_close(got[:, start:], want[:, start:], atol=1e-4, rtol=1e-4)
+    assert len(terms) == 2
+    for call in terms:
+        assert call["is_causal"] and call["causal_offset"] == 0 and call["mask"] is None
+        assert (call["key_padding"] is not None) == padded
+    windows = [call["window"] for call in terms]
+    assert windows == {"mistral": [20, 20], "gemma2": [20, None], "gpt_oss": [20, None]}.get(name, [None, None])
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("extra", [{}, {"num_beams": 3}, {"prefill_chunk_size": 24}], ids=["greedy", "beams", "chunks"])
+def test_generate(name: str, cache: str, extra: dict[str, Any], terms: list[dict[str, Any]]) -> None:
+    dense, sparse = pair(name)
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, **extra}
+    want, got = (model.generate(**prompts(), **options) for model in (dense, sparse))
+    assert torch.equal(got, want)
+    assert any(call["queries"] > 1 for call in terms)
+    special = name in ("gemma2", "gpt_oss")
+    assert special or all(call["queries"] > 1 for call in terms), "decoding goes to SDPA"
+
+
+def test_calls_that_run_dense_are_those_of_sdpa(terms: list[dict[str, Any]]) -> None:
+    _, sparse = pair("llama", S2OConfig())
+    dense = transformers.LlamaForCausalLM(sparse.config).eval()
+    dense.load_state_dict(sparse.state_dict())
+    dense.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        assert torch.equal(sparse(**prompts()).logits, dense(**prompts()).logits)
+    assert not terms
+
+
+def test_models_keep_their_own_settings(terms: list[dict[str, Any]]) -> None:
+    (_, one), (_, other) = pair("llama", EXACT), pair("llama", dataclasses.replace(EXACT, threshold=0.25))
+    with torch.no_grad():
+        for model in (one, other, one):
+            model(**prompts())
+    assert [call["threshold"] for call in terms] == [0, 0, 0.25, 0.25, 0, 0]
+
+
+def test_settings_are_saved_with_the_model(tmp_path: Path, terms: list[dict[str, Any]]) -> None:
+    _, model = pair("llama", dataclasses.replace(EXACT, threshold=0.25))
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="s2o")
+    with torch.no_grad():
+        loaded(**prompts())
+    assert [call["threshold"] for call in terms] == [0.25, 0.25]
+
+
+def test_settings_for_other_attention() -> None:
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not: load it with that argument"):
+        s2o_compile.configure(tiny("llama"), EXACT)
+
+
+def test_wrong_settings_are_named() -> None:
+    _, model = pair("llama")
+    model.config.s2o = {"treshold": 0.1}
+    with torch.no_grad(), pytest.raises(ValueError, match="unknown option 'treshold'"):
+        model(**prompts())
+
+
+def test_pipeline() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, **{f"w{index}": index for index in range(1, VOCABULARY)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", padding_side="left")
+    texts = [" ".join(f"w{index}" for index in range(1, length)) for length in (60, 40)]
+    answers = [
+        transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)(
+            texts, batch_size=2, max_new_tokens=8, do_sample=False
+        )
+        for model in pair("llama")
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_bidirectional(padded: bool, terms: list[dict[str, Any]]) -> None:
+    dense = tiny("bert")
+    sparse = transformers.BertModel(copy.deepcopy(dense.config)).eval()
+    sparse.load_state_dict(dense.state_dict())
+    sparse.set_attn_implementation("s2o")
+    s2o_compile.configure(sparse, EXACT)
+    inputs = prompts() if padded else {"input_ids": prompts()["input_ids"]}
+    with torch.no_grad():
+        want, got = (model(**inputs).last_hidden_state for model in (dense, sparse))
+    seen = prompts()["attention_mask"].bool() if padded else ...
+    torch.testing.assert_close(got[seen], want[seen], atol=1e-4, rtol=1e-4)
+    assert [call["is_causal"] for call in terms] == [False, False]
+    assert all((call["key_padding"] is not None) == padded for call in terms)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_gradients_and_dropout_run_dense(name: str, terms: list[dict[str, Any]]) -> None:
+    dense, sparse = pair(name)
+    for model in (dense, sparse):
+        model(**prompts()).logits[:, 9:].square().sum().backward()
+    for one, other in zip(dense.parameters(), sparse.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, atol=1e-3, rtol=1e-3)
+    sparse.train()
+    inputs = prompts()
+    for layer in sparse.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with torch.no_grad():
+        first, second = sparse(**inputs).logits, sparse(**inputs).logits
+    assert not terms and not torch.equal(first, second)
+
+
+def test_a_soft_cap_has_no_gradients() -> None:
+    _, sparse = pair("gemma2")
+    with pytest.raises(ValueError, match="where gradients are needed; use 'eager'"):
+        sparse(**prompts())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_of_users(dtype: torch.dtype) -> None:
+    dense, sparse = pair("llama")
+    ids = prompts()["input_ids"]
+    allowed = (torch.rand(2, 1, 50, 50) < 0.5) | torch.eye(50, dtype=torch.bool)
+    added = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        want = dense(ids, attention_mask=added).logits
+        got = sparse(ids, attention_mask=allowed if dtype == torch.bool else added).logits
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss"])
+def test_under_torch_compile(name: str) -> None:
+    dense, sparse = pair(name)
+    captured = Capture()
+    compiled = torch.compile(sparse, backend=captured, fullgraph=name != "gpt_oss")
+    with torch.no_grad():
+        want, got = (model(**prompts()).logits[:, 9:] for model in (dense, compiled))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    operators = (torch.ops.s2o.attention, torch.ops.s2o.attention.default)
+    assert sum(node.target in operators for node in captured.nodes()) == 2
+
+
+@pytest.mark.parametrize(("cache", "implementation"), [("dynamic", "s2o"), ("static", "sdpa")])
+def test_generate_compiled(cache: str, implementation: str) -> None:
+    dense, model = pair("llama")
+    model.set_attn_implementation(implementation)
+    captured = Capture()
+    model.forward = torch.compile(model.forward, backend=captured)
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+    assert torch.equal(model.generate(**prompts(), **options), dense.generate(**prompts(), **options))
+    assert len(captured.operators()) >= 2
+
+
+FUNCTIONS = {
+    "causal": masking.causal_mask_function,
+    "bidirectional": masking.bidirectional_mask_function,
+    "window": masking.sliding_window_causal_mask_function(7),
+    "window on both sides": masking.sliding_window_bidirectional_mask_function(7),
+    "window of 1": masking.sliding_window_causal_mask_function(1),
+}
+
+
+@given(st.sampled_from(list(FUNCTIONS)), st.integers(2, 20), st.integers(1, 30), st.integers(0, 25), st.integers(0, 25))
+def test_masks_say_what_transformers_says(name: str, queries: int, keys: int, q_offset: int, kv_offset: int) -> None:
+    config = transformers.LlamaConfig(s2o=EXACT.arguments())
+    arguments = (2, queries, keys, q_offset, kv_offset, FUNCTIONS[name])
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    with torch.no_grad():
+        want = masking.sdpa_mask(*arguments, **skips)
+        padding = torch.rand(2, kv_offset + keys) < 0.8
+        padded = masking.sdpa_mask(*arguments, padding, **skips)
+        assert torch.equal(masks.s2o_mask(*arguments, config=config), want)
+        lazy = masks.s2o_mask(*arguments, padding, config=config)
+    assert torch.equal(lazy, padded)
+    assert torch.equal(lazy[:, :, 1:] | False, padded[:, :, 1:])
+    assert lazy.contiguous() is lazy
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        masking.chunked_causal_mask_function(8, torch.zeros(2, dtype=torch.long)),
+        masking.or_masks(masking.causal_mask_function, masking.bidirectional_mask_function),
+        lambda batch, head, query, key: key <= query,
+    ],
+)
+def test_other_masks_stay_tensors(function: Any) -> None:
+    config = transformers.LlamaConfig(s2o=EXACT.arguments())
+    with torch.no_grad():
+        found = masks.s2o_mask(2, 20, 30, 10, mask_function=function, config=config)
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, masking.sdpa_mask(2, 20, 30, 10, mask_function=function))
+
+
+def test_registered_when_transformers_is_imported_later() -> None:
+    code = (
+        "import s2o_compile, sys\nassert 'transformers' not in sys.modules\n"
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions\n"
+        "from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks\n"
+        "print(functions['s2o'].__module__, masks['s2o'].__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["s2o_compile.integrations.transformers", "s2o_compile.integrations.masks"]
