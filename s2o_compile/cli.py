@@ -69,7 +69,7 @@ def demo(
 
     config = read_config(threshold, min_length, option or [])
     settings = Settings(length, document, model, config, device, dtype, repeats, seed)
-    _make_folder(output)
+    make_folder(output)
     results = run_demo(settings, Progress())
     _save(results, output)
     _print(results, output, json_only)
@@ -140,7 +140,12 @@ def _read_option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder where it is missing.
+
+    Raises:
+        UsageError: It cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
