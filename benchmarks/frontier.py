@@ -1,0 +1,107 @@
+"""Error against work of sparse attention, on captured layers, over every row.
+
+    python -m benchmarks.frontier captures/layer04.safetensors captures/layer20.safetensors --target 0.005
+
+Each method is swept over its own dial. Work is the density plus the ranking's FLOPs as a share of dense attention's.
+`--s2o` adds settings of the operator, for example --s2o "pool=4 tail=means" --threshold 1e-3 --threshold 1e-4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from s2o_compile.cli import UsageError, make_folder, read_config
+from s2o_compile.demo.model import choose_device
+
+from .captured import Layer, load_layer
+from .command import run
+from .frontier_report import Point, points_table, save_plot, targets_table
+from .judge import Judge
+from .methods import METHODS, Method, operator
+
+THRESHOLDS = (1e-5, 1e-4, 1e-3, 1e-2)
+
+
+def measure(layer: Layer, methods: dict[str, Method], every: int, progress: Progress) -> list[Point]:
+    """The points of all methods on one layer."""
+    task = progress.add_task(f"{layer.name}, dense", total=len(methods))
+    judge = Judge(layer, every)
+    points = []
+    for name, method in methods.items():
+        progress.update(task, description=f"{layer.name}, {name}")
+        scores = method.scores(judge, method.settings)
+        points += [
+            Point(layer.name, name, method.dial, setting, setting == method.default, score)
+            for setting, score in zip(method.settings, scores, strict=True)
+        ]
+        progress.advance(task)
+    return points
+
+
+def choose(names: list[str] | None, variants: list[str], thresholds: list[float] | None) -> dict[str, Method]:
+    """The methods asked for.
+
+    Raises:
+        UsageError: A name is none of `METHODS`, or a variant's option cannot be used.
+    """
+    unknown = set(names or ()) - set(METHODS)
+    if unknown:
+        raise UsageError(f"--method must be one of {', '.join(map(repr, METHODS))}, not {sorted(unknown)[0]!r}.")
+    chosen = {name: METHODS[name] for name in METHODS if not names or name in names}
+    dial = tuple(thresholds or THRESHOLDS)
+    return chosen | {f"s2o, {text}": operator(read_config(None, 0, text.split()), dial) for text in variants}
+
+
+def main(
+    captures: Annotated[list[Path], typer.Argument(help="Files of benchmarks.capture.")],
+    method: Annotated[list[str] | None, typer.Option(help="A method by name; repeatable, all by default.")] = None,
+    s2o: Annotated[list[str] | None, typer.Option(help="Fields of S2OConfig, NAME=VALUE ...; repeatable.")] = None,
+    threshold: Annotated[list[float] | None, typer.Option(help="Of the --s2o settings; repeatable.")] = None,
+    target: Annotated[list[float] | None, typer.Option(help="Error to compare work at, one or one a file.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Judge one strip of 128 rows in EVERY.")] = 1,
+    length: Annotated[int | None, typer.Option(min=1, help="Take only the first positions.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Folder for frontier.json and the plots.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Compare the error of sparse attention against its work on captured layers."""
+    methods = choose(method, s2o or [], threshold)
+    targets = _targets(target or [0.005], captures)
+    if output:
+        make_folder(output)
+    points: list[Point] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for path in captures:
+            layer = load_layer(path, choose_device(device)).first(length or 2**62)
+            points += measure(layer, methods, every, progress)
+    rows = "every row" if every == 1 else f"SAMPLED: one strip of 128 rows in {every}"
+    if as_json:
+        print(json.dumps([dataclasses.asdict(point) for point in points], indent=2))
+    else:
+        for _, own in itertools.groupby(points, lambda point: point.layer):
+            Console().print(points_table(list(own), rows))
+        Console().print(targets_table(points, targets, rows))
+    if output:
+        text = json.dumps({"rows": rows, "points": [dataclasses.asdict(point) for point in points]}, indent=2)
+        (output / "frontier.json").write_text(text + "\n", encoding="utf-8")
+        for against in ("work", "density"):
+            save_plot(points, against, rows, output / f"frontier-{against}.png")
+
+
+def _targets(errors: list[float], captures: list[Path]) -> dict[str, float]:
+    """The error to compare work at, by layer."""
+    if len(errors) not in (1, len(captures)) or min(errors) <= 0:
+        raise UsageError(f"--target must be given once or {len(captures)} times, above 0, not as {errors}.")
+    return {path.stem: errors[place % len(errors)] for place, path in enumerate(captures)}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,125 @@
+"""The frontier's results: tables, work at equal error, and plots."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from .judge import Score
+
+MARKERS = "os^vD<>Pp*Xh8d"
+LINES = ("-", "--", "-.", ":")
+AXES = {
+    "work": "total work, share of dense attention's FLOPs",
+    "density": "density, share of dense attention's pairs",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of one method on one layer."""
+
+    layer: str
+    method: str
+    dial: str
+    setting: float
+    is_default: bool
+    score: Score
+
+
+def points_table(points: list[Point], rows: str) -> Table:
+    """Every point of one layer, the settings below their method; defaults are marked."""
+    table = Table(title=f"{points[0].layer}: error against work, {rows}", title_justify="left", box=SIMPLE)
+    table.add_column("method, setting", no_wrap=True)
+    for name in ("density", "work", "error", "row 99.9%", "row max", "lse error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for (method, dial), swept in itertools.groupby(points, lambda point: (point.method, point.dial)):
+        table.add_row(f"{method}: {dial}")
+        for point in swept:
+            score = point.score
+            losses = (f"{loss:.1e}" for loss in (score.error, score.row_999, score.row_max, score.lse_error))
+            setting = f"  {point.setting:g}{', default' if point.is_default else ''}"
+            table.add_row(setting, f"{score.density:.3f}", f"{score.work:.3f}", *losses)
+    return table
+
+
+def work_at(points: list[Point], target: float) -> tuple[str, float]:
+    """The least work of one method on one layer that reaches an error, interpolated between logarithms.
+
+    Returns:
+        A sign and the work: "" where the target lies within the sweep, "<" where its least work reaches it already,
+        ">" where its most work does not.
+    """
+    curve = sorted((point.score.work, point.score.error) for point in points)
+    if curve[0][1] <= target:
+        return "<", curve[0][0]
+    for (less, worse), (more, better) in itertools.pairwise(curve):
+        if better <= target:
+            if not better:
+                return "<", more
+            share = math.log(worse / target) / math.log(worse / better)
+            return "", less * (more / less) ** share
+    return ">", curve[-1][0]
+
+
+def targets_table(points: list[Point], targets: dict[str, float], rows: str) -> Table:
+    """Total work at equal error by method and layer, with the multiple of the first method's."""
+    table = Table(title=f"Total work at equal error, {rows}; in brackets over that of the first", title_justify="left")
+    table.add_column("method")
+    for layer, target in targets.items():
+        table.add_column(f"{layer}, {target:g}", justify="right")
+    first: dict[str, float] = {}
+    for method in dict.fromkeys(point.method for point in points):
+        cells = []
+        for layer, target in targets.items():
+            own = [point for point in points if (point.layer, point.method) == (layer, method)]
+            sign, work = work_at(own, target)
+            cells.append(f"{sign}{work:.3f} ({sign}{work / first.setdefault(layer, work):.2f}x)")
+        table.add_row(method, *cells)
+    return table
+
+
+def save_plot(points: list[Point], against: str, rows: str, path: Path) -> None:
+    """One panel a layer, one curve a method, its default filled; `against` is one of `AXES`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = list(dict.fromkeys(point.layer for point in points))
+    methods = list(dict.fromkeys(point.method for point in points))
+    figure = Figure(figsize=(3.6 * len(layers) + 0.8, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
+    for panel, layer in zip(panels, layers, strict=True):
+        for number, method in enumerate(methods):
+            _draw(panel, [point for point in points if (point.layer, point.method) == (layer, method)], number, against)
+        panel.set(xscale="log", yscale="log", title=layer, xlabel=AXES[against])
+        panel.grid(True, which="major", linewidth=0.4, alpha=0.6)
+    panels[0].set_ylabel("relative squared error of the output")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(f"filled: default setting; {rows}", fontsize=9)
+    figure.savefig(path, dpi=200)
+
+
+def _draw(panel: Any, points: list[Point], number: int, against: str) -> None:
+    """One method's curve; markers and line styles differ so that it can be told apart in grey."""
+    places = sorted((getattr(point.score, against), point.score.error, point.is_default) for point in points)
+    marker, shade = MARKERS[number % len(MARKERS)], f"C{number % 10}"
+    style = {"marker": marker, "color": shade, "markersize": 5}
+    panel.plot(
+        [x for x, _, _ in places],
+        [y for _, y, _ in places],
+        LINES[number % len(LINES)],
+        markerfacecolor="none",
+        linewidth=1.2,
+        label=points[0].method,
+        **style,
+    )
+    for x, y, is_default in places:
+        if is_default:
+            panel.plot(x, y, **style)
