@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.table import Table
 
 from .judge import Score
@@ -19,6 +18,8 @@ AXES = {
     "work": "total work, share of dense attention's FLOPs",
     "density": "density, share of dense attention's pairs",
 }
+LEAST_ERROR = 1e-6
+"""Where the plots end: below it, methods are dense attention."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,18 @@ class Point:
 
 
 def points_table(points: list[Point], rows: str) -> Table:
-    """Every point of one layer, the settings below their method; defaults are marked."""
-    table = Table(title=f"{points[0].layer}: error against work, {rows}", title_justify="left", box=SIMPLE)
-    table.add_column("method, setting", no_wrap=True)
-    for name in ("density", "work", "error", "row 99.9%", "row max", "lse error"):
+    """Every point of one layer, the settings below their method; p99.9 and max are of the rows' relative errors."""
+    title = f"{points[0].layer}: error against work, {rows}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in ("density", "work", "error", "p99.9", "max", "lse"):
         table.add_column(name, justify="right", no_wrap=True)
-    for (method, dial), swept in itertools.groupby(points, lambda point: (point.method, point.dial)):
-        table.add_row(f"{method}: {dial}")
+    for method, swept in itertools.groupby(points, lambda point: point.method):
+        table.add_row(method)
         for point in swept:
             score = point.score
             losses = (f"{loss:.1e}" for loss in (score.error, score.row_999, score.row_max, score.lse_error))
-            setting = f"  {point.setting:g}{', default' if point.is_default else ''}"
+            setting = f"  {point.dial} {point.setting:g}{', default' if point.is_default else ''}"
             table.add_row(setting, f"{score.density:.3f}", f"{score.work:.3f}", *losses)
     return table
 
@@ -69,18 +71,19 @@ def work_at(points: list[Point], target: float) -> tuple[str, float]:
 
 
 def targets_table(points: list[Point], targets: dict[str, float], rows: str) -> Table:
-    """Total work at equal error by method and layer, with the multiple of the first method's."""
-    table = Table(title=f"Total work at equal error, {rows}; in brackets over that of the first", title_justify="left")
+    """Total work at equal error by method and layer, and its multiple of the first method's where both are known."""
+    table = Table(title=f"Total work at equal error, {rows}", title_justify="left")
     table.add_column("method")
     for layer, target in targets.items():
         table.add_column(f"{layer}, {target:g}", justify="right")
-    first: dict[str, float] = {}
+    first: dict[str, tuple[str, float]] = {}
     for method in dict.fromkeys(point.method for point in points):
         cells = []
         for layer, target in targets.items():
             own = [point for point in points if (point.layer, point.method) == (layer, method)]
             sign, work = work_at(own, target)
-            cells.append(f"{sign}{work:.3f} ({sign}{work / first.setdefault(layer, work):.2f}x)")
+            base_sign, base = first.setdefault(layer, (sign, work))
+            cells.append(f"{sign}{work:.3f}" + (f" ({work / base:.2f}x)" if not sign + base_sign else ""))
         table.add_row(method, *cells)
     return table
 
@@ -89,6 +92,7 @@ def save_plot(points: list[Point], against: str, rows: str, path: Path) -> None:
     """One panel a layer, one curve a method, its default filled; `against` is one of `AXES`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     layers = list(dict.fromkeys(point.layer for point in points))
     methods = list(dict.fromkeys(point.method for point in points))
@@ -99,27 +103,26 @@ def save_plot(points: list[Point], against: str, rows: str, path: Path) -> None:
         for number, method in enumerate(methods):
             _draw(panel, [point for point in points if (point.layer, point.method) == (layer, method)], number, against)
         panel.set(xscale="log", yscale="log", title=layer, xlabel=AXES[against])
+        panel.set_ylim(bottom=LEAST_ERROR)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(True, which="major", linewidth=0.4, alpha=0.6)
     panels[0].set_ylabel("relative squared error of the output")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, 2 * len(layers)), fontsize=8
+    )
     figure.suptitle(f"filled: default setting; {rows}", fontsize=9)
     figure.savefig(path, dpi=200)
 
 
 def _draw(panel: Any, points: list[Point], number: int, against: str) -> None:
     """One method's curve; markers and line styles differ so that it can be told apart in grey."""
-    places = sorted((getattr(point.score, against), point.score.error, point.is_default) for point in points)
-    marker, shade = MARKERS[number % len(MARKERS)], f"C{number % 10}"
-    style = {"marker": marker, "color": shade, "markersize": 5}
-    panel.plot(
-        [x for x, _, _ in places],
-        [y for _, y, _ in places],
-        LINES[number % len(LINES)],
-        markerfacecolor="none",
-        linewidth=1.2,
-        label=points[0].method,
-        **style,
-    )
-    for x, y, is_default in places:
-        if is_default:
-            panel.plot(x, y, **style)
+    style = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}", "markersize": 5}
+
+    def plot(some: list[Point], line: str, **more: Any) -> None:
+        panel.plot([getattr(p.score, against) for p in some], [p.score.error for p in some], line, **style, **more)
+
+    swept = sorted(points, key=lambda point: getattr(point.score, against))
+    plot(swept, LINES[number % len(LINES)], markerfacecolor="none", linewidth=1.2, label=points[0].method)
+    plot([point for point in points if point.is_default], "")

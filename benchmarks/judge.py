@@ -70,7 +70,8 @@ class Judge:
         self.layer = layer
         strips = torch.arange(layer.length, device=layer.key.device) // STRIP
         self.judged = strips % every == min(every // 2, int(strips[-1]))
-        dense = Visit(torch.ones(-(-layer.length // STRIP), 1, dtype=torch.bool), STRIP, layer.length, ranking=0)
+        everything = torch.ones(-(-layer.length // STRIP), 1, dtype=torch.bool, device=layer.key.device)
+        dense = Visit(everything, STRIP, layer.length, ranking=0)
         results = [self.attend(head, dense) for head in range(layer.heads)]
         self.output, self.lse = (torch.stack(parts) for parts in zip(*results, strict=True))
 
