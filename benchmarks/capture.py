@@ -40,7 +40,7 @@ def capture(model: Any, inputs: dict[str, Any], keep: Callable[[Layer], None], l
         layers: Which, counted by calls of attention; None for all.
 
     Raises:
-        UsageError: Attention is not the plain causal kind of a prefill.
+        UsageError: Attention is not the plain causal kind of a prefill, or a layer does not call SDPA.
     """
 
     def handle(call: Call) -> torch.Tensor:
@@ -48,8 +48,10 @@ def capture(model: Any, inputs: dict[str, Any], keep: Callable[[Layer], None], l
             keep(_layer(call))
         return call.dense()
 
-    with torch.no_grad(), AttentionCalls(handle):
+    with torch.no_grad(), AttentionCalls(handle) as calls:
         model(**inputs)
+    if calls.count <= max(layers or {0}):
+        raise UsageError(f"Layer {max(layers or {0})} cannot be captured: SDPA was called {calls.count} times.")
 
 
 def _layer(call: Call) -> Layer:

@@ -23,8 +23,8 @@ from s2o_compile.demo.model import choose_device
 
 from .captured import Layer, load_layer
 from .command import run
-from .frontier_report import Point, points_table, save_plot, targets_table
-from .judge import Judge
+from .frontier_report import AXES, Point, points_table, save_plot, targets_table
+from .judge import STRIP, Judge
 from .methods import METHODS, Method, operator
 
 THRESHOLDS = (1e-5, 1e-4, 1e-3, 1e-2)
@@ -77,23 +77,28 @@ def main(
     targets = _targets(target or [0.005], captures)
     if output:
         make_folder(output)
+    rows = "every row" if every == 1 else f"SAMPLED: one strip of {STRIP} rows in {every}"
     points: list[Point] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for path in captures:
             layer = load_layer(path, choose_device(device)).first(length or 2**62)
             points += measure(layer, methods, every, progress)
-    rows = "every row" if every == 1 else f"SAMPLED: one strip of 128 rows in {every}"
+            if output:
+                save(points, rows, output)
     if as_json:
         print(json.dumps([dataclasses.asdict(point) for point in points], indent=2))
-    else:
-        for _, own in itertools.groupby(points, lambda point: point.layer):
-            Console().print(points_table(list(own), rows))
-        Console().print(targets_table(points, targets, rows))
-    if output:
-        text = json.dumps({"rows": rows, "points": [dataclasses.asdict(point) for point in points]}, indent=2)
-        (output / "frontier.json").write_text(text + "\n", encoding="utf-8")
-        for against in ("work", "density"):
-            save_plot(points, against, rows, output / f"frontier-{against}.png")
+        return
+    for _, own in itertools.groupby(points, lambda point: point.layer):
+        Console().print(points_table(list(own), rows))
+    Console().print(targets_table(points, targets, rows))
+
+
+def save(points: list[Point], rows: str, folder: Path) -> None:
+    """Write frontier.json, and the plots against work and against density."""
+    text = json.dumps({"rows": rows, "points": [dataclasses.asdict(point) for point in points]}, indent=2)
+    (folder / "frontier.json").write_text(text + "\n", encoding="utf-8")
+    for against in AXES:
+        save_plot(points, against, rows, folder / f"frontier-{against}.png")
 
 
 def _targets(errors: list[float], captures: list[Path]) -> dict[str, float]:

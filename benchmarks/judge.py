@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from s2o_compile.ops.density import dense_pairs
+from s2o_compile.ops.softmax import OnlineSoftmax
 
 from .baselines.visit import Visit
 from .captured import Layer
@@ -82,10 +83,12 @@ class Judge:
         for tile, rows in self._tiles(visit.tile):
             keys = visit.keys(tile, self.layer.length)
             keys = keys[keys <= rows[-1]]
-            logits = query[rows] @ key[keys].T * self.layer.scale
-            logits.masked_fill_(keys > rows[:, None], -math.inf)
-            lse = logits.logsumexp(-1)
-            results.append((logits.sub_(lse[:, None]).exp_() @ value[keys], lse))
+            logits = (query[rows] * self.layer.scale) @ key[keys].T
+            late = (keys > rows[0]).nonzero()[:, 0]
+            logits[:, late] = logits[:, late].masked_fill(keys[late] > rows[:, None], -math.inf)
+            softmax = OnlineSoftmax.empty(query[rows], value.shape[-1])
+            softmax.add(logits, value[keys])
+            results.append((softmax.output(), softmax.lse()))
         output, lse = (torch.cat(parts) for parts in zip(*results, strict=True))
         return output, lse
 

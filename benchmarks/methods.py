@@ -94,17 +94,18 @@ def operator(config: S2OConfig, settings: tuple[float, ...], default: float | No
 
 
 COVERED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-PACKED_MEANS = S2OConfig(guides="group", pool=8, max_weight=0, mean_weight=1, tail="means", near_keys=128, sample=1)
+PACKED_MEANS = S2OConfig(guides="group", pool=8, max_weight=0, mean_weight=1, tail="means", near_keys=128)
 
 METHODS: dict[str, Method] = {
     "s2o": operator(S2OConfig(), (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128), S2OConfig().threshold),
     "s2o, packed": operator(PACKED_MEANS, (1e-5, 2e-5, 4e-5, 1e-4, 3e-4, 1e-3)),
-    "S2O as published": operator(S2OConfig.paper(), (1e-4, 1e-3, 1e-2, 3e-2, 1e-1), S2OConfig.paper().threshold),
+    "s2o, pool 4": operator(S2OConfig(pool=4), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+    "S2O as published": operator(S2OConfig.paper(), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), S2OConfig.paper().threshold),
     "PBS-Attn": rule(pbs.pbs, "covers", COVERED, pbs.THRESHOLD),
     "XAttention, stride 8": rule(xattention.xattention, "covers", COVERED, xattention.THRESHOLD),
     "XAttention, stride 16": rule(partial(xattention.xattention, stride=16), "covers", COVERED, xattention.THRESHOLD),
     "FlexPrefill": rule(flexprefill.flexprefill, "gamma", COVERED, flexprefill.COVERAGE),
-    "vertical-slash": rule(vertical_slash.vertical_slash, "budgets", (0.125, 0.25, 0.5, 1, 2), 1),
+    "vertical-slash": rule(vertical_slash.vertical_slash, "budgets", (0.0625, 0.125, 0.25, 0.5, 1), 1),
     "mean-pooled blocks": rule(pooled_blocks, "covers", COVERED),
     "StreamingLLM": rule(streaming.streaming, "window", (512, 1020, 2048, 4096, 8192), streaming.WINDOW),
     "oracle, blocks of 128": rule(partial(oracle, tile=128, block=128), "probability", (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)),

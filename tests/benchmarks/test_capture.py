@@ -67,6 +67,11 @@ def test_other_attention_is_refused(inputs: dict[str, Any]) -> None:
         record(tiny("llama"), {"input_ids": tokens(40), **inputs})
 
 
+def test_layers_that_never_run_are_named() -> None:
+    with pytest.raises(UsageError, match="Layer 5 cannot be captured: SDPA was called 2 times"):
+        record(tiny("llama"), {"input_ids": tokens(20, batch=1)}, {0, 5})
+
+
 def test_files_give_back_the_layer(tmp_path: Path) -> None:
     (layer,) = record(tiny("llama"), {"input_ids": tokens(40, batch=1)}, {1})
     path = tmp_path / "layer01.safetensors"
