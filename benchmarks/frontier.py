@@ -50,14 +50,20 @@ def choose(names: list[str] | None, variants: list[str], thresholds: list[float]
     """The methods asked for.
 
     Raises:
-        UsageError: A name is none of `METHODS`, or a variant's option cannot be used.
+        UsageError: A name is none of `METHODS`, or a variant's option or threshold cannot be used.
     """
     unknown = set(names or ()) - set(METHODS)
     if unknown:
         raise UsageError(f"--method must be one of {', '.join(map(repr, METHODS))}, not {sorted(unknown)[0]!r}.")
     chosen = {name: METHODS[name] for name in METHODS if not names or name in names}
     dial = tuple(thresholds or THRESHOLDS)
-    return chosen | {f"s2o, {text}": operator(read_config(None, 0, text.split()), dial) for text in variants}
+    return chosen | {f"s2o, {text}": _variant(text, dial) for text in variants}
+
+
+def _variant(text: str, dial: tuple[float, ...]) -> Method:
+    """The operator with the options of a text, NAME=VALUE each, at thresholds that it allows."""
+    configs = [read_config(threshold, 0, text.split()) for threshold in dial]
+    return operator(configs[0], dial)
 
 
 def main(

@@ -74,6 +74,8 @@ def operator_scores(config: S2OConfig, judge: Judge, settings: Sequence[float]) 
 
 def ranking_flops(layer: Layer, config: S2OConfig) -> float:
     """FLOPs of the products between guides and keys: the scores, and the sample that estimates log-sum-exps."""
+    if not config.threshold:
+        return 0.0  # every key is visited
     geometry = Geometry.of(layer.query[None], layer.key[None], Visibility(is_causal=True), config)
     heads = layer.heads if config.guides == "head" else len(layer.key)
     scored = 0

@@ -6,6 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.baselines.blocks import BLOCK, cover
 from benchmarks.baselines.flexprefill import covering, divergence, flexprefill
@@ -119,23 +121,25 @@ def test_pooled_blocks_visits_the_block_with_the_mean_that_matches() -> None:
     assert visit.mask[6].nonzero()[:, 0].tolist() == [0, 3, 6]
 
 
-def test_slash_sums_add_up_by_distance() -> None:
-    attention = torch.rand(7, 50).tril(43)
-    want = torch.zeros(50)
-    for row in range(7):
-        for key in range(43 + row + 1):
-            want[43 + row - key] += attention[row, key]
+@given(st.integers(1, 12), st.integers(0, 60), st.integers(0, 2**32))
+def test_slash_sums_add_up_by_distance(rows: int, before: int, seed: int) -> None:
+    length = before + rows
+    attention = torch.rand(rows, length, generator=torch.Generator().manual_seed(seed)).tril(before)
+    want = torch.zeros(length)
+    for row in range(rows):
+        for key in range(before + row + 1):
+            want[before + row - key] += attention[row, key]
     torch.testing.assert_close(slash_sums(attention), want)
 
 
-def test_slash_keys_are_those_at_the_distances() -> None:
-    distances = torch.zeros(100, dtype=torch.bool)
-    distances[[0, 40, 77]] = True
-    got = slash_keys(distances, 16)
-    for tile in range(len(got)):
-        rows = range(tile * 16, tile * 16 + 16)
-        want = {row - distance for row in rows for distance in (0, 40, 77)} & set(range(100))
-        assert set(got[tile].nonzero()[:, 0].tolist()) == want
+@given(st.sets(st.integers(0, 99), max_size=6), st.integers(1, 99), st.sampled_from([16, 64]))
+def test_slash_keys_are_those_at_the_distances(distances: set[int], length: int, tile: int) -> None:
+    at = torch.tensor([place in distances for place in range(length)])
+    got = slash_keys(at, tile)
+    for index, first in enumerate(range(0, length, tile)):
+        rows = range(first, first + tile)
+        want = {row - distance for row in rows for distance in distances if distance < length} & set(range(length))
+        assert set(got[index].nonzero()[:, 0].tolist()) == want
 
 
 def test_vertical_slash_finds_a_column_and_a_distance() -> None:

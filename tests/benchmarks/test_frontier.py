@@ -87,6 +87,7 @@ def test_ranking_flops_count_guides_times_history(config: S2OConfig) -> None:
         history = max(0, first - config.near_keys) // 64 * 64
         guides = len(range(first, min(first + config.segment, 1100), config.pool))
         count += guides * history
+    assert ranking_flops(some, dataclasses.replace(config, threshold=0)) == 0
     heads = 2 if config.guides == "group" else 4
     assert ranking_flops(some, config) == pytest.approx(2 * 32 * heads * count * (1 + 1 / config.sample))
 
@@ -117,6 +118,8 @@ def test_unknown_methods_and_options_are_named() -> None:
         choose(["flash"], [], None)
     with pytest.raises(UsageError, match="unknown option 'pools'"):
         choose(None, ["pools=4"], None)
+    with pytest.raises(UsageError, match="threshold must be a number from 0 to below 1, not 2"):
+        choose(None, ["pool=4"], [2])
     chosen = choose(["PBS-Attn"], ["pool=4 tail=none"], [1e-3])
     assert list(chosen) == ["PBS-Attn", "s2o, pool=4 tail=none"]
     assert chosen["s2o, pool=4 tail=none"].settings == (1e-3,)
