@@ -34,9 +34,12 @@ def probability(query: torch.Tensor, key: torch.Tensor, scale: float, allowed: t
 
 
 def last_attention(query: torch.Tensor, key: torch.Tensor, scale: float, rows: int) -> torch.Tensor:
-    """The attention of the last `rows` queries [rows, L], causal."""
-    positions = torch.arange(len(key), device=key.device)
-    return probability(query[-rows:], key, scale, positions <= positions[-rows:, None])
+    """The causal attention of the last `rows` queries [L, D], or of all where they are fewer: [rows, L]."""
+    last = query[-rows:]
+    logits = (last * scale) @ key.T
+    late = torch.ones(len(last), len(last), dtype=torch.bool, device=key.device).triu(1)
+    logits[:, -len(last) :].masked_fill_(late, -math.inf)
+    return logits.softmax(-1)
 
 
 def cover(scores: torch.Tensor, share: float, forced: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .blocks import cut, probability
+from .blocks import BLOCK, last_attention, pool
 from .visit import Visit
 
 
@@ -22,7 +22,7 @@ def oracle(
         key: [L, D].
         scale: Factor of the logits.
         thresholds: Least mean probabilities.
-        tile: Queries that share a choice.
+        tile: Queries that share a choice; divides 128.
         block: Keys that are chosen together.
     """
     mass = tile_mass(query, key, scale, tile, block)
@@ -35,11 +35,11 @@ def oracle(
 
 def tile_mass(query: torch.Tensor, key: torch.Tensor, scale: float, tile: int, block: int) -> torch.Tensor:
     """The mean probability of the pairs of each tile and block [tiles, blocks]."""
-    positions = torch.arange(len(key), device=key.device)
     mass = key.new_zeros(-(-len(key) // tile), -(-len(key) // block))
-    for row, start in enumerate(range(0, len(key), tile)):
-        rows, end = slice(start, start + tile), min(start + tile, len(key))
-        attention = probability(query[rows], key[:end], scale, positions[:end] <= positions[rows, None])
-        mean = cut(attention.mean(0), block).mean(1)
-        mass[row, : len(mean)] = mean
+    strip = max(tile, BLOCK)
+    for start in range(0, len(key), strip):
+        end = min(start + strip, len(key))
+        by_tile = pool(last_attention(query[:end], key[:end], scale, end - start), tile)
+        by_block = pool(by_tile.T, block).T
+        mass[start // tile :][: len(by_block), : by_block.shape[1]] = by_block
     return mass

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .blocks import BLOCK, causal, cover, cut, probability
+from .blocks import BLOCK, causal, cover, cut, last_attention
 from .visit import Visit
 
 THRESHOLD = 0.9
@@ -40,9 +40,8 @@ def block_scores(query: torch.Tensor, key: torch.Tensor, scale: float, size: int
     """Causal attention among folded positions, summed over blocks of `size` of them: [blocks, blocks]."""
     blocks = len(key) // size
     scores = key.new_zeros(blocks, blocks)
-    positions = torch.arange(len(key), device=key.device)
     for row in range(blocks):
-        rows, end = slice(row * size, (row + 1) * size), (row + 1) * size
-        attention = probability(query[rows], key[:end], scale, positions[:end] <= positions[rows, None])
+        end = (row + 1) * size
+        attention = last_attention(query[:end], key[:end], scale, size)
         scores[row, : row + 1] = attention.unflatten(1, (-1, size)).sum((0, 2))
     return scores
