@@ -8,7 +8,6 @@ Each method is swept over its own dial. Work is the density plus the ranking's F
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -23,7 +22,7 @@ from s2o_compile.demo.model import choose_device
 
 from .captured import Layer, load_layer
 from .command import run
-from .frontier_report import AXES, Point, points_table, save_plot, targets_table
+from .frontier_report import AXES, Point, as_dict, equal_error, points_table, save_plot, targets_table
 from .judge import STRIP, Judge
 from .methods import METHODS, Method, operator
 
@@ -90,18 +89,19 @@ def main(
             layer = load_layer(path, choose_device(device)).first(length or 2**62)
             points += measure(layer, methods, every, progress)
             if output:
-                save(points, rows, output)
+                save(points, targets, rows, output)
+    reached = equal_error(points, targets)
     if as_json:
-        print(json.dumps([dataclasses.asdict(point) for point in points], indent=2))
+        print(json.dumps(as_dict(points, reached, rows), indent=2))
         return
     for _, own in itertools.groupby(points, lambda point: point.layer):
         Console().print(points_table(list(own), rows))
-    Console().print(targets_table(points, targets, rows))
+    Console().print(targets_table(reached, rows))
 
 
-def save(points: list[Point], rows: str, folder: Path) -> None:
+def save(points: list[Point], targets: dict[str, float], rows: str, folder: Path) -> None:
     """Write frontier.json, and the plots against work and against density."""
-    text = json.dumps({"rows": rows, "points": [dataclasses.asdict(point) for point in points]}, indent=2)
+    text = json.dumps(as_dict(points, equal_error(points, targets), rows), indent=2)
     (folder / "frontier.json").write_text(text + "\n", encoding="utf-8")
     for against in AXES:
         save_plot(points, against, rows, folder / f"frontier-{against}.png")
@@ -109,6 +109,8 @@ def save(points: list[Point], rows: str, folder: Path) -> None:
 
 def _targets(errors: list[float], captures: list[Path]) -> dict[str, float]:
     """The error to compare work at, by layer."""
+    if len({path.stem for path in captures}) < len(captures):
+        raise UsageError("Captures are told apart by their file names, of which two are the same: rename one.")
     if len(errors) not in (1, len(captures)) or min(errors) <= 0:
         raise UsageError(f"--target must be given once or {len(captures)} times, above 0, not as {errors}.")
     return {path.stem: errors[place % len(errors)] for place, path in enumerate(captures)}

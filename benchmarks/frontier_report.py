@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +70,49 @@ def work_at(points: list[Point], target: float) -> tuple[str, float]:
     return ">", curve[-1][0]
 
 
-def targets_table(points: list[Point], targets: dict[str, float], rows: str) -> Table:
+@dataclass(frozen=True)
+class Reached:
+    """The work at which a method reaches an error on a layer; `bound` is the sign of `work_at`."""
+
+    layer: str
+    method: str
+    target: float
+    bound: str
+    work: float
+
+
+def equal_error(points: list[Point], targets: dict[str, float]) -> list[Reached]:
+    """The work of every method at the target of every layer."""
+    found = []
+    for method in dict.fromkeys(point.method for point in points):
+        for layer, target in targets.items():
+            own = [point for point in points if (point.layer, point.method) == (layer, method)]
+            if own:
+                found.append(Reached(layer, method, target, *work_at(own, target)))
+    return found
+
+
+def targets_table(reached: list[Reached], rows: str) -> Table:
     """Total work at equal error by method and layer, and its multiple of the first method's where both are known."""
     table = Table(title=f"Total work at equal error, {rows}", title_justify="left")
     table.add_column("method")
-    for layer, target in targets.items():
-        table.add_column(f"{layer}, {target:g}", justify="right")
-    first: dict[str, tuple[str, float]] = {}
-    for method in dict.fromkeys(point.method for point in points):
+    first = {one.layer: one for one in reversed(reached)}
+    for layer in dict.fromkeys(one.layer for one in reached):
+        table.add_column(f"{layer}, {first[layer].target:g}", justify="right")
+    for method, row in itertools.groupby(reached, lambda one: one.method):
         cells = []
-        for layer, target in targets.items():
-            own = [point for point in points if (point.layer, point.method) == (layer, method)]
-            sign, work = work_at(own, target)
-            base_sign, base = first.setdefault(layer, (sign, work))
-            cells.append(f"{sign}{work:.3f}" + (f" ({work / base:.2f}x)" if not sign + base_sign else ""))
+        for one in row:
+            base = first[one.layer]
+            ratio = "" if one.bound or base.bound else f" ({one.work / base.work:.2f}x)"
+            cells.append(f"{one.bound}{one.work:.3f}{ratio}")
         table.add_row(method, *cells)
     return table
+
+
+def as_dict(points: list[Point], reached: list[Reached], rows: str) -> dict[str, Any]:
+    """Everything as plain data; `rows` says which rows were judged."""
+    flat = [asdict(point) | {"score": asdict(point.score) | {"work": point.score.work}} for point in points]
+    return {"rows": rows, "points": flat, "equal_error": [asdict(one) for one in reached]}
 
 
 def save_plot(points: list[Point], against: str, rows: str, path: Path) -> None:

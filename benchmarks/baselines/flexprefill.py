@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .blocks import BLOCK, causal, cut, last_attention, pool, probability
-from .lines import slash_sums
+from .lines import largest, slash_sums
 from .visit import Visit
 
 COVERAGE = 0.9
@@ -38,7 +38,7 @@ def flexprefill(query: torch.Tensor, key: torch.Tensor, scale: float, coverages:
         sizes = [0, 0] if by_means else [covering(line, coverage) for line in (vertical, slash)]
         mask = _lines(vertical, slash, *(max(size // BLOCK + 1, LEAST_KEYS // BLOCK) for size in sizes)) & allowed
         if scores is not None:
-            mask |= _largest(scores, coverage)
+            mask |= _covering_blocks(scores, coverage)
         yield Visit(mask, BLOCK, BLOCK, ranking)
 
 
@@ -54,23 +54,17 @@ def covering(scores: torch.Tensor, share: float) -> int:
 
 
 def _lines(vertical: torch.Tensor, slash: torch.Tensor, verticals: int, slashes: int) -> torch.Tensor:
-    """The largest lines of blocks [blocks, blocks], from scores of keys and of distances [L]."""
-    keys, distances = _top(cut(vertical, BLOCK).sum(1), verticals), _top(cut(slash, BLOCK).sum(1), slashes)
-    index = torch.arange(len(keys), device=keys.device)
-    return keys | distances[(index[:, None] - index).clamp_min(0)]
+    """The largest lines of blocks [blocks, blocks], from scores of keys and of distances [L]; the first ones always."""
+    by_key, by_distance = cut(vertical, BLOCK).sum(1), cut(slash, BLOCK).sum(1)
+    by_key[0] = by_distance[0] = torch.inf
+    index = torch.arange(len(by_key), device=by_key.device)
+    distance = (index[:, None] - index).clamp_min(0)
+    return largest(by_key, verticals) | largest(by_distance, slashes)[distance]
 
 
-def _top(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Which of the scores [N] are the `count` largest; the first is always one of them."""
-    scores[0] = torch.inf
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    chosen[scores.topk(min(count, len(scores))).indices] = True
-    return chosen
-
-
-def _largest(scores: torch.Tensor, coverage: float) -> torch.Tensor:
+def _covering_blocks(scores: torch.Tensor, share: float) -> torch.Tensor:
     """The blocks that cover a share of all rows' softmax together [blocks, blocks]."""
     ordered, index = scores.flatten().sort(descending=True)
     chosen = torch.zeros_like(ordered, dtype=torch.bool)
-    chosen[index[ordered.cumsum(0) <= coverage * len(scores)]] = True
+    chosen[index[ordered.cumsum(0) <= share * len(scores)]] = True
     return chosen.view_as(scores)

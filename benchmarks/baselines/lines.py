@@ -20,3 +20,10 @@ def slash_keys(distances: torch.Tensor, tile: int) -> torch.Tensor:
     starts = torch.arange(0, length, tile, device=distances.device)
     nearest = starts[:, None] - torch.arange(length, device=distances.device)
     return below[(nearest + tile).clamp(0, length)] > below[nearest.clamp(0, length)]
+
+
+def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Which of the scores [N] are the `count` largest: [N] boolean."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen[scores.topk(min(count, len(scores))).indices] = True
+    return chosen

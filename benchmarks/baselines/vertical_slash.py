@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .blocks import last_attention
-from .lines import slash_keys, slash_sums
+from .lines import largest, slash_keys, slash_sums
 from .visit import Visit
 
 TILE = 64
@@ -36,14 +36,7 @@ def vertical_slash(query: torch.Tensor, key: torch.Tensor, scale: float, budgets
     starts = torch.arange(0, len(key), TILE, device=key.device)
     causal = torch.arange(len(key), device=key.device) < starts[:, None] + TILE
     for budget in budgets:
-        verticals = _largest(vertical, max(FIRST_VERTICALS, round(budget * VERTICALS)))
-        distances = _largest(slash, max(FIRST_SLASHES, round(budget * SLASHES)))
+        verticals = largest(vertical, max(FIRST_VERTICALS, round(budget * VERTICALS)))
+        distances = largest(slash, max(FIRST_SLASHES, round(budget * SLASHES)))
         mask = slash_keys(distances, TILE) | (verticals & causal)
         yield Visit(mask, TILE, 1, 2 * len(attention) * key.numel())
-
-
-def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Which of the scores [L] are the `count` largest."""
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    chosen[scores.topk(min(count, len(scores))).indices] = True
-    return chosen

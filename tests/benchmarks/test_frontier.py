@@ -137,9 +137,14 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert {point["method"] for point in saved["points"]} == set(names)
     assert len(saved["points"]) == sum(len(METHODS[name].settings) for name in names)
     fields = {field.name for field in dataclasses.fields(Score)}
-    assert all(set(point["score"]) == fields for point in saved["points"])
+    assert all(set(point["score"]) == fields | {"work"} for point in saved["points"])
+    assert [one["method"] for one in saved["equal_error"]] == [name for name in METHODS if name in names]
+    main([path], ["StreamingLLM"], [], None, [0.01], 2, 640, "cpu", None, True)
+    assert json.loads(capsys.readouterr().out)["rows"] == saved["rows"]
     assert all(
         (tmp_path / "out" / f"frontier-{against}.png").stat().st_size > 10_000 for against in ("work", "density")
     )
     with pytest.raises(UsageError, match="--target must be given once or 1 times"):
         main([path], names, [], None, [0.01, 0.02], 1, None, "cpu", None, False)
+    with pytest.raises(UsageError, match="two are the same"):
+        main([path, path], names, [], None, [0.01], 1, None, "cpu", None, False)
