@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .judge import Score
 
-MARKERS = "os^vD<>Pp*Xh8d"
+MARKERS = "os^vD<>Pp*Xd1"
 LINES = ("-", "--", "-.", ":")
 AXES = {
     "work": "total work, share of dense attention's FLOPs",

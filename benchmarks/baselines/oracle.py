@@ -1,4 +1,7 @@
-"""What a rule could reach that knew the true attention: the keys, or the blocks, with most of a tile's mass."""
+"""What a rule could reach that knew the true attention: the keys, or the blocks, with most of a tile's mass.
+
+It bounds rules that leave the rest out. What stands for the rest, such as a sample of it, can do better.
+"""
 
 from __future__ import annotations
 
