@@ -12,7 +12,6 @@ import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,15 +20,17 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
+from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import read_config
 from s2o_compile.demo.document import build_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model
 from s2o_compile.ops import AttentionResult, S2OConfig
 from s2o_compile.ops.density import density
+
+from .calls import AttentionCalls, Call
+from .command import run
 
 
 @dataclasses.dataclass
@@ -42,46 +43,34 @@ class Row:
     error: float
 
 
-class Comparison(TorchFunctionMode):
-    """Measures every call of SDPA beside the operator, and goes on with SDPA's output."""
+def compare(call: Call, config: S2OConfig, repetitions: int) -> tuple[torch.Tensor, Row]:
+    """SDPA's output for one call, and what was measured; only calls as in a prefill of one document.
 
-    def __init__(self, config: S2OConfig, repetitions: int, progress: Callable[[], None]) -> None:
-        super().__init__()
-        self.config, self.repetitions, self.progress = config, repetitions, progress
-        self.rows: list[Row] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not scaled_dot_product_attention:
-            return function(*args, **(kwargs or {}))
-        dense, row = self.compare(args, kwargs or {})
-        self.rows.append(row)
-        self.progress()
-        return dense
-
-    def compare(self, tensors: tuple[Any, ...], arguments: dict[str, Any]) -> tuple[torch.Tensor, Row]:
-        """Measure one call; only those without a mask, which is what a prefill of one document has."""
-        if arguments.get("attn_mask") is not None or arguments.get("dropout_p"):
-            raise ValueError("attention with a mask or dropout is not compared")
-        shared = {"is_causal": arguments.get("is_causal", False), "scale": arguments.get("scale")}
-        runs = {
-            "sdpa": lambda: scaled_dot_product_attention(*tensors, **arguments),
-            "s2o": lambda: torch.ops.s2o.attention_stats(*tensors, **shared, **self.config.arguments()),
-        }
-        results: dict[str, Any] = {}
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(self.repetitions):
-            for name, run in runs.items():
-                start = time.perf_counter()
-                results[name] = run()
-                if tensors[0].is_cuda:
-                    torch.cuda.synchronize()
-                times[name].append(time.perf_counter() - start)
-        dense, sparse = results["sdpa"], AttentionResult(*results["s2o"])
-        lengths = tensors[0].shape[2], tensors[1].shape[2]
-        share = density(sparse.visited, *lengths, shared["is_causal"], 0, self.config.tile).mean()
-        wrong = (sparse.output.double() - dense.double()).square().sum() / dense.double().square().sum()
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        return dense, Row(**medians, density=float(share), error=float(wrong))
+    Raises:
+        UsageError: The call has a mask or dropout.
+    """
+    if not call.is_plain:
+        raise UsageError("Attention with a mask or dropout is not compared.")
+    tensors, shared = (call.query, call.key, call.value), {"is_causal": call.is_causal, "scale": call.scale}
+    runs = {
+        "sdpa": call.dense,
+        "s2o": lambda: torch.ops.s2o.attention_stats(*tensors, **shared, **config.arguments()),
+    }
+    results: dict[str, Any] = {}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repetitions):
+        for name, contender in runs.items():
+            start = time.perf_counter()
+            results[name] = contender()
+            if call.query.is_cuda:
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    dense, sparse = results["sdpa"], AttentionResult(*results["s2o"])
+    lengths = call.query.shape[2], call.key.shape[2]
+    share = density(sparse.visited, *lengths, call.is_causal, 0, config.tile).mean()
+    wrong = (sparse.output.double() - dense.double()).square().sum() / dense.double().square().sum()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return dense, Row(**medians, density=float(share), error=float(wrong))
 
 
 def table(rows: list[Row]) -> Table:
@@ -116,13 +105,21 @@ def main(
     config = read_config(None, 0, option or [])
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.no_grad():
         task = progress.add_task("Prefill", total=loaded.config.num_hidden_layers)
-        with Comparison(config, repetitions, lambda: progress.advance(task)) as comparison:
+        rows: list[Row] = []
+
+        def measure(call: Call) -> torch.Tensor:
+            dense, row = compare(call, config, repetitions)
+            rows.append(row)
+            progress.advance(task)
+            return dense
+
+        with AttentionCalls(measure):
             loaded(**prefill_inputs(text, place))
     if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in comparison.rows]))
+        print(json.dumps([dataclasses.asdict(row) for row in rows]))
     else:
-        Console().print(table(comparison.rows))
+        Console().print(table(rows))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

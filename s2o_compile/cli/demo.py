@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .app import app
-from .errors import UsageError
-from .options import Device, DType, Fields, Json, Length, MinLength, Threshold, read_config
+from .options import Device, DType, Fields, Json, Length, MinLength, Threshold, make_folder, read_config
 
 if TYPE_CHECKING:
     from ..demo import Results
@@ -41,17 +40,10 @@ def demo(
 
     config = read_config(threshold, min_length, option or [])
     settings = Settings(length, document, model, config, device, dtype, repeats, seed)
-    _make_folder(output)
+    make_folder(output)
     results = run_demo(settings, Progress())
     _save(results, output)
     _print(results, output, json_only)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"The folder {folder} cannot be made: {error.strerror}.") from error
 
 
 def _save(results: Results, folder: Path) -> None:

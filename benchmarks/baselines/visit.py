@@ -1,0 +1,41 @@
+"""What a query head visits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from s2o_compile.ops.density import dense_pairs
+from s2o_compile.ops.geometry import round_up
+
+
+@dataclass(frozen=True)
+class Visit:
+    """The blocks of keys that each tile of queries of one head visits.
+
+    Attributes:
+        mask: [tiles, blocks] boolean.
+        tile: Queries of a tile.
+        block: Keys of a block; 1 for rules that choose key by key.
+        ranking: FLOPs of the products that scored keys, those in float8 counted half.
+        order: [L], the key positions in the order in which blocks hold them; None for their own order.
+    """
+
+    mask: torch.Tensor
+    tile: int
+    block: int
+    ranking: float
+    order: torch.Tensor | None = None
+
+    def keys(self, tile: int, length: int) -> torch.Tensor:
+        """The positions, of `length`, that a tile visits."""
+        places = self.mask[tile].repeat_interleave(self.block)[:length].nonzero()[:, 0]
+        return places if self.order is None else self.order[places]
+
+    def density(self, length: int) -> float:
+        """Visited pairs over those of a dense kernel, for `length` positions; keys are counted in blocks of 64."""
+        starts = torch.arange(len(self.mask), device=self.mask.device) * self.tile
+        keys = round_up((self.mask.sum(-1) * self.block).clamp_max(length))
+        pairs = (keys * (length - starts).clamp_max(self.tile)).sum()
+        return float(pairs) / dense_pairs(length, length, True, 0, self.tile)

@@ -1,0 +1,116 @@
+"""The methods that the frontier compares: the operator, the rules of others, and oracles."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops.density import density
+from s2o_compile.ops.geometry import Geometry
+from s2o_compile.ops.visibility import Visibility
+
+from .baselines import flexprefill, pbs, streaming, vertical_slash, xattention
+from .baselines.oracle import oracle
+from .baselines.pooled_blocks import pooled_blocks
+from .baselines.visit import Visit
+from .captured import Layer
+from .judge import Judge, Loss, Score
+
+Rule = Callable[[torch.Tensor, torch.Tensor, float, Sequence[float]], Iterator[Visit]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, and the sweep of its dial.
+
+    Attributes:
+        scores: Scores a layer at each of some settings of the dial.
+        dial: What the dial is.
+        settings: The sweep.
+        default: The published setting, or the project's; None where there is none.
+    """
+
+    scores: Callable[[Judge, Sequence[float]], list[Score]]
+    dial: str
+    settings: tuple[float, ...]
+    default: float | None = None
+
+
+def rule_scores(rule: Rule, judge: Judge, settings: Sequence[float]) -> list[Score]:
+    """Scores of a rule that chooses what each head visits."""
+    layer = judge.layer
+    losses: list[list[Loss]] = [[] for _ in settings]
+    densities, ranking = [0.0] * len(settings), [0.0] * len(settings)
+    for head in range(layer.heads):
+        query, key, _ = layer.head(head)
+        for place, visit in enumerate(rule(query, key, layer.scale, settings)):
+            losses[place].append(judge.loss(head, *judge.attend(head, visit)))
+            densities[place] += visit.density(layer.length) / layer.heads
+            ranking[place] += visit.ranking
+    return [judge.score(*parts) for parts in zip(losses, densities, ranking, strict=True)]
+
+
+def operator_scores(config: S2OConfig, judge: Judge, settings: Sequence[float]) -> list[Score]:
+    """Scores of the operator, with the threshold as its dial."""
+    layer = judge.layer
+    tensors = tuple(x[None] for x in (layer.query, layer.key, layer.value))
+    scores = []
+    for threshold in settings:
+        chosen = dataclasses.replace(config, threshold=threshold, min_length=0)
+        result = AttentionResult(
+            *torch.ops.s2o.attention_stats(*tensors, is_causal=True, scale=layer.scale, **chosen.arguments())
+        )
+        output, lse = (x[0, :, judge.judged].float() for x in (result.output, result.lse))
+        losses = [judge.loss(head, output[head], lse[head]) for head in range(layer.heads)]
+        share = density(result.visited, layer.length, layer.length, True, 0, chosen.tile).mean()
+        scores.append(judge.score(losses, float(share), ranking_flops(layer, chosen)))
+    return scores
+
+
+def ranking_flops(layer: Layer, config: S2OConfig) -> float:
+    """FLOPs of the products between guides and keys: the scores, and the sample that estimates log-sum-exps."""
+    if not config.threshold:
+        return 0.0  # every key is visited
+    geometry = Geometry.of(layer.query[None], layer.key[None], Visibility(is_causal=True), config)
+    heads = layer.heads if config.guides == "head" else len(layer.key)
+    scored = 0
+    for segment in range(geometry.ranked_segments):
+        queries = min(config.segment, layer.length - segment * config.segment)
+        scored += -(-queries // config.pool) * geometry.span(segment).low
+    return 2.0 * heads * scored * layer.key.shape[-1] * (1 + 1 / config.sample)
+
+
+def rule(function: Rule, dial: str, settings: tuple[float, ...], default: float | None = None) -> Method:
+    """A method of a rule."""
+    return Method(partial(rule_scores, function), dial, settings, default)
+
+
+def operator(config: S2OConfig, settings: tuple[float, ...], default: float | None = None) -> Method:
+    """A method of the operator."""
+    return Method(partial(operator_scores, config), "threshold", settings, default)
+
+
+COVERED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+PACKED_MEANS = S2OConfig(guides="group", pool=8, max_weight=0, mean_weight=1, tail="means", near_keys=128)
+
+METHODS: dict[str, Method] = {
+    "s2o": operator(S2OConfig(), (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128), S2OConfig().threshold),
+    "s2o, packed": operator(PACKED_MEANS, (1e-5, 2e-5, 4e-5, 1e-4, 3e-4, 1e-3)),
+    "s2o, pool 4": operator(S2OConfig(pool=4), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+    "S2O as published": operator(S2OConfig.paper(), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), S2OConfig.paper().threshold),
+    "PBS-Attn": rule(pbs.pbs, "covers", COVERED, pbs.THRESHOLD),
+    "XAttention, stride 8": rule(xattention.xattention, "covers", COVERED, xattention.THRESHOLD),
+    "XAttention, stride 16": rule(partial(xattention.xattention, stride=16), "covers", COVERED, xattention.THRESHOLD),
+    "FlexPrefill": rule(flexprefill.flexprefill, "gamma", COVERED, flexprefill.COVERAGE),
+    "vertical-slash": rule(vertical_slash.vertical_slash, "budgets", (0.0625, 0.125, 0.25, 0.5, 1), 1),
+    "mean-pooled blocks": rule(pooled_blocks, "covers", COVERED),
+    "StreamingLLM": rule(streaming.streaming, "window", (512, 1020, 2048, 4096, 8192), streaming.WINDOW),
+    "oracle, blocks of 128": rule(partial(oracle, tile=128, block=128), "probability", (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)),
+    "oracle, single keys": rule(oracle, "probability", (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
+}
+"""By name; what is compared by default."""
