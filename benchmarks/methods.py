@@ -82,7 +82,8 @@ def ranking_flops(layer: Layer, config: S2OConfig) -> float:
     for segment in range(geometry.ranked_segments):
         queries = min(config.segment, layer.length - segment * config.segment)
         scored += -(-queries // config.pool) * geometry.span(segment).low
-    return 2.0 * heads * scored * layer.key.shape[-1] * (1 + 1 / config.sample)
+    size = layer.key.shape[-1]
+    return 2.0 * heads * scored * (min(config.channels or size, size) + size / config.sample)
 
 
 def rule(function: Rule, dial: str, settings: tuple[float, ...], default: float | None = None) -> Method:

@@ -24,6 +24,8 @@ class S2OConfig:
             most `segment`.
         pool: Consecutive queries averaged into one guide; a power of two, at most `segment`. 1 scores every query.
         guides: "head" for guides of each query head, "group" for guides averaged over the heads of a KV group.
+        channels: Keys are scored in so many directions of the head dimension, those that carry most of the products of
+            this call's queries and keys (`ops.projection`); None for all channels.
         lists: "group" for one list of keys per KV group, "head" for one per query head.
         max_weight: Weight of the largest probability that a guide gives a key, in the key's importance.
         mean_weight: Weight of the mean probability over all guides of a list; importance is the larger term.
@@ -52,6 +54,7 @@ class S2OConfig:
     tile: int = 32
     pool: int = 1
     guides: str = "head"
+    channels: int | None = None
     lists: str = "group"
     max_weight: float = 1.0
     mean_weight: float = 0.0
@@ -81,6 +84,8 @@ class S2OConfig:
             _is_power_of_two(self.pool, 1, self.segment),
             f"a power of two up to segment ({self.segment})",
         )
+        _check(self, "channels", self.channels is None or self.channels >= 1, "None or at least 1")
+        _check(self, "channels", self.channels is None or self.stop != "gain", "None when stop is 'gain'")
         for name, choices in _CHOICES.items():
             _check(self, name, getattr(self, name) in choices, " or ".join(map(repr, choices)))
         _check(self, "lists", self.lists == "group" or self.guides == "head", "'group' when guides is 'group'")
@@ -146,6 +151,7 @@ _CHOICES = {
     "stop": ("importance", "gain"),
     "tail": ("sampled", "means", "none"),
 }
+_OPTIONAL = {"min_length", "channels"}
 _NUMBERS = {"threshold", "max_weight", "mean_weight"}
 
 
@@ -157,7 +163,7 @@ def _check_type(name: str, value: object) -> None:
     else:
         right = isinstance(value, int) and not isinstance(value, bool)
         wanted = "an integer"
-        if name == "min_length":
+        if name in _OPTIONAL:
             right, wanted = right or value is None, "an integer or None"
     if not right:
         raise TypeError(f"{name} must be {wanted}, not {value!r}")

@@ -6,6 +6,7 @@ Every other implementation is tested against this one. It follows S2O (arXiv 260
 2. Each key of the segment's history gets an importance: the share of softmax mass that the guides that see it give
    it (`importance`; a guide sees what its first query sees). Keys are ranked by it, one list per query head or per
    KV group.
+   Scores may be of fewer channels (`ops.projection`).
 3. Pass 1 attends the segment's dense span, and so initialises the online softmax. In both passes each row is masked.
 4. Pass 2 walks the list in order of importance and stops early, by one of two rules:
    "importance" stops where the importance falls below the threshold; "gain" stops after the first chunk of keys
@@ -25,6 +26,7 @@ import torch
 from .config import S2OConfig
 from .geometry import BLOCK, Geometry, round_up
 from .guides import pool_guides
+from .projection import project
 from .result import AttentionResult
 from .sampling import draws
 from .softmax import OnlineSoftmax, soft_cap
@@ -68,10 +70,13 @@ def reference_attention(
         seen = visibility.seen(b, head[:, None, None], row[:, None], column).expand(heads, length, geometry.keys)
         for g in range(groups):
             members = slice(g * group, (g + 1) * group)
+            valid = None if visibility.key_padding is None else visibility.key_padding[b]
+            scored = project(pool_guides(query[b, members], config), key[b, g], config.channels, valid)
             for segment in range(geometry.segments):
                 site = Segment(
-                    query[b, members], key[b, g], value[b, g], seen[members], segment, geometry, config, scale, softcap
-                )
+                    query[b, members], key[b, g], value[b, g], *scored, seen[members], segment, geometry, config,
+                    scale, softcap,
+                )  # fmt: skip
                 for tile in site.tiles():
                     rows = slice(tile * config.tile, min((tile + 1) * config.tile, length))
                     softmax, counts = site.attend(rows, tile)
@@ -87,7 +92,8 @@ def reference_attention(
 class Segment:
     """One segment of one KV group: its ranking, and the attention of its tiles.
 
-    `query` is [G, Lq, D], of the G heads of the group; `key` [Lk, D]; `value` [Lk, Dv]; `seen` [G, Lq, Lk].
+    `query` is [G, Lq, D], of the G heads of the group; `key` [Lk, D]; `value` [Lk, Dv]; `seen` [G, Lq, Lk];
+    `scored_guides` [G or 1, n, channels] and `scored_key` [Lk, channels] are what keys are scored by.
     """
 
     def __init__(
@@ -95,6 +101,8 @@ class Segment:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        scored_guides: torch.Tensor,
+        scored_key: torch.Tensor,
         seen: torch.Tensor,
         index: int,
         geometry: Geometry,
@@ -105,6 +113,9 @@ class Segment:
         self.query, self.key, self.value, self.seen = query, key, value, seen
         self.geometry, self.config, self.scale, self.softcap = geometry, config, scale, softcap
         self.index = index
+        per_segment = config.segment // config.pool
+        self.scored_guides = scored_guides[:, index * per_segment : (index + 1) * per_segment]
+        self.scored_key = scored_key
         self.rows = range(index * config.segment, min((index + 1) * config.segment, geometry.queries))
         span = geometry.span(index)
         _, self.low, self.high = span
@@ -149,8 +160,9 @@ class Segment:
         NaN becomes inf: where a guide tells nothing, every key it sees is visited.
         """
         config = self.config
-        logits = self.logits(guides, self.key).masked_fill(~seen, -math.inf)
-        probability = (logits - self.normaliser(logits)[..., None]).exp().masked_fill(~seen, 0)
+        normaliser = self.normaliser(self.logits(guides, self.key).masked_fill(~seen, -math.inf))
+        logits = self.logits(self.scored_guides, self.scored_key)
+        probability = (logits - normaliser[..., None]).exp().masked_fill(~seen, 0)
         if config.lists == "group":
             probability = probability.flatten(0, 1)[None]
         largest, mean = probability.amax(1) * config.max_weight, probability.mean(1) * config.mean_weight

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from ..config import S2OConfig
 from ..geometry import Geometry
 from ..guides import pool_guides
+from ..projection import project
 from ..visibility import Visibility
 
 
@@ -73,6 +74,12 @@ class Group:
     def guides(self) -> torch.Tensor:
         """The pooled queries of each segment [G or 1, segments, n, D]; zeros past a ragged end."""
         return self.by_segment(pool_guides(self.query, self.config))
+
+    @functools.cached_property
+    def scored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What keys are scored by: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
+        guides, key = project(pool_guides(self.query, self.config), self.key, self.config.channels)
+        return self.by_segment(guides), key
 
     @functools.cached_property
     def real_guides(self) -> torch.Tensor:

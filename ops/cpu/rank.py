@@ -74,8 +74,12 @@ class Ranking:
         fast = exact == torch.float32 and not group.softcap and _has_fast_bfloat16()
         dtype = torch.bfloat16 if fast else exact
         self.comparable = dtype == torch.bfloat16 and group.finite
-        self.guides = pad(group.guides.transpose(0, 1), (0, _MORE)).to(dtype)
-        self.key = pad(-group.key, (0, _MORE)).to(dtype)
+        guides, key = group.scored
+        self.guides = pad(guides.transpose(0, 1), (0, _MORE)).to(dtype)
+        self.key = pad(-key, (0, _MORE)).to(dtype)
+        self.whole_guides = self.guides[..., :-_MORE]
+        if key is not group.key:
+            self.whole_guides = group.guides.transpose(0, 1).to(dtype)
         self.key[:, -_MORE : 2 - _MORE] = 1
         self.buffer = torch.empty(max(_SCORES, self.rows * self.geometry.keys), dtype=dtype)
         first, sample = self.config.first_keys, self.config.sample
@@ -151,7 +155,7 @@ class Ranking:
         """The log of the importance of the keys in reach [segments, lists, keys]."""
         config, part = self.config, span(run.segments)
         real, guides = self.real[part], self.guides[part]
-        normaliser = torch.logaddexp(self.near[part], self.far(guides, run)).clamp_min(-_NEVER)
+        normaliser = torch.logaddexp(self.near[part], self.far(run)).clamp_min(-_NEVER)
         normaliser = normaliser.masked_fill(~real[:, None], _NEVER)
         surprisal = self.surprisal(guides, normaliser, run.reach)
         if run.seen is not None:
@@ -186,12 +190,13 @@ class Ranking:
         product = product.unflatten(0, normaliser.shape)
         return soft_cap(product, softcap).add_(normaliser[..., None]) if softcap else product
 
-    def far(self, guides: torch.Tensor, run: Run) -> torch.Tensor:
+    def far(self, run: Run) -> torch.Tensor:
         """Each guide's log-sum-exp over its history [segments, heads, guides], from one key in `sample` of it."""
+        guides = self.whole_guides[span(run.segments)]
         chosen = slice(*(int((self.drawn < end).sum()) for end in (run.reach.start, run.reach.stop)))
         place = self.drawn[chosen] - run.reach.start
         weight = self.drawn_weight[chosen].masked_fill(~run.history[:, place], -math.inf)
-        logits = guides[..., :-_MORE].flatten(0, 2) @ self.drawn_key[chosen].T
+        logits = guides.flatten(0, 2) @ self.drawn_key[chosen].T
         logits = soft_cap(logits, self.group.softcap).view(*guides.shape[:3], -1).add_(weight[:, None, None])
         if run.seen is not None:
             logits.masked_fill_(~run.seen[..., place], -math.inf)

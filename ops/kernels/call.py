@@ -100,8 +100,6 @@ class Call:
             "DOCUMENTS": visibility.query_documents is not None,
             "MASK": visibility.mask is not None,
             "SOFTCAP": self.softcap > 0,
-            "D": self.key.shape[-1],
-            "BLOCK_D": channels(self.key.shape[-1]),
             "PRECISION": "ieee" if self.query.dtype == torch.float32 else "tf32",
         }
 

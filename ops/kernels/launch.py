@@ -17,8 +17,7 @@ from ..result import AttentionResult
 from ..visibility import Visibility
 from .attend import attend_kernel
 from .call import Call, channels
-from .quantise import Operands, quantise, ranks_in_float8
-from .rank import Lists, select, sort
+from .rank import Lists, Ranking, select, sort
 from .tiling import MAX_ROWS, attend_tiling
 
 WORKSPACE = 2**30
@@ -71,11 +70,9 @@ def sparse_attention(
     if config.has_means:
         valid = None if visibility.key_padding is None else visibility.key_padding[:, None]
         means = tuple(block_means(x, valid).to(x.dtype) for x in (key, value))
-    operands = Operands(guides, key, None)
-    if config.stop != "gain" and ranks_in_float8(query, softcap):
-        operands = quantise(guides, key)
+    ranking = None if config.stop == "gain" else Ranking.of(call, guides)
     for segments in runs(call):
-        lists = sort(call, guides, segments) if config.stop == "gain" else select(call, operands, segments)
+        lists = sort(call, guides, segments) if ranking is None else select(call, ranking, segments)
         attend(call, lists, means, segments, result)
     return result
 
@@ -109,6 +106,7 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
         *call.query.stride()[:3], *call.key.stride()[:3], *call.value.stride()[:3], *call.mask_strides,
         *result.output.stride()[:3],
         **call.shared,
+        D=call.key.shape[-1], BLOCK_D=channels(call.key.shape[-1]),
         first_segment=segments.start,
         segments=len(segments),
         tiles=geometry.tiles,

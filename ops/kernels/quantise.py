@@ -24,11 +24,16 @@ class Operands(NamedTuple):
     ranges: torch.Tensor | None
 
 
-def ranks_in_float8(query: torch.Tensor, softcap: float) -> bool:
-    """Whether calls with such queries [B, Hq, Lq, D] rank in float8: half precision, no soft cap, sm_89 or later."""
-    if not query.is_cuda or query.dtype == torch.float32 or softcap or query.shape[-1] < 32:
+def ranking_operands(guides: torch.Tensor, key: torch.Tensor, softcap: float) -> Operands:
+    """Guides [B, Hkv, guide heads, guides, D] and keys [B, Hkv, Lk, D], in float8 where that is worth it."""
+    return quantise(guides, key) if ranks_in_float8(guides, softcap) else Operands(guides, key, None)
+
+
+def ranks_in_float8(guides: torch.Tensor, softcap: float) -> bool:
+    """Whether such guides [..., D] rank in float8: half precision, no soft cap, sm_89 or later."""
+    if not guides.is_cuda or guides.dtype == torch.float32 or softcap or guides.shape[-1] < 32:
         return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(query.device) >= (8, 9)
+    return torch.version.hip is None and torch.cuda.get_device_capability(guides.device) >= (8, 9)
 
 
 def quantise(guides: torch.Tensor, key: torch.Tensor) -> Operands:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.library import wrap_triton
 
+from ..projection import project
 from ..ranking import sorted_history
-from .call import Call
+from .call import Call, channels
 from .importance import importance_kernel
 from .normaliser import normaliser_kernel
-from .quantise import Operands
+from .quantise import Operands, ranking_operands
 from .select import select_kernel
 from .tiling import ranking_tiling, rows_per_list
 
@@ -32,6 +33,22 @@ class Lists:
     importance: torch.Tensor
 
 
+class Ranking(NamedTuple):
+    """What log-sum-exps are estimated from, and what keys are scored by."""
+
+    whole: Operands
+    scored: Operands
+
+    @classmethod
+    def of(cls, call: Call, guides: torch.Tensor) -> Ranking:
+        """Of guides [B, Hkv, guide heads, guides, D]."""
+        padding = call.visibility.key_padding
+        valid = None if padding is None else padding[:, None]
+        whole = ranking_operands(guides, call.key, call.softcap)
+        projected, key = project(guides, call.key, call.config.channels, valid)
+        return cls(whole, whole if key is call.key else ranking_operands(projected, key, call.softcap))
+
+
 def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
     """The whole history, by importance."""
     per_segment = call.config.segment // call.config.pool
@@ -42,10 +59,10 @@ def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
     return Lists(index.contiguous(), count.contiguous(), count, call.key.new_empty(1))
 
 
-def select(call: Call, operands: Operands, segments: range) -> Lists:
+def select(call: Call, ranking: Ranking, segments: range) -> Lists:
     """The keys that their importance and draws choose."""
     config = call.config
-    importance = score(call, operands, normalisers(call, operands, segments), segments)
+    importance = score(call, ranking.scored, normalisers(call, ranking.whole, segments), segments)
     lists, capacity = importance.shape
     index = torch.empty_like(importance, dtype=torch.int32)
     count = index.new_empty(lists)
@@ -119,5 +136,7 @@ def guide_settings(call: Call, operands: Operands, segments: range) -> dict[str,
         "first_keys": call.config.first_keys,
         "POOL": call.config.pool,
         "GUIDE_HEADS": operands.guides.shape[2],
+        "D": operands.key.shape[-1],
+        "BLOCK_D": channels(operands.key.shape[-1]),
         "QUANTISED": operands.ranges is not None,
     }

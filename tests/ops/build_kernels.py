@@ -16,7 +16,12 @@ from s2o_compile.ops.kernels import launch, quantise, rank
 from s2o_compile.ops.visibility import Visibility
 
 CAPABILITIES = (80, 90)
-CONFIGS = (S2OConfig(), S2OConfig(tail="means", lists="head", mean_weight=1.0), S2OConfig.paper())
+CONFIGS = (
+    S2OConfig(),
+    S2OConfig(channels=16),
+    S2OConfig(tail="means", lists="head", mean_weight=1.0),
+    S2OConfig.paper(),
+)
 TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -63,7 +68,7 @@ def main(dtype: torch.dtype) -> None:
     query, key = torch.empty(1, 4, 300, 32, dtype=dtype), torch.empty(1, 2, 300, 32, dtype=dtype)
     documents, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 1, 300, 300, dtype=torch.bool)
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
-    launch.ranks_in_float8 = lambda query, softcap: query.dtype != torch.float32 and not softcap
+    quantise.ranks_in_float8 = lambda guides, softcap: guides.dtype != torch.float32 and not softcap
     for config in CONFIGS:
         launch.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, config)
         if config.tail != "means":

@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 
 from s2o_compile.ops import AttentionResult, S2OConfig
-from s2o_compile.ops.kernels import launch, rank
+from s2o_compile.ops.kernels import launch, quantise, rank
 from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.sinks import add_sinks
 from s2o_compile.ops.visibility import Visibility
@@ -99,7 +99,7 @@ def test_ranking_in_float8_errs_no_more(config: S2OConfig, monkeypatch: pytest.M
     want = dense(*tensors, mask)
     visited, error = [], []
     for is_float8 in (False, True):
-        monkeypatch.setattr(launch, "ranks_in_float8", lambda query, softcap, answer=is_float8: answer)
+        monkeypatch.setattr(quantise, "ranks_in_float8", lambda guides, softcap, answer=is_float8: answer)
         result = launch.sparse_attention(*tensors, Visibility(True), 32**-0.5, 0.0, config)
         visited.append(result.visited.sum().item())
         error.append((result.output.double() - want).square().sum().item())

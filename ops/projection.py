@@ -1,0 +1,71 @@
+"""Ranking in fewer channels: guides and keys in the directions that carry most of their products."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+_ROWS = 2**13
+"""About how many guides and keys the directions are found from."""
+_STEPS = 5
+
+
+def project(
+    guides: torch.Tensor, key: torch.Tensor, channels: int | None, valid: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Guides and keys in `channels` channels, whose products are close to those in all of them.
+
+    Args:
+        guides: [..., G, n, D].
+        key: [..., Lk, D].
+        channels: How many; None for all.
+        valid: [..., Lk], False for keys that do not count; None for none of these.
+
+    Returns:
+        Guides [..., G, n, `channels`] and keys [..., Lk, `channels`], or both as they are where that is not fewer.
+    """
+    if channels is None or channels >= key.shape[-1]:
+        return guides, key
+    counted = key if valid is None else torch.where(valid[..., None], key, 0)
+    of_guides, of_keys = principal_directions(guides.flatten(-3, -2), counted, channels)
+    return guides @ of_guides[..., None, :, :].to(guides.dtype), counted @ of_keys.to(key.dtype)
+
+
+def principal_directions(query: torch.Tensor, key: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices A and B [..., D, channels] such that (q A) (k B)^T is close to q k^T for such queries and keys.
+
+    With second moments Q of queries and K of keys, the best subspace for keys is that of the largest eigenvalues of
+    K Q, found by a few steps of subspace iteration (Golub and Van Loan, Matrix Computations, 8.2); with a basis Y of
+    it, k's projection is Y (Y' Q Y)^-1 Y' Q k, which errs least in the mean square of its products with queries.
+    All of it are matrix products and factorisations that need no synchronisation.
+
+    Args:
+        query: [..., n, D].
+        key: [..., Lk, D].
+        channels: At most D.
+    """
+    queries, keys = _second_moments(query), _second_moments(key)
+    place = (torch.arange(key.shape[-1], dtype=keys.dtype, device=key.device) + 0.5)[:, None]
+    basis = torch.cos(place * torch.arange(channels, device=key.device) * (math.pi / key.shape[-1]))
+    for _ in range(_STEPS):
+        basis = torch.linalg.qr(keys @ (queries @ basis))[0]
+    dual = queries @ basis
+    gram = basis.mT @ dual
+    return _solve(gram, basis), _solve(gram, dual)
+
+
+def _solve(gram: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """X R^-T for the Cholesky factor R of a Gram matrix, which fewer rows than channels leave singular but for this."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    slack = diagonal.mean(-1, keepdim=True) * (10 * torch.finfo(gram.dtype).eps)
+    root = torch.linalg.cholesky_ex(gram + torch.diag_embed(slack.expand_as(diagonal)))[0]
+    return torch.linalg.solve_triangular(root, x.mT, upper=False).mT
+
+
+def _second_moments(x: torch.Tensor) -> torch.Tensor:
+    """X' X of some rows of X [..., n, D], in units of its trace, float32 or float64."""
+    rows = x[..., :: max(1, x.shape[-2] // _ROWS), :]
+    rows = rows.to(torch.promote_types(x.dtype, torch.float32))
+    moments = rows.mT @ rows
+    return moments / moments.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(1e-30)

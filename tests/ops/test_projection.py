@@ -1,0 +1,62 @@
+"""The directions in which keys are scored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2o_compile.ops.projection import principal_directions, project
+
+
+def spectrum(rows: int, size: int, decay: float, generator: torch.Generator) -> torch.Tensor:
+    """Random rows whose variance decays along random directions."""
+    axes = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    return torch.randn(rows, size, generator=generator, dtype=torch.float64) * decay ** torch.arange(size) @ axes
+
+
+def best_error(query: torch.Tensor, key: torch.Tensor, channels: int) -> torch.Tensor:
+    """The least mean squared error that products in `channels` channels can have (Eckart and Young)."""
+    roots = []
+    for x in (query, key):
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+        roots.append(vectors * values.clamp_min(0).sqrt() @ vectors.T)
+    return torch.linalg.svdvals(roots[0] @ roots[1])[channels:].square().sum()
+
+
+@given(st.integers(0, 2**31), st.sampled_from([4, 9, 16]), st.sampled_from([0.7, 0.9]))
+def test_products_err_little_more_than_they_must(seed: int, channels: int, decay: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query, key = (spectrum(rows, 32, decay, generator) for rows in (400, 300))
+    of_query, of_key = principal_directions(query, key, channels)
+    error = ((query @ of_query) @ (key @ of_key).T - query @ key.T).square().mean()
+    assert error <= 2 * best_error(query, key, channels) + 1e-8 * (query @ key.T).square().mean()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_products_of_few_directions_are_exact(rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(rows)
+    basis = torch.randn(2, 3, 4, 24)
+    guides = (torch.randn(2, 3, 2, rows, 4) @ basis[:, :, None]).to(dtype)
+    key = (torch.randn(2, 3, rows, 4) @ basis).to(dtype)
+    projected, scored = project(guides, key, 8)
+    assert projected.shape == (2, 3, 2, rows, 8) and scored.shape == (2, 3, rows, 8)
+    want = guides.double() @ key.double()[:, :, None].mT
+    got = projected.double() @ scored.double()[:, :, None].mT
+    assert (got - want).abs().max() <= (1e-2 if dtype == torch.float16 else 1e-3) * want.abs().max()
+
+
+def test_keys_that_do_not_count_have_no_say() -> None:
+    torch.manual_seed(2)
+    guides, key, valid = torch.randn(2, 50, 16), torch.randn(60, 16), torch.arange(60) % 3 > 0
+    other = torch.where(valid[:, None], key, torch.nan)
+    for got, want in zip(project(guides, other, 4, valid), project(guides, key, 4, valid), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_all_channels_are_left_as_they_are() -> None:
+    guides, key = torch.randn(2, 5, 16), torch.randn(6, 16)
+    for channels in (None, 16, 40):
+        assert project(guides, key, channels)[1] is key
