@@ -26,8 +26,11 @@ _CAPTIONS = {
     "by-importance": "The same with each segment's keys in the order in which the operator comes to them: its dense "
     "span, then the keys before it by falling importance.",
     "mass": "Dense attention's mass in the first keys of that order, the mean of a segment's queries. A curve begins "
-    "after the dense span; the dot is where the segment stops, and what is visited after it is a sample.",
+    "after the dense span; the dot is where the segment stops; after it, only a sample is visited.",
 }
+
+_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
+"""Of JSON inside an element, which HTML and XML then read alike."""
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -102,7 +105,7 @@ def page(view: View, pictures: dict[str, Figure]) -> str:
         head=head,
         near=images["by-position"] + images["by-importance"] + images["mass"],
         settings=_table((name, str(value)) for name, value in view.config.items()),
-        data=json.dumps(data).replace("<", "\\u003c"),
+        data=json.dumps(data).translate(_ESCAPES),
     )
 
 
