@@ -15,7 +15,7 @@ def heat_map(grid: list[list[float]], title: str, label: str, log: bool = False)
         grid: The numbers, by layer and head.
         title: Above the picture.
         label: What the colours mean.
-        log: Whether colours are logarithmic; without, they start at 0.
+        log: Whether colours are logarithmic; without, or where nothing is above 0, they start at 0.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm, Normalize
@@ -28,7 +28,7 @@ def heat_map(grid: list[list[float]], title: str, label: str, log: bool = False)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     # One lightness ramp: reads the same in grey.
-    norm = LogNorm() if log else Normalize(vmin=0)
+    norm = LogNorm() if log and any(value > 0 for row in grid for value in row) else Normalize(vmin=0)
     image = axes.imshow(filled, cmap="cividis", aspect="auto", norm=norm, interpolation="nearest")
     axes.set_xlabel("head")
     axes.set_ylabel("layer")

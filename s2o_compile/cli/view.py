@@ -10,7 +10,7 @@ import typer
 
 from .app import app
 from .errors import UsageError
-from .options import Device, DType, Fields, Json, Length, Threshold, read_config
+from .options import Device, DType, Fields, Json, Length, Threshold, make_folder, read_config
 
 if TYPE_CHECKING:
     from ..view import View
@@ -44,6 +44,8 @@ def view(
     from ..view import ViewError, visualize
 
     config, progress = read_config(threshold, None, option or []), Progress()
+    for folder in filter(None, (output.parent, png)):
+        make_folder(folder)
     loaded, text = prepare_prefill(model, length, document, device, dtype, progress)
     layers = getattr(loaded.config.get_text_config(), "num_hidden_layers", None)
     try:

@@ -26,7 +26,7 @@ _CAPTIONS = {
     "by-importance": "The same with each segment's keys in the order in which the operator comes to them: its dense "
     "span, then the keys before it by falling importance.",
     "mass": "Dense attention's mass in the first keys of that order, the mean of a segment's queries. A curve begins "
-    "after the dense span; the dot is where the segment stops; after it, only a sample is visited.",
+    "after the dense span; the dot is where the segment stops; after it, at most a sample is visited.",
 }
 
 _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}

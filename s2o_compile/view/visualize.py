@@ -12,9 +12,7 @@ import torch
 from ..calls import AttentionCalls, Call
 from ..functional import attention
 from ..ops import S2OConfig
-from ..ops.dense import dense_attention
 from ..ops.density import density
-from ..ops.visibility import Visibility
 from .errors import ViewError
 from .head import HeadView, view_head
 from .results import LayerFigures, View
@@ -92,7 +90,8 @@ class _Visitor:
         """Look at a call and give its dense output."""
         if not call.is_plain or call.query.shape[0] != 1:
             raise ViewError(f"layer {call.index} cannot be viewed: it attends to several sequences, or has a mask")
-        self.layers.append(compare(call, self.config))
+        dense = call.dense()
+        self.layers.append(compare(call, dense, self.config))
         if call.index == self.layer:
             heads = call.query.shape[1]
             if self.head >= heads:
@@ -101,16 +100,17 @@ class _Visitor:
             self.head_view = view_head(call, self.head, self.config)
         if self.progress is not None:
             self.progress(len(self.layers))
-        return call.dense()
+        return dense
 
 
-def compare(call: Call, config: S2OConfig) -> LayerFigures:
-    """Density and error of the operator in place of one call of SDPA."""
+def compare(call: Call, dense: torch.Tensor, config: S2OConfig) -> LayerFigures:
+    """Density and error of the operator in place of one call of SDPA, whose output is `dense`."""
     sparse = attention(
         call.query, call.key, call.value, call.is_causal, scale=call.scale, config=config, return_stats=True
     )
-    query, key, value = (x.float() for x in (call.query, call.key, call.value))
-    dense = dense_attention(query, key, value, Visibility(call.is_causal), call.scale)
+    if dense.dtype != torch.float32:
+        tensors = {name: getattr(call, name).float() for name in ("query", "key", "value")}
+        dense = dataclasses.replace(call, **tensors).dense()
     share = density(sparse.visited, call.query.shape[2], call.key.shape[2], call.is_causal, 0, config.tile)
     wrong = (sparse.output - dense).square().sum((2, 3)) / dense.square().sum((2, 3))
     return LayerFigures(share[0].tolist(), wrong[0].tolist())

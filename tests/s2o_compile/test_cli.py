@@ -28,7 +28,9 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["demo", "--help"], ["explain", "--help"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["demo", "--help"], ["explain", "--help"], ["view", "--help"], []]
+)
 def test_harmless_calls(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)

@@ -162,6 +162,12 @@ def test_at_threshold_zero_nothing_is_lost() -> None:
     assert (view.head.by_position.visited == 1).all()
 
 
+def test_a_single_token_of_bfloat16(tmp_path: Path) -> None:
+    view = s2o_compile.visualize(tiny("llama").bfloat16(), tokens(1, batch=1), output=tmp_path / "report.html")
+    assert view.mean("density") == 1 and view.mean("error") == 0
+    assert [(curve.stop, curve.mass) for curve in view.head.curves] == [(1, [1.0])]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
