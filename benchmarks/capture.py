@@ -20,13 +20,13 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from s2o_compile.calls import AttentionCalls, Call
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import make_folder
 from s2o_compile.demo.document import build_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model, model_name
 
-from .calls import AttentionCalls, Call
 from .captured import Layer, save_layer
 from .command import run
 

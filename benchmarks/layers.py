@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from s2o_compile.calls import AttentionCalls, Call
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import read_config
 from s2o_compile.demo.document import build_document, read_texts
@@ -29,7 +30,6 @@ from s2o_compile.demo.model import choose_device, choose_dtype, load_model
 from s2o_compile.ops import AttentionResult, S2OConfig
 from s2o_compile.ops.density import density
 
-from .calls import AttentionCalls, Call
 from .command import run
 
 

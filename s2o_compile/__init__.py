@@ -20,10 +20,22 @@ if TYPE_CHECKING:
     from .integrations.settings import configure
     from .ops import S2OConfig
     from .passes import Report
+    from .view import visualize
 
     __version__: str
 
-__all__ = ["Report", "S2OBackend", "S2OConfig", "__version__", "attention", "configure", "explain", "export", "s2o"]
+__all__ = [
+    "Report",
+    "S2OBackend",
+    "S2OConfig",
+    "__version__",
+    "attention",
+    "configure",
+    "explain",
+    "export",
+    "s2o",
+    "visualize",
+]
 
 _HOMES = {
     "Report": "passes",
@@ -34,6 +46,7 @@ _HOMES = {
     "explain": "analysis",
     "export": "exporting",
     "s2o": "backend",
+    "visualize": "view",
 }
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import s2o_compile
 from s2o_compile import Report, S2OConfig
 
-from .document import Document, build_document, read_texts
+from .document import Document
 from .measure import prefill_inputs
-from .memory import check_memory
-from .model import check_length, choose_device, choose_dtype, load_model, model_name
+from .prepare import prepare_prefill
 from .progress import Progress
 
 
@@ -41,13 +40,7 @@ def explain_model(
     Raises:
         DemoError: Something that the user can change is in the way.
     """
-    where = choose_device(device)
-    precision = choose_dtype(dtype, where)
-    with progress.step("Loading the model"):
-        model, tokenizer = load_model(name, where, precision)
-    check_length(model, model_name(model, name), length)
-    text = build_document(tokenizer, read_texts(document), length)
-    check_memory(model, text)
+    model, text = prepare_prefill(name, length, document, device, dtype, progress)
     return explain_prefill(model, text, config, measure, "Reading the document", progress)
 
 

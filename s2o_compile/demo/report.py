@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..heat_map import heat_map
 from .results import Lookups, Results
 
 BAR = 30
@@ -34,25 +35,9 @@ def save_json(results: Results, path: Path) -> None:
 
 def save_picture(results: Results, path: Path) -> None:
     """Save a heat map of density by layer and head."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    rows = [site.density for site in results.sites if site.density]
-    heads = max(len(row) for row in rows)
-    grid = [[*row, *[float("nan")] * (heads - len(row))] for row in rows]
-    figure = Figure(figsize=(max(4.0, 1.8 + 0.32 * heads), max(3.0, 1.4 + 0.2 * len(rows))), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    # One lightness ramp: reads the same in grey.
-    image = axes.imshow(grid, cmap="cividis", aspect="auto", vmin=0, interpolation="nearest")
-    axes.set_xlabel("head")
-    axes.set_ylabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(f"Share of attention computed\n{results.model}, {results.tokens:,} tokens", fontsize=10)
-    figure.colorbar(image, label="density (1 is dense)")
-    figure.savefig(path, dpi=150)
+    grid = [site.density for site in results.sites if site.density]
+    title = f"Share of attention computed\n{results.model}, {results.tokens:,} tokens"
+    heat_map(grid, title, "density (1 is dense)").savefig(path, dpi=150)
 
 
 def _comparison(results: Results) -> Table:

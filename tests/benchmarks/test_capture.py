@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.calls import AttentionCalls, Call
 from benchmarks.capture import capture, describe
 from benchmarks.captured import Layer, load_layer, save_layer
+from s2o_compile.calls import AttentionCalls, Call
 from s2o_compile.cli.errors import UsageError
 
 from ..passes.models import padding, tiny, tokens

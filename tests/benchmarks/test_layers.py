@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.calls import AttentionCalls, Call
 from benchmarks.layers import compare
+from s2o_compile.calls import AttentionCalls, Call
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.ops import S2OConfig
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from s2o_compile import cli, demo, doctor
-from s2o_compile.demo import explain as explain_module
+from s2o_compile.demo import prepare
 from s2o_compile.demo.document import Document
 
 from ..passes.models import tiny, tokens
@@ -28,7 +28,9 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["demo", "--help"], ["explain", "--help"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["demo", "--help"], ["explain", "--help"], ["view", "--help"], []]
+)
 def test_harmless_calls(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -106,8 +108,8 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("json_only", [False, True])
 def test_explain(json_only: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     text = Document(tokens=tokens(200)[0].tolist(), middle=[], end=[], scored=range(100, 200))
-    monkeypatch.setattr(explain_module, "load_model", lambda *_: (tiny("llama"), object()))
-    monkeypatch.setattr(explain_module, "build_document", lambda *_: text)
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (tiny("llama"), object()))
+    monkeypatch.setattr(prepare, "build_document", lambda *_: text)
     with pytest.raises(SystemExit) as stop:
         cli.main(["explain", "any", "--length", "200", "--measure", "--min-length", "0", *["--json"] * json_only])
     printed = capsys.readouterr().out

@@ -1,0 +1,120 @@
+"""Which keys one head visits, and in which order: what the operator does on a CPU, read off its own ranking."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..ops import S2OConfig
+from ..ops.cpu.attend import Attention
+from ..ops.cpu.group import Group
+from ..ops.cpu.rank import Lists, Ranking
+from ..ops.geometry import Geometry
+from ..ops.visibility import Visibility
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one segment visits, of the keys that its queries may see.
+
+    Attributes:
+        segment: Its index.
+        rows: Its queries.
+        order: Key positions [n] as the operator comes to them: the dense span, then the history by falling importance.
+        dense: How many of these are the dense span.
+        importance: The log of the importance of the history [n - dense], in that order.
+        sure: How many keys of `order` come before the stopping point. What is visited after it is a sample.
+        visited: The keys that each query's tile visits [rows, Lk], by position.
+    """
+
+    segment: int
+    rows: range
+    order: torch.Tensor
+    dense: int
+    importance: torch.Tensor
+    sure: int
+    visited: torch.Tensor
+
+
+def visits(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    head: int,
+    is_causal: bool,
+    scale: float,
+    config: S2OConfig,
+) -> Iterator[Visit]:
+    """Attend the KV group of one head as the operator does, and tell what each segment visits.
+
+    Args:
+        query: [1, Hq, Lq, D], on a CPU.
+        key: [1, Hkv, Lk, D].
+        value: [1, Hkv, Lk, Dv].
+        head: Which query head.
+        is_causal: Whether query i sees only the keys up to i.
+        scale: Factor of the logits.
+        config: The rule.
+    """
+    visibility = Visibility(is_causal).simplified(query.shape[2], key.shape[2])
+    geometry = Geometry.of(query, key, visibility, config)
+    index, member = divmod(head, query.shape[1] // key.shape[1])
+    group = Group.of(query, key, value, visibility, 0, index, geometry, scale, 0.0, config)
+    attention = Attention(group)
+    ranking = Ranking(group, attention.guide_lse())
+    for segments in ranking.runs():
+        lists = ranking.lists(segments)
+        before = attention.keys[:, member].clone()
+        attention.visit(lists)
+        walked = attention.keys[:, member] - before
+        importance = ranking.importance(ranking.run(segments))
+        which = member if config.lists == "head" else 0
+        for place, segment in enumerate(segments):
+            yield _visit(geometry, config, segment, _listed(lists, place, which), importance[place, which], walked)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    for segment in range(geometry.ranked_segments, geometry.segments):
+        yield _visit(geometry, config, segment, nothing, torch.zeros(geometry.keys), torch.zeros(geometry.tiles))
+
+
+def _listed(lists: Lists, place: int, which: int) -> torch.Tensor:
+    start, count = int(lists.start[place, which]), int(lists.count[place, which])
+    return lists.keys[start : start + count]
+
+
+def _visit(
+    geometry: Geometry,
+    config: S2OConfig,
+    segment: int,
+    listed: torch.Tensor,
+    importance: torch.Tensor,
+    walked: torch.Tensor,
+) -> Visit:
+    """The visit of one segment, from its list of keys and how many of the list each tile of the call walked."""
+    span = geometry.span(segment)
+    positions = torch.arange(geometry.keys)
+    history = geometry.history(positions, torch.tensor([span]))[0].nonzero()[:, 0]
+    importance, order = importance[history].sort(descending=True, stable=True)
+    rows = range(segment * config.segment, min((segment + 1) * config.segment, geometry.queries))
+    visited = torch.zeros(len(rows), geometry.keys, dtype=torch.bool)
+    furthest = 0
+    for tile in range(rows.start // config.tile, -(-rows.stop // config.tile)):
+        of_tile = visited[tile * config.tile - rows.start :][: config.tile]
+        of_tile[:, span.low : geometry.tile_end(tile, span.high)] = True
+        of_tile[:, listed[: int(walked[tile])]] = True
+        furthest = max(furthest, min(len(listed), int(walked[tile])))
+    if config.stop == "importance":
+        bar = math.log(config.threshold) if config.threshold else -math.inf
+        furthest = int((importance >= bar).sum())
+    dense = span.high - span.low
+    return Visit(
+        segment,
+        rows,
+        torch.cat([positions[span.low : span.high], history[order]]),
+        dense,
+        importance,
+        dense + furthest,
+        visited,
+    )
