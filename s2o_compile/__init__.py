@@ -20,10 +20,22 @@ if TYPE_CHECKING:
     from .integrations.settings import configure
     from .ops import S2OConfig
     from .passes import Report
+    from .profiling import profile
 
     __version__: str
 
-__all__ = ["Report", "S2OBackend", "S2OConfig", "__version__", "attention", "configure", "explain", "export", "s2o"]
+__all__ = [
+    "Report",
+    "S2OBackend",
+    "S2OConfig",
+    "__version__",
+    "attention",
+    "configure",
+    "explain",
+    "export",
+    "profile",
+    "s2o",
+]
 
 _HOMES = {
     "Report": "passes",
@@ -33,6 +45,7 @@ _HOMES = {
     "configure": "integrations.settings",
     "explain": "analysis",
     "export": "exporting",
+    "profile": "profiling",
     "s2o": "backend",
 }
 
