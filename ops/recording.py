@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import record_function
@@ -63,7 +63,7 @@ def is_recording() -> bool:
 
 def recorded(call: SparseCall, compute: Callable[[], AttentionResult]) -> AttentionResult:
     """The result of a call, shown to all recorders, unless a CUDA graph is being captured."""
-    with record_function(f"s2o {call.name}"):
+    with _traced(call):
         recorders = _recorders.get()
         if not recorders or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
             return compute()
@@ -71,6 +71,13 @@ def recorded(call: SparseCall, compute: Callable[[], AttentionResult]) -> Attent
     for recorder in recorders:
         recorder.record(call, result, seconds)
     return result
+
+
+def _traced(call: SparseCall) -> AbstractContextManager[Any]:
+    """A range in the trace of a profiler, if one runs: making it takes longer than asking."""
+    if torch.autograd._profiler_enabled():
+        return record_function(f"s2o {call.name}")
+    return nullcontext()
 
 
 def _timed(compute: Callable[[], AttentionResult], device: torch.device) -> tuple[AttentionResult, Callable[[], float]]:

@@ -27,18 +27,21 @@ def sampled_error(call: SparseCall, output: torch.Tensor, rows: int, draw: int) 
     Returns:
         sum |o - o_dense|^2 and sum |o_dense|^2 over these queries of all heads: [2], float64, dense in float32.
     """
-    index = sampled_rows(output.shape[2], rows, draw).to(output.device)
-    batch, heads = (torch.arange(size, device=output.device) for size in output.shape[:2])
-    keys = torch.arange(call.key.shape[2], device=output.device)
+    device = output.device
+    index = _sampled_rows(output.shape[2], rows, draw, device)
+    batch, heads = (torch.arange(size, device=device) for size in output.shape[:2])
+    keys = torch.arange(call.key.shape[2], device=device)
     seen = call.visibility.seen(batch[:, None, None, None], heads[:, None, None], index[:, None], keys)
     query = call.query[:, :, index].float()
-    dense = decode_attention(query, call.key, call.value, Visibility(mask=seen), call.scale, call.softcap, None)
+    with torch.autocast(device.type, enabled=False):
+        dense = decode_attention(query, call.key, call.value, Visibility(mask=seen), call.scale, call.softcap, None)
     error = output[:, :, index].float() - dense
     return torch.stack([x.double().square().sum() for x in (error, dense)])
 
 
-def sampled_rows(queries: int, rows: int, draw: int) -> torch.Tensor:
-    """Positions of `rows` of the queries, or of all if there are no more."""
+def _sampled_rows(queries: int, rows: int, draw: int, device: torch.device) -> torch.Tensor:
+    """Positions of `rows` of the queries, or of all if there are no more; made on the device, not to wait for it."""
+    positions = torch.arange(min(rows, queries), device=device)
     if rows >= queries:
-        return torch.arange(queries)
-    return (draws(torch.arange(rows), torch.tensor(draw)) * queries).long()
+        return positions
+    return (draws(positions, torch.full((), draw, device=device)) * queries).long()

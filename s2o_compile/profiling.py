@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def profile(error_rows: int = 8) -> Iterator[Profile]:
+def profile(error_rows: int = 4) -> Iterator[Profile]:
     """Watch the sparse calls that this thread makes in a ``with`` block, in any number of models.
 
     Seen are calls of ``torch.ops.s2o.attention``, through ``attn_implementation="s2o"`` and in compiled graphs, that
@@ -60,7 +60,8 @@ class SiteProfile:
         seconds: Time of the operator, ranking included.
         time_share: Its share of the time of all sites.
         error: Relative squared error, sum |o - o_dense|^2 / sum |o_dense|^2, over all heads of a sample of queries,
-            before attention sinks; None where no sample was taken. It is heavy-tailed: single rows may decide it.
+            dense attention in float32, before attention sinks; the rounding of outputs counts too. None where no
+            sample was taken. Errors are heavy-tailed: single rows may decide it.
     """
 
     name: str
