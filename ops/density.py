@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .geometry import Geometry, round_up
 
 
+@functools.cache
 def dense_pairs(
     queries: int, keys: int, is_causal: bool, causal_offset: int, tile: int, window: int | None = None
 ) -> int:

@@ -1,7 +1,8 @@
 """The operators ``torch.ops.s2o.attention`` and ``torch.ops.s2o.attention_stats``.
 
 Both are compositions: they validate, cast under autocast, choose between sparse and dense, and call one of
-`sparse_triton` (a `triton_op`, whose kernels Inductor sees) and `sparse` (opaque: on a CPU, and for symbolic shapes).
+`sparse_triton` (a `triton_op`, whose kernels Inductor sees) and `sparse` (opaque: on a CPU, for symbolic shapes, and
+while calls are recorded, which its kernels do: they run when a graph runs and never when it is traced).
 Where lengths are symbolic and the choice depends on them, they call `attention_dynamic`, which chooses at run time.
 """
 
@@ -17,6 +18,7 @@ from . import cpu
 from .choice import choose_sparse
 from .config import S2OConfig
 from .dense import decode_attention, dense_attention
+from .recording import SparseCall, is_recording, recorded
 from .result import AttentionResult
 from .sinks import add_sinks
 from .sizes import statically_known_true
@@ -42,7 +44,7 @@ _FIELDS = ", ".join(
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, bool is_causal=False, SymInt causal_offset=0, "
     "Tensor? key_padding=None, float? scale=None, SymInt? window=None, Tensor? query_documents=None, "
-    "Tensor? key_documents=None, Tensor? mask=None, float softcap=0.0, Tensor? sinks=None, "
+    'Tensor? key_documents=None, Tensor? mask=None, float softcap=0.0, Tensor? sinks=None, str site="", '
     f"*, {_FIELDS})"
 )
 _RESULT = "(Tensor output, Tensor lse, Tensor visited)"
@@ -54,7 +56,7 @@ library.define(f"attention_dynamic{SCHEMA} -> Tensor")
 library.define(
     "sparse(Tensor query, Tensor key, Tensor value, bool is_causal, SymInt causal_offset, Tensor? key_padding, "
     "SymInt? window, Tensor? query_documents, Tensor? key_documents, Tensor? mask, float scale, float softcap, "
-    f"str settings) -> {_RESULT}"
+    f"str site, str settings) -> {_RESULT}"
 )
 
 
@@ -72,6 +74,7 @@ def attention(
     mask: torch.Tensor | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    site: str = "",
     **fields: Any,
 ) -> torch.Tensor:
     """Attention that visits keys in order of importance and stops when the rest no longer matters.
@@ -98,6 +101,7 @@ def attention(
         mask: Boolean, broadcastable to [B, Hq, Lq, Lk], True for pairs that may attend.
         softcap: The scaled logits become `softcap` * tanh(logits / `softcap`) (Gemma 2, arXiv 2408.00118); 0 for none.
         sinks: [Hq], a logit per head that enters the softmax's denominator without a value (gpt-oss).
+        site: What profiles and traces call it, by default its shapes.
         **fields: The fields of `S2OConfig`.
 
     Returns:
@@ -108,12 +112,12 @@ def attention(
         ValueError: Shapes, devices or a value do not fit, or a gradient is asked for.
     """
     terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
-    call = _Call.of(query, key, value, terms, scale, softcap, sinks, fields)
+    call = _Call.of(query, key, value, terms, scale, softcap, sinks, site, fields)
     sparse = call.chooses_sparse()
     if sparse is None:
         return torch.ops.s2o.attention_dynamic(
             call.query, call.key, call.value, is_causal, causal_offset, key_padding, scale, window, query_documents,
-            key_documents, mask, softcap, sinks, **fields,
+            key_documents, mask, softcap, sinks, site, **fields,
         )  # fmt: skip
     return call.sparse().output if sparse else call.dense()
 
@@ -132,6 +136,7 @@ def attention_stats(
     mask: torch.Tensor | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    site: str = "",
     **fields: Any,
 ) -> AttentionResult:
     """`attention`, with log-sum-exp [B, Hq, Lq] (float32) and visited work [B, Hq, tiles] (int64, pairs).
@@ -139,7 +144,7 @@ def attention_stats(
     Where `attention` would run SDPA, this visits every key in the dense span instead, so that it can count.
     """
     terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
-    call = _Call.of(query, key, value, terms, scale, softcap, sinks, fields)
+    call = _Call.of(query, key, value, terms, scale, softcap, sinks, site, fields)
     return call.spans() if call.chooses_sparse() is False else call.sparse()
 
 
@@ -160,6 +165,7 @@ class _Call:
     scale: float | None
     softcap: float
     sinks: torch.Tensor | None
+    site: str
     config: S2OConfig
 
     @classmethod
@@ -172,6 +178,7 @@ class _Call:
         scale: float | None,
         softcap: float,
         sinks: torch.Tensor | None,
+        site: str,
         fields: dict[str, Any],
     ) -> _Call:
         """Validate what an operator was called with; `fields` are those of `S2OConfig`."""
@@ -181,7 +188,7 @@ class _Call:
         if terms.mask is not None:
             terms = terms._replace(mask=terms.mask[(None,) * (4 - terms.mask.dim())])
         terms = terms.simplified(query.shape[2], key.shape[2])
-        return cls(query, key, value, terms, scale, softcap, sinks, config)
+        return cls(query, key, value, terms, scale, softcap, sinks, site, config)
 
     def chooses_sparse(self) -> bool | None:
         """Whether the call is worth the sparse path; None where that is known at run time only."""
@@ -211,11 +218,13 @@ class _Call:
     def sparse(self) -> AttentionResult:
         """Sparse attention as the configuration says."""
         settings = json.dumps(self.config.arguments())
-        arguments = (self.query, self.key, self.value, *self.visibility, self.factor, self.softcap, settings)
+        arguments = (self.query, self.key, self.value, *self.visibility, self.factor, self.softcap)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
-        opaque = self.query.device.type == "cpu" or symbolic
-        result = AttentionResult(*(torch.ops.s2o.sparse if opaque else _sparse_triton)(*arguments))
+        if self.query.device.type == "cpu" or symbolic or is_recording():
+            result = AttentionResult(*torch.ops.s2o.sparse(*arguments, self.site, settings))
+        else:
+            result = AttentionResult(*_sparse_triton(*arguments, settings))
         return result if self.sinks is None else add_sinks(result, self.sinks)
 
 
@@ -226,9 +235,21 @@ def _sparse_triton(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _sparse_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> AttentionResult:
-    *terms, scale, softcap, settings = rest
+    call = _opaque_call(query, key, value, *rest)
+    arguments = (query, key, value, call.visibility, call.scale, call.softcap, call.config)
+    return recorded(call, lambda: cpu.sparse_attention(*arguments))
+
+
+def _sparse_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> AttentionResult:
+    *terms, _, settings = rest
+    call = _opaque_call(query, key, value, *rest)
+    return recorded(call, lambda: AttentionResult(*_sparse_triton(query, key, value, *terms, settings)))
+
+
+def _opaque_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> SparseCall:
+    *terms, scale, softcap, site, settings = rest
     config = S2OConfig(**json.loads(settings))
-    return cpu.sparse_attention(query, key, value, Visibility(*terms), scale, softcap, config)
+    return SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, config)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -251,6 +272,6 @@ library.impl("attention", attention, "CompositeImplicitAutograd")
 library.impl("attention_stats", attention_stats, "CompositeImplicitAutograd")
 library.impl("attention_dynamic", attention_dynamic, "CompositeExplicitAutograd")
 library.impl("sparse", _sparse_cpu, "CPU")
-library.impl("sparse", _sparse_triton, "CUDA")
+library.impl("sparse", _sparse_cuda, "CUDA")
 torch.library.register_fake("s2o::attention_dynamic", _fake_output, lib=library)
 torch.library.register_fake("s2o::sparse", _fake_result, lib=library)

@@ -102,12 +102,17 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return as_text(self)
 
-        console = Console(width=140)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+
+def as_text(table: Any) -> str:
+    """What rich prints of a table, or of what has one, as plain text."""
+    from rich.console import Console
+
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
 
 
 def _row(decision: Decision, measured: bool) -> list[str]:

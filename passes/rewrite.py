@@ -138,7 +138,7 @@ class _Rewriter:
         if not site.scores <= unused:
             raise Refused("the attention scores or probabilities are used elsewhere; do not return or keep them")
         with self.graph.inserting_before(site.node):
-            arguments = {**self.masking(mask, site), **self.logits(site)}
+            arguments = {**self.masking(mask, site), **self.logits(site), "site": decision.name}
             inputs = tuple(self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
             node = self.graph.call_function(
                 torch.ops.s2o.attention.default, inputs, arguments | self.config.arguments()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .integrations.settings import configure
     from .ops import S2OConfig
     from .passes import Report
+    from .profiling import profile
     from .view import visualize
 
     __version__: str
@@ -33,6 +34,7 @@ __all__ = [
     "configure",
     "explain",
     "export",
+    "profile",
     "s2o",
     "visualize",
 ]
@@ -45,6 +47,7 @@ _HOMES = {
     "configure": "integrations.settings",
     "explain": "analysis",
     "export": "exporting",
+    "profile": "profiling",
     "s2o": "backend",
     "visualize": "view",
 }

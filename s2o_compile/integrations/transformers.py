@@ -79,9 +79,17 @@ def s2o_attention(
         mask=terms.mask,
         softcap=softcap or 0.0,
         sinks=s_aux,
+        site=_site(module),
         **fields_of(module.config),
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _site(module: torch.nn.Module) -> str:
+    """What profiles call a layer, which does not know its place in the model."""
+    index = getattr(module, "layer_idx", None)
+    kind = type(module).__name__
+    return kind if index is None else f"{kind} {index}"
 
 
 def _obstacle(

@@ -71,10 +71,10 @@ def test_opcheck(operator: Any, min_length: int | None) -> None:
 
 def test_opcheck_of_the_inner_operator() -> None:
     settings = '{"threshold": 0.001, "tile": 32}'
-    torch.library.opcheck(torch.ops.s2o.sparse.default, (*inputs(100), True, 0, *[None] * 5, 0.2, 0.0, settings))
+    torch.library.opcheck(torch.ops.s2o.sparse.default, (*inputs(100), True, 0, *[None] * 5, 0.2, 0.0, "", settings))
     visibility = Visibility(*(all_terms(100)[name] for name in Visibility._fields))
     visibility = visibility._replace(mask=visibility.mask[None, None])
-    torch.library.opcheck(torch.ops.s2o.sparse.default, (*inputs(100), *visibility, 0.2, 5.0, settings))
+    torch.library.opcheck(torch.ops.s2o.sparse.default, (*inputs(100), *visibility, 0.2, 5.0, "a site", settings))
 
 
 def test_schema_has_the_defaults_of_the_configuration() -> None:
