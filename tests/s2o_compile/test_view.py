@@ -73,9 +73,9 @@ def test_keys_are_ordered_as_the_reference_ranks_them() -> None:
     segment = 6
     geometry = reference.Geometry.of(call.query, call.key, reference.Visibility(True), config)
     seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, -1, -1)
-    site = reference.Segment(
-        call.query[0, 2:], call.key[0, 1], call.value[0, 1], seen, segment, geometry, config, call.scale, 0.0
-    )
+    query, key = call.query[0, 2:], call.key[0, 1]
+    scored = reference.pool_guides(query, config), key
+    site = reference.Segment(query, key, call.value[0, 1], *scored, seen, segment, geometry, config, call.scale, 0.0)
     visit = list(visits(call.query, call.key, call.value, 3, True, call.scale, config))[segment]
     listed = visit.order[visit.dense : visit.sure].tolist()
     # Keys may change places where the scores that rank them are in bfloat16.
