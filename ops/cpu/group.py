@@ -71,15 +71,20 @@ class Group:
         return len(self.query)
 
     @functools.cached_property
+    def pooled(self) -> torch.Tensor:
+        """The pooled queries [G or 1, guides, D]."""
+        return pool_guides(self.query, self.config)
+
+    @functools.cached_property
     def guides(self) -> torch.Tensor:
         """The pooled queries of each segment [G or 1, segments, n, D]; zeros past a ragged end."""
-        return self.by_segment(pool_guides(self.query, self.config))
+        return self.by_segment(self.pooled)
 
     @functools.cached_property
     def scored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What keys are scored by: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
-        guides, key = project(pool_guides(self.query, self.config), self.key, self.config.channels)
-        return self.by_segment(guides), key
+        guides, key = project(self.pooled, self.key, self.config.channels)
+        return self.guides if key is self.key else self.by_segment(guides), key
 
     @functools.cached_property
     def real_guides(self) -> torch.Tensor:

@@ -50,6 +50,12 @@ class Call:
         """Blocks of keys."""
         return -(-self.geometry.keys // BLOCK)
 
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """The keys that are not padding [B, 1, Lk]; None for all."""
+        padding = self.visibility.key_padding
+        return None if padding is None else padding[:, None]
+
     def capacity(self, segment: int) -> int:
         """The longest history of the segments up to `segment`."""
         geometry = self.geometry
@@ -79,7 +85,7 @@ class Call:
         """The logarithm of the threshold."""
         return math.log2(self.config.threshold) if self.config.threshold else -1e38
 
-    @property
+    @functools.cached_property
     def shared(self) -> dict[str, Any]:
         """The arguments that all kernels share: of spans, masks and logits."""
         visibility = self.visibility

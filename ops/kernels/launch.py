@@ -68,8 +68,7 @@ def sparse_attention(
     guides = pool_guides(query.unflatten(1, (call.groups, call.group)), config)
     means: tuple[torch.Tensor, ...] = (query.new_empty(1), query.new_empty(1))
     if config.has_means:
-        valid = None if visibility.key_padding is None else visibility.key_padding[:, None]
-        means = tuple(block_means(x, valid).to(x.dtype) for x in (key, value))
+        means = tuple(block_means(x, call.valid).to(x.dtype) for x in (key, value))
     ranking = None if config.stop == "gain" else Ranking.of(call, guides)
     for segments in runs(call):
         lists = sort(call, guides, segments) if ranking is None else select(call, ranking, segments)

@@ -13,20 +13,26 @@ from torch.library import wrap_triton
 from .call import channels
 from .helpers import FLOAT8_MAX, load_rows
 
+FLOAT8 = torch.float8_e4m3fn
 _ROWS = 128
 
 
 class Operands(NamedTuple):
-    """What is multiplied to rank keys; `ranges` [2, B, Hkv] are what guides and keys in float8 reach up to."""
+    """What is multiplied to rank keys; `ranges` [2, B, Hkv] is how far guides and keys reach, read for float8 only."""
 
     guides: torch.Tensor
     key: torch.Tensor
-    ranges: torch.Tensor | None
+    ranges: torch.Tensor
+
+    @property
+    def are_quantised(self) -> bool:
+        """Whether they are in float8."""
+        return self.key.dtype == FLOAT8
 
 
 def ranking_operands(guides: torch.Tensor, key: torch.Tensor, softcap: float) -> Operands:
     """Guides [B, Hkv, guide heads, guides, D] and keys [B, Hkv, Lk, D], in float8 where that is worth it."""
-    return quantise(guides, key) if ranks_in_float8(guides, softcap) else Operands(guides, key, None)
+    return quantise(guides, key) if ranks_in_float8(guides, softcap) else Operands(guides, key, guides)
 
 
 def ranks_in_float8(guides: torch.Tensor, softcap: float) -> bool:
@@ -60,7 +66,7 @@ def quantise(guides: torch.Tensor, key: torch.Tensor) -> Operands:
 
 def _to_float8(x: torch.Tensor, origin: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
     batch, groups, heads, length, size = x.shape
-    result = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    result = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
     wrap_triton(quantise_kernel)[(-(-length // _ROWS), heads, batch * groups)](
         x, origin, ranges, result,
         *x.stride()[:4], groups, length,

@@ -42,10 +42,8 @@ class Ranking(NamedTuple):
     @classmethod
     def of(cls, call: Call, guides: torch.Tensor) -> Ranking:
         """Of guides [B, Hkv, guide heads, guides, D]."""
-        padding = call.visibility.key_padding
-        valid = None if padding is None else padding[:, None]
         whole = ranking_operands(guides, call.key, call.softcap)
-        projected, key = project(guides, call.key, call.config.channels, valid)
+        projected, key = project(guides, call.key, call.config.channels, call.valid)
         return cls(whole, whole if key is call.key else ranking_operands(projected, key, call.softcap))
 
 
@@ -92,7 +90,7 @@ def normalisers(call: Call, operands: Operands, segments: range) -> torch.Tensor
     wrap_triton(normaliser_kernel)[
         (-(-len(segments) // together), -(-total // rows), call.query.shape[0] * call.groups)
     ](
-        guides, guides if operands.ranges is None else operands.ranges, key, *call.masks, lse,
+        guides, operands.ranges, key, *call.masks, lse,
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
         sample=config.sample,
         log2_sample=math.log2(config.sample),
@@ -113,7 +111,7 @@ def score(call: Call, operands: Operands, lse: torch.Tensor, segments: range) ->
     together = tiling.rows // rows
     programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
     wrap_triton(importance_kernel)[(programs, call.lists, batch)](
-        guides, guides if operands.ranges is None else operands.ranges, lse, key, *call.masks, importance,
+        guides, operands.ranges, lse, key, *call.masks, importance,
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
         capacity=capacity,
         chunk=CHUNK,
@@ -138,5 +136,5 @@ def guide_settings(call: Call, operands: Operands, segments: range) -> dict[str,
         "GUIDE_HEADS": operands.guides.shape[2],
         "D": operands.key.shape[-1],
         "BLOCK_D": channels(operands.key.shape[-1]),
-        "QUANTISED": operands.ranges is not None,
+        "QUANTISED": operands.are_quantised,
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .app import app
-from .options import Device, DType, Fields, Json, Length, MinLength, Threshold, make_folder, read_config
+from .options import Device, Document, DType, Fields, Json, Length, MinLength, Threshold, make_folder, read_config
 
 if TYPE_CHECKING:
     from ..demo import Results
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 @app.command()
 def demo(
     length: Length = 8192,
-    document: Annotated[
-        Path | None, typer.Option(help="A text file to read; Python's standard library by default.")
-    ] = None,
+    document: Document = None,
     model: Annotated[
         str | None,
         typer.Option(help="A transformers model, by path or hub id; default SmolLM2-135M-Instruct."),

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .app import app
-from .options import Device, DType, Fields, Json, Length, MinLength, Threshold, read_config
+from .options import Device, Document, DType, Fields, Json, Length, MinLength, Model, Threshold, read_config
 
 
 @app.command()
 def explain(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A transformers model, by path or hub id; default SmolLM2-135M-Instruct."),
-    ] = None,
+    model: Model = None,
     length: Length = 8192,
-    document: Annotated[
-        Path | None, typer.Option(help="A text file to read; Python's standard library by default.")
-    ] = None,
+    document: Document = None,
     measure: Annotated[bool, typer.Option("--measure", help="Count the work of each site; takes longer.")] = False,
     threshold: Threshold = None,
     min_length: MinLength = None,

@@ -13,6 +13,11 @@ from .errors import UsageError
 if TYPE_CHECKING:
     from ..ops.config import S2OConfig
 
+Model = Annotated[
+    str | None,
+    typer.Argument(help="A transformers model, by path or hub id; default SmolLM2-135M-Instruct."),
+]
+Document = Annotated[Path | None, typer.Option(help="A text file to read; Python's standard library by default.")]
 Length = Annotated[int, typer.Option(help="Tokens to prefill.")]
 Threshold = Annotated[
     float | None, typer.Option(help="Share of a query's softmax mass below which keys no longer matter.")

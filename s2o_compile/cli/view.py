@@ -10,7 +10,7 @@ import typer
 
 from .app import app
 from .errors import UsageError
-from .options import Device, DType, Fields, Json, Length, Threshold, make_folder, read_config
+from .options import Device, Document, DType, Fields, Json, Length, Model, Threshold, make_folder, read_config
 
 if TYPE_CHECKING:
     from ..view import View
@@ -18,16 +18,11 @@ if TYPE_CHECKING:
 
 @app.command()
 def view(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A transformers model, by path or hub id; default SmolLM2-135M-Instruct."),
-    ] = None,
+    model: Model = None,
     layer: Annotated[int, typer.Option(min=0, help="The layer to look at from near.")] = 0,
     head: Annotated[int, typer.Option(min=0, help="The query head to look at from near.")] = 0,
     length: Length = 2048,
-    document: Annotated[
-        Path | None, typer.Option(help="A text file to read; Python's standard library by default.")
-    ] = None,
+    document: Document = None,
     output: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     png: Annotated[Path | None, typer.Option(help="Folder for each picture as a PNG as well.")] = None,
     threshold: Threshold = None,
