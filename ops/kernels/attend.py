@@ -9,8 +9,8 @@ import triton.language as tl
 from .helpers import (
     KEY_BLOCK,
     LN_2,
+    cap,
     clip,
-    dot_logits,
     finite_or_zero,
     float32,
     load_padding,
@@ -29,14 +29,14 @@ def _add(
     rows,
     key,
     value,
-    key_stride,
-    value_stride,
     index,
     inside,
     seen,
     bias,
-    scale,
+    unit,
     softcap,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     VARIES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     D: tl.constexpr,
@@ -45,22 +45,42 @@ def _add(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add the keys and values at `index` [N] that are `inside` to the online softmax of the rows that see them."""
+    """Add the keys and values at `index` [N] that are `inside` to the online softmax of the rows that see them.
+
+    `inside` and `seen` are None where every row sees every key, `bias` [N] where there is none. Logits, the bias and
+    the maximum are in steps of `unit`, a step of log 2, which saves a multiplication for each of them.
+    """
     if VARIES:
         # What a key holds that no row sees does not matter.
-        inside = inside & (tl.max(seen.to(tl.int32), 0) > 0)
-    keys = load_rows(key, index, inside, key_stride, D, BLOCK_D)
-    values = load_rows(value, index, inside, value_stride, DV, BLOCK_DV)
-    logits = dot_logits(rows, tl.trans(keys), scale, softcap, SOFTCAP, PRECISION) + bias[None, :]
-    logits = tl.where(seen, logits, float("-inf"))
+        inside = tl.max(seen.to(tl.int32), 0) > 0
+    keys = load_rows(key, index, inside, KEY_STRIDE, D, BLOCK_D)
+    values = load_rows(value, index, inside, VALUE_STRIDE, DV, BLOCK_DV)
+    logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION)
+    if SOFTCAP:
+        logits = cap(logits, softcap)
+    if bias is not None:
+        logits += bias[None, :]
+    if seen is not None:
+        logits = tl.where(seen, logits, float("-inf"))
     largest = tl.maximum(maximum, tl.max(logits, 1))
-    origin = finite_or_zero(largest)
-    decay = tl.exp2(maximum - origin)
-    weights = tl.exp2(logits - origin[:, None])
-    gained = tl.sum(weights, 1)
-    total = total * decay[:, None]
-    total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
-    return largest, mass * decay + gained, total
+    origin = finite_or_zero(largest) * unit
+    decay = tl.exp2(maximum * unit - origin)
+    weights = tl.exp2(logits * unit - origin[:, None])
+    mass = mass * decay + tl.sum(weights, 1)
+    total = tl.dot(weights.to(values.dtype), values, total * decay[:, None], input_precision=PRECISION)
+    return largest, mass, total
+
+
+@triton.jit
+def _places(
+    tile, first_head, end_head, first_head_of_group, queries, HEADS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The heads and positions of the rows of a tile [BLOCK_M], and which of them are real."""
+    row = tl.arange(0, BLOCK_M)
+    head, position = first_head + row // TILE, tile * TILE + row % TILE
+    real = (row < HEADS * TILE) & (head < end_head) & (position < queries)
+    return (first_head_of_group + head).to(tl.int64), position, real
 
 
 @triton.jit
@@ -80,7 +100,7 @@ def attend_kernel(
     index,
     count,
     skipped,
-    importance,
+    weights,
     mean_key,
     mean_value,
     output,
@@ -91,10 +111,8 @@ def attend_kernel(
     query_stride_n,
     key_stride_b,
     key_stride_h,
-    key_stride_n,
     value_stride_b,
     value_stride_h,
-    value_stride_n,
     padding_stride_b,
     query_documents_stride_b,
     key_documents_stride_b,
@@ -118,7 +136,6 @@ def attend_kernel(
     capacity,
     blocks,
     threshold,
-    log2_threshold,
     scale,
     softcap,
     SEGMENT: tl.constexpr,
@@ -136,6 +153,8 @@ def attend_kernel(
     SAMPLED: tl.constexpr,
     STOP_BY_GAIN: tl.constexpr,
     CHUNK: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -146,11 +165,12 @@ def attend_kernel(
 ):
     """Attend one tile: TILE positions of HEADS heads that share a list.
 
-    Lists as `select_kernel` and `importance_kernel` write them. Program (tile, latest first; part of the group's heads;
+    Lists as `select_kernel` writes them. Program (tile, latest first; part of the group's heads;
     batch entry and group).
     """
-    scale, softcap = float32(scale), float32(softcap)
-    threshold, log2_threshold = float32(threshold), float32(log2_threshold)
+    scale, threshold = float32(scale), float32(threshold)
+    unit = tl.maximum(scale, 1e-30)
+    softcap = float32(softcap) / unit
     tiles_per_segment: tl.constexpr = SEGMENT // TILE
     parts_per_list: tl.constexpr = (GROUP // LISTS + HEADS - 1) // HEADS
     tile = first_segment * tiles_per_segment + tl.num_programs(0) - 1 - tl.program_id(0)
@@ -161,11 +181,8 @@ def attend_kernel(
     place = (tl.program_id(2) * LISTS + which) * segments + segment - first_segment
     end_head = (which + 1) * (GROUP // LISTS)
 
-    row = tl.arange(0, BLOCK_M)
-    head = which * (GROUP // LISTS) + tl.program_id(1) % parts_per_list * HEADS + row // TILE
-    position = tile * TILE + row % TILE
-    real = (row < HEADS * TILE) & (head < end_head) & (position < queries)
-    head = (group * GROUP + head).to(tl.int64)
+    first_head = which * (GROUP // LISTS) + tl.program_id(1) % parts_per_list * HEADS
+    head, position, real = _places(tile, first_head, end_head, group * GROUP, queries, HEADS, TILE, BLOCK_M)
     channels = tl.arange(0, BLOCK_D)
     pointers = query + batch * query_stride_b + head[:, None] * query_stride_h
     pointers += position.to(tl.int64)[:, None] * query_stride_n + channels[None, :]
@@ -181,57 +198,69 @@ def attend_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    no_bias = tl.zeros([BLOCK_N], tl.float32)
+    lane = tl.arange(0, BLOCK_N)
     varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
-    begin, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
+    _, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     end = high
     if CAUSAL:
         end = tl.maximum(low, clip(tl.minimum((tile + 1) * TILE, queries) + offset, keys))
-    for start in range(low, end, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        inside = load_padding(padding, column, column < end, HAS_PADDING)
-        seen = see(terms, head, position, real, column, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
+    listed = tl.load(count + place)
+    index += place.to(tl.int64) * capacity
+    weights += place.to(tl.int64) * capacity
+    # What needs a mask comes first: the dense span, and what of the list is left beside whole blocks.
+    whole = listed if STOP_BY_GAIN else listed // BLOCK_N * BLOCK_N
+    dense_blocks = (end - low + BLOCK_N - 1) // BLOCK_N
+    for block in range(dense_blocks + (whole < listed).to(tl.int32)):
+        is_dense = block < dense_blocks
+        column = tl.where(is_dense, low + block * BLOCK_N, whole) + lane
+        inside = column < tl.where(is_dense, end, listed)
+        of_list = column < tl.where(is_dense, 0, listed)
+        chosen = tl.where(is_dense, column, tl.load(index + column, mask=of_list, other=0))
+        bias = None
+        if SAMPLED:
+            bias = tl.load(weights + column, mask=of_list, other=0.0).to(tl.float32) / unit
+        inside = load_padding(padding, chosen, inside, HAS_PADDING)
+        seen = see(terms, head, position, real, chosen, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
         maximum, mass, total = _add(
-            maximum, mass, total, rows, key, value, key_stride_n, value_stride_n, column, inside, seen, no_bias,
-            scale, softcap, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+            maximum, mass, total, rows, key, value, chosen, inside, seen, bias,
+            unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
     seen_keys = _round_up(end - low)
 
-    listed = tl.load(count + place)
-    index += place.to(tl.int64) * capacity
-    importance += place.to(tl.int64) * capacity - begin
     if STOP_BY_GAIN:
         done = 0
         while done < listed:
             stop = tl.minimum(done + CHUNK, listed)
             maximum_before, mass_before = maximum, mass
             for start in range(done, stop, BLOCK_N):
-                column = start + tl.arange(0, BLOCK_N)
+                column = start + lane
                 inside = column < stop
                 chosen = tl.load(index + column, mask=inside, other=0)
                 seen = see(terms, head, position, real, chosen, inside, False, WINDOW, DOCUMENTS, MASK)
                 maximum, mass, total = _add(
-                    maximum, mass, total, rows, key, value, key_stride_n, value_stride_n, chosen, inside, seen, no_bias,
-                    scale, softcap, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+                    maximum, mass, total, rows, key, value, chosen, inside, seen, None,
+                    unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
                 )  # fmt: skip
             seen_keys += _round_up(stop - done)
-            before = mass_before * tl.exp2(maximum_before - finite_or_zero(maximum))
+            before = mass_before * tl.exp2((maximum_before - finite_or_zero(maximum)) * unit)
             small = (mass - before) < threshold * before
             goes_on = tl.sum((real & (small == 0)).to(tl.int32), 0) > 0
             done = tl.where(goes_on, stop, listed)
     else:
-        for start in range(0, listed, BLOCK_N):
-            column = start + tl.arange(0, BLOCK_N)
-            inside = column < listed
-            chosen = tl.load(index + column, mask=inside, other=0)
-            seen = see(terms, head, position, real, chosen, inside, False, WINDOW, DOCUMENTS, MASK)
-            bias = no_bias
+        for start in range(0, whole, BLOCK_N):
+            column = start + lane
+            chosen = tl.load(index + column)
+            bias = None
             if SAMPLED:
-                bias = tl.maximum(log2_threshold - tl.load(importance + chosen, mask=inside, other=0.0), 0.0)
+                bias = tl.load(weights + column).to(tl.float32) * (1 / unit)
+            seen = None
+            if varies:
+                everywhere = lane < BLOCK_N
+                seen = see(terms, head, position, real, chosen, everywhere, False, WINDOW, DOCUMENTS, MASK)
             maximum, mass, total = _add(
-                maximum, mass, total, rows, key, value, key_stride_n, value_stride_n, chosen, inside, seen, bias,
-                scale, softcap, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+                maximum, mass, total, rows, key, value, chosen, None, seen, bias,
+                unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
         seen_keys += _round_up(listed)
 
@@ -245,27 +274,30 @@ def attend_kernel(
         mean_key += (batch * groups + group) * blocks * D
         mean_value += (batch * groups + group) * blocks * DV
         for start in range(0, end_block, BLOCK_N):
-            column = start + tl.arange(0, BLOCK_N)
+            column = start + lane
             left = tl.load(skipped + column, mask=column < end_block, other=0)
             inside = left > 0
-            bias = tl.log2(tl.maximum(left, 1).to(tl.float32))
+            bias = tl.log2(tl.maximum(left, 1).to(tl.float32)) / unit
             maximum, mass, total = _add(
-                maximum, mass, total, rows, mean_key, mean_value, D, DV, column, inside, inside[None, :], bias,
-                scale, softcap, False, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+                maximum, mass, total, rows, mean_key, mean_value, column, inside, inside[None, :], bias,
+                unit, softcap, D, DV, False, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
         seen_keys += _round_up(history_blocks)
 
+    # Held across the loops, these would take registers from them; what is added is 0, but the compiler does not know.
+    tile += tl.minimum(seen_keys, 0)
+    head, position, real = _places(tile, first_head, end_head, group * GROUP, queries, HEADS, TILE, BLOCK_M)
     total = total / tl.where(mass == 0, 1.0, mass)[:, None]
     wide = tl.arange(0, BLOCK_DV)
     pointers = output + batch * output_stride_b + head[:, None] * output_stride_h
     pointers += position.to(tl.int64)[:, None] * output_stride_n + wide[None, :]
     tl.store(pointers, total.to(output.dtype.element_ty), mask=real[:, None] & (wide < DV)[None, :])
     head_place = batch * groups * GROUP + head
-    tl.store(lse + head_place * queries + position, (maximum + tl.log2(mass)) * LN_2, mask=real)
+    tl.store(lse + head_place * queries + position, (maximum * unit + tl.log2(mass)) * LN_2, mask=real)
     rows_in_tile = tl.minimum(queries - tile * TILE, TILE)
     pairs = (seen_keys * rows_in_tile).to(tl.int64)
     tl.store(
         visited + head_place * tiles + tile,
         pairs + tl.zeros([BLOCK_M], tl.int64),
-        mask=real & (row % TILE == 0),
+        mask=real & (position % TILE == 0),
     )

@@ -56,6 +56,11 @@ class Call:
         padding = self.visibility.key_padding
         return None if padding is None else padding[:, None]
 
+    @property
+    def importance_dtype(self) -> torch.dtype:
+        """Half precision for inputs in half precision: a key is drawn, and weighs, by its importance as stored."""
+        return torch.float32 if self.query.dtype == torch.float32 else torch.float16
+
     def capacity(self, segment: int) -> int:
         """The longest history of the segments up to `segment`."""
         geometry = self.geometry
@@ -79,11 +84,6 @@ class Call:
         full = (*self.query.shape[:3], self.geometry.keys)
         strides = (0,) * 4 if self.visibility.mask is None else mask.expand(full).stride()
         return *(x.stride(0) for x in rows), *strides
-
-    @property
-    def log2_threshold(self) -> float:
-        """The logarithm of the threshold."""
-        return math.log2(self.config.threshold) if self.config.threshold else -1e38
 
     @functools.cached_property
     def shared(self) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from .. import sampling
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1e38)
 FLOAT8_MAX = tl.constexpr(448.0)
 KEY_BLOCK = tl.constexpr(64)
+BEYOND = tl.constexpr(2**31 - 1)
 KEY_STEP = tl.constexpr(sampling.KEY_STEP)
 SEGMENT_STEP = tl.constexpr(sampling.SEGMENT_STEP)
 
@@ -100,7 +100,8 @@ def see(
     offset, window, query_documents, key_documents, mask, stride_h, stride_n, stride_k = terms
     seen = inside[None, :]
     if CAUSAL:
-        seen = seen & (column[None, :] <= row[:, None] + offset)
+        # One comparison for both.
+        seen = tl.where(inside, column, BEYOND)[None, :] <= row[:, None] + offset
     if WINDOW:
         seen = seen & (column[None, :] > row[:, None] + (offset - window))
     if DOCUMENTS:
@@ -114,14 +115,18 @@ def see(
 
 
 @triton.jit
+def cap(logits, softcap):
+    """`softcap` * tanh(logits / `softcap`)."""
+    decay = tl.exp2(tl.abs(logits) / softcap * (-2 * LOG2_E))
+    capped = softcap * (1 - decay) / (1 + decay)
+    return tl.where(logits < 0, -capped, capped)
+
+
+@triton.jit
 def dot_logits(one, other, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     """The logits of one [M, D] and other [D, N], capped to `softcap`, which is in units of log 2 as well."""
     logits = tl.dot(one, other, input_precision=PRECISION) * scale
-    if SOFTCAP:
-        decay = tl.exp2(tl.abs(logits) / softcap * (-2 * LOG2_E))
-        capped = softcap * (1 - decay) / (1 + decay)
-        logits = tl.where(logits < 0, -capped, capped)
-    return logits
+    return cap(logits, softcap) if SOFTCAP else logits
 
 
 @triton.jit
@@ -156,10 +161,16 @@ def draws(keys, segment):
 
 @triton.jit
 def load_rows(base, rows, inside, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [N, BLOCK_D] of a matrix, zeros where not `inside` and past channel D."""
+    """Rows [N, BLOCK_D] of a matrix, zeros where not `inside` (None where all are) and past channel D."""
     channels = tl.arange(0, BLOCK_D)
     pointers = base + rows.to(tl.int64)[:, None] * stride + channels[None, :]
-    return tl.load(pointers, mask=inside[:, None] & (channels < D)[None, :], other=0.0)
+    if inside is None and D == BLOCK_D:
+        block = tl.load(pointers)
+    elif inside is None:
+        block = tl.load(pointers, mask=(channels < D)[None, :], other=0.0)
+    else:
+        block = tl.load(pointers, mask=inside[:, None] & (channels < D)[None, :], other=0.0)
+    return block
 
 
 @triton.jit

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from .helpers import (
-    LOWEST,
     dot_logits,
     float32,
     load_guides,
@@ -64,7 +63,8 @@ def importance_kernel(
     first_keys,
     capacity,
     chunk,
-    log2_max_weight,
+    threshold,
+    max_weight,
     mean_weight,
     scale,
     softcap,
@@ -88,7 +88,7 @@ def importance_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write importance [lists, capacity], in units of log 2; inf is sure to be visited, -inf is not to be visited.
+    """Write importance [lists, capacity], in steps of `threshold`; NaN is sure to be visited, -1 is not to be visited.
 
     Lists stand in the order [batch, group, list, segment], keys from where the segment's history starts. Program
     (`chunk` keys for SEGMENTS consecutive segments, last first; list of the group; batch entry and group). Keys are the
@@ -96,7 +96,7 @@ def importance_kernel(
     """
     softcap = float32(softcap)
     scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
-    log2_max_weight, mean_weight = float32(log2_max_weight), float32(mean_weight)
+    max_step, mean_step = float32(max_weight) / float32(threshold), float32(mean_weight) / float32(threshold)
     batch = (tl.program_id(2) // groups).to(tl.int64)
     group = (tl.program_id(2) % groups).to(tl.int64)
     per_segment: tl.constexpr = SEGMENT // POOL
@@ -138,7 +138,6 @@ def importance_kernel(
         block = load_rows(key, column, column < keys, key_stride_n, D, BLOCK_D)
         largest = tl.full([BLOCK_N, SEGMENTS], float("-inf"), tl.float32)
         mean = tl.zeros([BLOCK_N, SEGMENTS], tl.float32)
-        blind = tl.zeros([SEGMENTS], tl.int32)
         visible = tl.zeros([BLOCK_N, SEGMENTS], tl.int32)
         for done in tl.static_range(0, total, rows_per_segment):
             if total > rows_per_segment:
@@ -156,23 +155,21 @@ def importance_kernel(
                 seen = tl.reshape(seen.to(tl.int32), [BLOCK_N, SEGMENTS, rows_per_segment])
                 visible = tl.maximum(visible, tl.max(seen, 2))
             of_segments = tl.reshape(logits, [BLOCK_N, SEGMENTS, rows_per_segment])
-            largest = _larger(largest, tl.max(of_segments, 2))
+            if HAS_MAX:
+                # A maximum over guides does not see the NaN of one that tells nothing.
+                blind = tl.reshape((normaliser != normaliser).to(tl.int32), [SEGMENTS, rows_per_segment])
+                blind = tl.where(tl.max(blind, 1) > 0, float("inf"), float("-inf"))
+                largest = _larger(_larger(largest, blind[None, :]), tl.max(of_segments, 2))
             if HAS_MEAN:
                 mean += tl.sum(tl.exp2(of_segments), 2)
-            lost = tl.reshape((normaliser != normaliser).to(tl.int32), [SEGMENTS, rows_per_segment])
-            blind += tl.sum(lost, 1)
-        score = tl.full([BLOCK_N, SEGMENTS], float("-inf"), tl.float32)
+        score = mean * (mean_step / (heads * present))[None, :]
         if HAS_MAX:
-            score = largest + log2_max_weight
-        if HAS_MEAN:
-            score = _larger(score, tl.log2(mean * (mean_weight / (heads * present))[None, :]))
-        # Where a guide tells nothing every key is visited, and a key of which the guides can tell nothing too.
-        sure = (score != score) | (blind > 0)[None, :] | (column < first_keys)[:, None]
-        score = tl.where(sure, float("inf"), tl.maximum(score, LOWEST))
-        inside = load_padding(padding, column, column < keys, HAS_PADDING)
-        ranked = inside[:, None] & ((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]))
+            score = _larger(score, tl.exp2(largest) * max_step)
+        score = tl.where((column < first_keys)[:, None], float("inf"), score)
+        ranked = load_padding(padding, column, column < keys, HAS_PADDING)[:, None]
+        if not CAUSAL:
+            ranked = ranked & ((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]))
         if varies:
             ranked = ranked & (visible > 0)
-        pointers = importance[None, :] + column[:, None]
         written = (column[:, None] >= begin[None, :]) & (column[:, None] < end[None, :])
-        tl.store(pointers, tl.where(ranked, score, float("-inf")), mask=written)
+        tl.store(importance[None, :] + column[:, None], tl.where(ranked, score, -1.0), mask=written)

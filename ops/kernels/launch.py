@@ -64,6 +64,8 @@ def sparse_attention(
         output, lse, visited = result
         return AttentionResult(torch.zeros_like(output), torch.full_like(lse, -math.inf), torch.zeros_like(visited))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    if scale < 0:
+        query, scale = -query, -scale
     call = Call(query, key, value, visibility, geometry, scale, softcap, config)
     guides = pool_guides(query.unflatten(1, (call.groups, call.group)), config)
     means: tuple[torch.Tensor, ...] = (query.new_empty(1), query.new_empty(1))
@@ -79,7 +81,8 @@ def sparse_attention(
 def runs(call: Call) -> list[range]:
     """Consecutive segments whose lists fit into the workspace together."""
     # Importance and index; for a sort scores, weights and its own index too.
-    per_key = call.query.shape[0] * call.groups * call.lists * (32 if call.config.stop == "gain" else 8)
+    per_key = call.query.shape[0] * call.groups * call.lists
+    per_key *= 32 if call.config.stop == "gain" else 4 + call.importance_dtype.itemsize
     first, end = 0, call.geometry.segments
     found = []
     while first < end:
@@ -101,10 +104,11 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     wrap_triton(attend_kernel)[(tiles, parts, call.query.shape[0] * call.groups)](
         call.query, call.key, call.value, *call.masks,
-        lists.index, lists.count, lists.skipped, lists.importance, *means, *result,
-        *call.query.stride()[:3], *call.key.stride()[:3], *call.value.stride()[:3], *call.mask_strides,
+        lists.index, lists.count, lists.skipped, lists.weights, *means, *result,
+        *call.query.stride()[:3], *call.key.stride()[:2], *call.value.stride()[:2], *call.mask_strides,
         *result.output.stride()[:3],
         **call.shared,
+        KEY_STRIDE=call.key.stride(2), VALUE_STRIDE=call.value.stride(2),
         D=call.key.shape[-1], BLOCK_D=channels(call.key.shape[-1]),
         first_segment=segments.start,
         segments=len(segments),
@@ -112,7 +116,6 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
         capacity=lists.index.shape[-1],
         blocks=call.blocks,
         threshold=config.threshold,
-        log2_threshold=call.log2_threshold,
         TILE=config.tile, GROUP=call.group, LISTS=call.lists, HEADS=heads,
         HAS_MEANS=config.has_means, SAMPLED=config.has_samples,
         STOP_BY_GAIN=config.stop == "gain", CHUNK=config.chunk,

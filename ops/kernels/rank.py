@@ -30,7 +30,7 @@ class Lists:
     index: torch.Tensor
     count: torch.Tensor
     skipped: torch.Tensor
-    importance: torch.Tensor
+    weights: torch.Tensor
 
 
 class Ranking(NamedTuple):
@@ -71,7 +71,6 @@ def select(call: Call, ranking: Ranking, segments: range) -> Lists:
         first_segment=segments.start,
         capacity=capacity,
         blocks=call.blocks,
-        log2_threshold=call.log2_threshold,
         SAMPLED=config.has_samples,
         HAS_MEANS=config.has_means,
         BLOCK_N=2048, num_warps=4, num_stages=2,
@@ -101,11 +100,12 @@ def normalisers(call: Call, operands: Operands, segments: range) -> torch.Tensor
 
 
 def score(call: Call, operands: Operands, lse: torch.Tensor, segments: range) -> torch.Tensor:
-    """The importance of the keys of each list's history [lists, keys], in units of log 2."""
+    """The importance of the keys of each list's history [lists, keys], in steps of the threshold."""
     config, guides, key = call.config, operands.guides, operands.key
     batch = call.query.shape[0] * call.groups
     capacity = call.capacity(segments[-1])
-    importance = torch.empty(batch * call.lists * len(segments), capacity, dtype=torch.float32, device=guides.device)
+    lists = batch * call.lists * len(segments)
+    importance = torch.empty(lists, capacity, dtype=call.importance_dtype, device=guides.device)
     tiling = ranking_tiling(key.shape[-1], key.element_size())
     rows = rows_per_list(guides.shape[2] // call.lists * (config.segment // config.pool), tiling.rows)
     together = tiling.rows // rows
@@ -115,7 +115,8 @@ def score(call: Call, operands: Operands, lse: torch.Tensor, segments: range) ->
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
         capacity=capacity,
         chunk=CHUNK,
-        log2_max_weight=math.log2(config.max_weight) if config.max_weight else 0.0,
+        threshold=config.threshold,
+        max_weight=config.max_weight,
         mean_weight=config.mean_weight,
         HAS_MAX=config.max_weight > 0,
         HAS_MEAN=config.mean_weight > 0,

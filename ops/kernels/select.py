@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import KEY_BLOCK, draws, float32, span
+from .helpers import KEY_BLOCK, draws, span
 
 
 @triton.jit
@@ -24,7 +24,6 @@ def select_kernel(
     near_keys,
     capacity,
     blocks,
-    log2_threshold,
     SEGMENT: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -35,29 +34,36 @@ def select_kernel(
     """Write one list: its keys, how many, and with HAS_MEANS how many keys of each block are not in it.
 
     Lists stand as `importance_kernel` leaves them: index [lists, capacity], count [lists], skipped [lists, blocks].
-    Program (segment, list of all batch entries and groups).
+    With SAMPLED, what its keys weigh, in units of log 2, then takes the place of the first importances: a key stands in
+    the list no later than in the history, so each block overwrites only what was read. Program (segment, list of all
+    batch entries and groups).
     """
-    log2_threshold = float32(log2_threshold)
     segment = first_segment + tl.num_programs(0) - 1 - tl.program_id(0)
     place = (tl.program_id(1) * tl.num_programs(0) + segment - first_segment).to(tl.int64)
     begin, low, _ = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     end = low if CAUSAL else tl.where(segment < ranked_segments, keys, low)
-    importance += place * capacity - begin
+    importance += place * capacity
     index += place * capacity
     listed = 0
     for start in range(begin, end, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        score = tl.load(importance + column, mask=column < end, other=float("-inf"))
-        bar = log2_threshold + tl.zeros([BLOCK_N], tl.float32)
-        if SAMPLED:
-            bar += tl.log2(draws(column, segment))
-        keep = score >= bar
-        kept = keep.to(tl.int32)
-        tl.store(index + listed + tl.cumsum(kept, 0) - kept, column, mask=keep)
+        score = tl.load(importance + (column - begin), mask=column < end, other=-1.0).to(tl.float32)
+        bar = draws(column, segment) if SAMPLED else 1.0
+        kept = ((score < bar) == 0).to(tl.int32)
+        position = listed + tl.cumsum(kept, 0) - kept
+        tl.store(index + position, column, mask=kept > 0)
         listed += tl.sum(kept, 0)
         if HAS_MEANS:
-            left = (score > float("-inf")) & (score < bar)
+            left = (score >= 0) & (score < bar)
             left = tl.sum(tl.reshape(left.to(tl.int32), [BLOCK_N // KEY_BLOCK, KEY_BLOCK]), 1)
             block = start // KEY_BLOCK + tl.arange(0, BLOCK_N // KEY_BLOCK)
             tl.store(skipped + place * blocks + block, left, mask=block * KEY_BLOCK < end)
     tl.store(count + place, listed)
+    if SAMPLED:
+        tl.debug_barrier()
+        for start in range(0, listed, BLOCK_N):
+            position = start + tl.arange(0, BLOCK_N)
+            column = tl.load(index + position, mask=position < listed, other=0)
+            chance = tl.load(importance + (column - begin), mask=position < listed, other=1.0).to(tl.float32)
+            tl.debug_barrier()
+            tl.store(importance + position, tl.maximum(-tl.log2(chance), 0.0), mask=position < listed)

@@ -35,7 +35,7 @@ def attend_tiling(row_bytes: int, rows: int) -> Tiling:
     """Of `attend_kernel`, for rows of a tile and the wider of a key and a value, in bytes."""
     rows = max(16, next_power_of_2(rows))
     keys, stages = (
-        (64, 4) if row_bytes <= 128 else (32, 4) if row_bytes <= 256 else (32, 2) if row_bytes <= 512 else (16, 2)
+        (128, 2) if row_bytes <= 128 else (64, 2) if row_bytes <= 256 else (32, 2) if row_bytes <= 512 else (16, 2)
     )
     return Tiling(rows, keys, 8 if rows > 128 or row_bytes > 256 else 4, stages)
 
