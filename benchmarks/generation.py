@@ -180,7 +180,7 @@ def main(
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the rows there.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the rows there, after each way.")] = None,
 ) -> None:
     """Compare the tokens that a model generates with sparse and with dense attention."""
     ways = choose_ways(only or [])
@@ -198,9 +198,9 @@ def main(
         for way in ways:
             progress.update(task, description=way.name)
             rows += measure(loaded, texts, way, configs, new, lambda: progress.advance(task))
+            if as_json:
+                as_json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
     Console().print(table(rows, new, note))
-    if as_json:
-        as_json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
 
 
 if __name__ == "__main__":
