@@ -17,10 +17,8 @@ def dense_attention(
 ) -> torch.Tensor:
     """SDPA; shapes as in `ops.operator`. Rows with nothing to attend to give zeros."""
     grouped = query.shape[1] != key.shape[1]
-    is_causal = visibility.is_causal
-    if visibility._replace(is_causal=False).is_empty and (
-        not is_causal or statically_known_true(visibility.causal_offset == 0)
-    ):
+    is_causal, offset, *terms = visibility
+    if all(term is None for term in terms) and (not is_causal or statically_known_true(offset == 0)):
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     mask = _mask(visibility, query, key)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)

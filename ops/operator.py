@@ -9,8 +9,9 @@ Where lengths are symbolic and the choice depends on them, they call `attention_
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -154,8 +155,11 @@ def attention_dynamic(*arguments: Any, **options: Any) -> torch.Tensor:
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
+_configured = functools.lru_cache(S2OConfig)
+"""`S2OConfig`, whose checks take longer than the launch of a kernel, so that each setting is checked once."""
+
+
+class _Call(NamedTuple):
     """The arguments of a call, validated and in the form in which the implementations take them."""
 
     query: torch.Tensor
@@ -182,7 +186,7 @@ class _Call:
         fields: dict[str, Any],
     ) -> _Call:
         """Validate what an operator was called with; `fields` are those of `S2OConfig`."""
-        config = S2OConfig(**fields)
+        config = _configured(**fields)
         query, key, value = _autocast(query, key, value)
         validate(query, key, value, terms, scale, softcap, sinks)
         if terms.mask is not None:
@@ -213,7 +217,7 @@ class _Call:
     def spans(self) -> AttentionResult:
         """Attend every key in the dense span."""
         config = dataclasses.replace(self.config, last_queries=_EVERY_QUERY, stop="importance", tail="none")
-        return dataclasses.replace(self, config=config).sparse()
+        return self._replace(config=config).sparse()
 
     def sparse(self) -> AttentionResult:
         """Sparse attention as the configuration says."""
@@ -248,7 +252,7 @@ def _sparse_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *r
 
 def _opaque_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> SparseCall:
     *terms, scale, softcap, site, settings = rest
-    config = S2OConfig(**json.loads(settings))
+    config = _configured(**json.loads(settings))
     return SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, config)
 
 

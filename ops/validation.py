@@ -29,31 +29,32 @@ def validate(
         ValueError: Ranks, shapes, devices or a number do not fit, or a gradient is asked for.
     """
     tensors = {"query": query, "key": key, "value": value}
+    dtype, device, batch = query.dtype, query.device, query.shape[:1]
+    if dtype not in DTYPES:
+        raise TypeError(f"query must be float16, bfloat16 or float32, not {_short(dtype)}")
     for name, tensor in tensors.items():
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions [batch, heads, length, channels], not {tensor.dim()}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16 or float32, not {_short(tensor.dtype)}")
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query ({_short(query.dtype)}), not {_short(tensor.dtype)}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the device of query ({query.device}), not {tensor.device}")
-        if tensor.shape[0] != query.shape[0]:
-            raise ValueError(f"{name} must have the batch size of query ({query.shape[0]}), not {tensor.shape[0]}")
-        if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name} must have 1 to {MAX_HEAD_DIM} channels, not {tensor.shape[3]}")
-    if query.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"query must be on a CPU or a CUDA device, not {query.device}")
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key must have the channels of query ({query.shape[3]}), not {key.shape[3]}")
-    if value.shape[1] != key.shape[1]:
-        raise ValueError(f"value must have the heads of key ({key.shape[1]}), not {value.shape[1]}")
-    if value.shape[2] != key.shape[2]:
-        raise ValueError(f"value must have the length of key ({key.shape[2]}), not {value.shape[2]}")
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1] or query.shape[1] == 0:
-        raise ValueError(
-            f"query must have a positive multiple of the heads of key ({key.shape[1]}), not {query.shape[1]} heads"
-        )
+        shape = tensor.shape
+        if len(shape) != 4:
+            raise ValueError(f"{name} must have 4 dimensions [batch, heads, length, channels], not {len(shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of query ({_short(dtype)}), not {_short(tensor.dtype)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of query ({device}), not {tensor.device}")
+        if shape[:1] != batch:
+            raise ValueError(f"{name} must have the batch size of query ({batch[0]}), not {shape[0]}")
+        if not 1 <= shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must have 1 to {MAX_HEAD_DIM} channels, not {shape[3]}")
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"query must be on a CPU or a CUDA device, not {device}")
+    (_, heads, _, channels), (_, groups, keys, key_channels) = query.shape, key.shape
+    if key_channels != channels:
+        raise ValueError(f"key must have the channels of query ({channels}), not {key_channels}")
+    if value.shape[1] != groups:
+        raise ValueError(f"value must have the heads of key ({groups}), not {value.shape[1]}")
+    if value.shape[2] != keys:
+        raise ValueError(f"value must have the length of key ({keys}), not {value.shape[2]}")
+    if groups == 0 or heads % groups or heads == 0:
+        raise ValueError(f"query must have a positive multiple of the heads of key ({groups}), not {heads} heads")
     _validate_visibility(query, key, visibility)
     if isinstance(scale, (int, float)) and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")

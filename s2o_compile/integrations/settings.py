@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -52,4 +53,10 @@ def settings_of(config: Any) -> S2OConfig:
         TypeError: A field has the wrong type.
         ValueError: A field is unknown or has a value that is not allowed.
     """
-    return S2OConfig.from_options(fields_of(config))
+    return _checked(**fields_of(config))
+
+
+@functools.lru_cache(typed=True)
+def _checked(**fields: Any) -> S2OConfig:
+    """The settings of these fields, checked once: each layer asks for them in each forward pass."""
+    return S2OConfig.from_options(fields)

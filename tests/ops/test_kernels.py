@@ -160,17 +160,6 @@ def test_compiled(dynamic: bool) -> None:
     assert largest_difference(got, model(query, key, value)) < 2e-2
 
 
-@pytest.mark.gpu
-def test_no_synchronisation() -> None:
-    query, key, value = (torch.randn(1, 4, 3000, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
-    torch.ops.s2o.attention(query, key, value, is_causal=True, min_length=0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        torch.ops.s2o.attention(query, key, value, is_causal=True, min_length=0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", ["query", "key", "value"])
 def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which: str) -> None:

@@ -102,6 +102,20 @@ def test_modes_reach_inductor(mode: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert patches == torch._inductor.list_mode_options(mode) != {}
 
 
+@pytest.mark.parametrize("settings", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_quantised_linears(settings: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model, ids = tiny("llama"), tokens(40)
+    plain = model.model.layers[0].self_attn.q_proj.weight.data.clone()
+    quantization.quantize_(model, getattr(quantization, settings)())
+    assert not torch.equal(model.model.layers[0].self_attn.q_proj.weight.dequantize(), plain)
+    captured = Capture()
+    compiled = torch.compile(model, backend=captured, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(run(compiled, ids), run(model, ids), atol=1e-4, rtol=1e-4)
+    assert len(captured.operators()) == 2
+
+
 @pytest.mark.usefixtures("process_group")
 def test_fsdp() -> None:
     fsdp = pytest.importorskip("torch.distributed.fsdp")

@@ -1,0 +1,179 @@
+"""The operator on a GPU: queued without waiting, captured in CUDA graphs, the same bits again, beyond 2^31 elements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from s2o_compile.ops.visibility import Visibility
+
+from .comparison import dense, largest_difference, seen
+
+pytestmark = pytest.mark.gpu
+
+LENGTH, HEADS, GROUPS, CHANNELS = 2100, 4, 2, 64
+SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "block means": {"tail": "means"},
+    "no tail": {"tail": "none"},
+    "lists per head": {"lists": "head"},
+    "pools of 4": {"pool": 4},
+    "guides per group": {"guides": "group", "pool": 8, "mean_weight": 1.0, "max_weight": 0.0},
+    "16 channels": {"channels": 16},
+    "exact": {"threshold": 0.0},
+}
+TERMS = ["nothing", "padding", "window", "documents", "mask", "soft cap", "sinks"]
+
+
+def tensors(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return [
+        torch.randn(2, heads, LENGTH, CHANNELS, generator=generator, device="cuda", dtype=dtype) * scale
+        for heads, scale in ((HEADS, 2), (GROUPS, 1), (GROUPS, 1))
+    ]
+
+
+def terms(name: str) -> dict[str, Any]:
+    """The arguments of a call, beside the causal mask."""
+    place = torch.arange(LENGTH, device="cuda")
+    documents = (place // 700).expand(2, -1)
+    arguments: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "padding": {"key_padding": place >= torch.tensor([[300], [0]], device="cuda")},
+        "window": {"window": 500},
+        "documents": {"query_documents": documents, "key_documents": documents},
+        "mask": {"mask": (place + place[:, None]) % 3 > 0},
+        "soft cap": {"softcap": 5.0},
+        "sinks": {"sinks": torch.linspace(-1, 1, HEADS, device="cuda")},
+    }
+    return arguments[name]
+
+
+def attend(inputs: list[torch.Tensor], **arguments: Any) -> torch.Tensor:
+    return torch.ops.s2o.attention(*inputs, is_causal=True, min_length=0, **arguments)
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Fail where the host waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_calls_do_not_wait(name: str, dtype: torch.dtype) -> None:
+    inputs = tensors(dtype=dtype)
+    attend(inputs, **SETTINGS[name])
+    with no_synchronisation():
+        attend(inputs, **SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_calls_with_terms_do_not_wait(name: str) -> None:
+    inputs, arguments = tensors(), terms(name)
+    attend(inputs, **arguments)
+    with no_synchronisation():
+        attend(inputs, **arguments)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_calls_that_run_dense_do_not_wait(name: str) -> None:
+    inputs, arguments = tensors(), terms(name)
+    inputs[0] = inputs[0][:, :, -1:]
+    if "query_documents" in arguments:
+        arguments["query_documents"] = arguments["query_documents"][:, -1:]
+    if "mask" in arguments:
+        arguments["mask"] = arguments["mask"][-1:]
+    torch.ops.s2o.attention(*inputs, is_causal=True, causal_offset=LENGTH - 1, **arguments)
+    with no_synchronisation():
+        torch.ops.s2o.attention(*inputs, is_causal=True, causal_offset=LENGTH - 1, **arguments)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_same_input_gives_the_same_bits(name: str) -> None:
+    inputs = tensors()
+    first = attend(inputs, **SETTINGS[name])
+    assert torch.equal(attend([x.clone() for x in inputs], **SETTINGS[name]), first)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_cuda_graphs(name: str) -> None:
+    """A captured call computes, for other inputs, what the call itself does."""
+    places, side = tensors(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        attend(places, **SETTINGS[name])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = attend(places, **SETTINGS[name])
+    for seed in range(1, 4):
+        inputs = tensors(seed)
+        for place, x in zip(places, inputs, strict=True):
+            place.copy_(x)
+        graph.replay()
+        assert torch.equal(output, attend(inputs, **SETTINGS[name]))
+
+
+def test_a_padded_batch() -> None:
+    inputs, padding = tensors(dtype=torch.float32), terms("padding")["key_padding"]
+    got = attend(inputs, threshold=0.0, key_padding=padding)
+    want = dense(*inputs, seen(*inputs[:2], Visibility(True, key_padding=padding)))
+    assert largest_difference(got, want) <= 1e-5
+    assert not got[0, :, :300].any()
+
+
+@pytest.fixture
+def memory() -> Iterator[None]:
+    """Room for a handful of tensors of 2^31 elements in half precision."""
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of free GPU memory")
+    yield
+    torch.cuda.empty_cache()
+
+
+LONG, MANY_HEADS, WIDTH = 2**18 + 1000, 64, 128
+assert LONG * MANY_HEADS * WIDTH > 2**31
+
+
+def assert_rows_equal_dense(
+    output: torch.Tensor, inputs: list[torch.Tensor], rows: list[int], offset: int, window: int = LONG
+) -> None:
+    """Compare rows of the first, a middle and the last head with dense attention in float32."""
+    query, key, value = inputs
+    for head in (0, query.shape[1] // 2 + 1, query.shape[1] - 1):
+        group = head * key.shape[1] // query.shape[1]
+        for row in rows:
+            visible = slice(max(0, row + offset - window + 1), row + offset + 1)
+            logits = key[0, group, visible].float() @ query[0, head, row].float() * WIDTH**-0.5
+            want = logits.softmax(0) @ value[0, group, visible].float()
+            torch.testing.assert_close(output[0, head, row].float(), want, rtol=0, atol=0.02 * float(want.abs().max()))
+
+
+@pytest.mark.usefixtures("memory")
+def test_keys_beyond_32_bits() -> None:
+    """256K keys of 64 heads, seen by the last queries."""
+    torch.manual_seed(1)
+    query = torch.randn(1, MANY_HEADS, 100, WIDTH, device="cuda", dtype=torch.bfloat16) * 2
+    key, value = (torch.randn(1, MANY_HEADS, LONG, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    offset = LONG - 100
+    output = attend([query, key, value], causal_offset=offset, threshold=0.0)
+    assert_rows_equal_dense(output, [query, key, value], [0, 57, 99], offset)
+
+
+@pytest.mark.usefixtures("memory")
+def test_queries_beyond_32_bits() -> None:
+    """256K queries of 64 heads, of which each sees a window."""
+    torch.manual_seed(2)
+    query = torch.randn(1, MANY_HEADS, LONG, WIDTH, device="cuda", dtype=torch.bfloat16) * 2
+    key, value = (torch.randn(1, 1, LONG, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    output = attend([query, key, value], window=500, threshold=0.0)
+    assert_rows_equal_dense(output, [query, key, value], [0, 1234, 2**17 + 3, LONG - 1], 0, window=500)
