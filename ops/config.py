@@ -119,9 +119,7 @@ class S2OConfig:
         if self.error_budget is None and self.calibration is None:
             return
         _check(self, "error_budget", self.error_budget is None or 0 < self.error_budget < 1, "None or between 0 and 1")
-        _check(
-            self, "error_budget", self.error_budget is None or self.calibration is None, "None beside a calibration"
-        )
+        _check(self, "error_budget", self.error_budget is None or self.calibration is None, "None beside a calibration")
         decides = "calibration" if self.error_budget is None else "error_budget"
         is_default = {field.name: getattr(self, field.name) == field.default for field in dataclasses.fields(self)}
         _check(self, "threshold", is_default["threshold"], f"left out where {decides} decides it")

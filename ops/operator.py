@@ -38,8 +38,7 @@ def _schema_default(value: object) -> str:
 
 
 _FIELDS = ", ".join(
-    f"{_TYPES[str(field.type)]} {field.name}={_schema_default(field.default)}"
-    for field in operator_fields()
+    f"{_TYPES[str(field.type)]} {field.name}={_schema_default(field.default)}" for field in operator_fields()
 )
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, bool is_causal=False, SymInt causal_offset=0, "

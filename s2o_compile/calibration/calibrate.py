@@ -60,13 +60,13 @@ def calibrate(
     arguments = [_arguments(item) for item in (inputs if isinstance(inputs, list) else [inputs])]
     if not arguments:
         raise CalibrationError("inputs must have at least one input, not an empty list")
-    rule = S2OConfig(**(config or S2OConfig()).arguments() | {"min_length": 0})
-    search = _Search(error_budget, rule)
+    config = config or S2OConfig()
+    settings = {name: value for name, value in config.arguments().items() if name not in ("threshold", "min_length")}
+    search = _Search(error_budget, config)
     with Progress(progress).step("Calibrating") as update:
         for item in arguments:
             search.run(model, item, lambda: update(done=search.calls, total=len(arguments) * search.rewritten))
     sites = search.sites()
-    settings = {name: value for name, value in rule.arguments().items() if name not in ("threshold", "min_length")}
     calibration = Calibration(
         Identity.of(model, sites), error_budget, search.lengths, settings, str(torch.__version__), sites
     )

@@ -39,6 +39,9 @@ class Identity:
         count = sum(parameter.numel() for parameter in parameters.values())
         return cls(type(model).__name__, count, {name: digest(parameters[name]) for name in chosen})
 
+    def __str__(self) -> str:
+        return f"a {self.kind} of {self.parameters:,} parameters with weights {_short(str(self.weights))}"
+
     def mismatch(self, weights: dict[str, torch.Tensor]) -> str | None:
         """The first of the weights that is not the one of the same name in this model; None if all are."""
         shared = (name for name in self.weights if name in weights)
@@ -50,8 +53,11 @@ def digest(weight: torch.Tensor) -> str:
     flat = weight.detach().reshape(-1)
     count = min(_SAMPLED, len(flat))
     sample = flat[torch.arange(count, device=flat.device) * len(flat) // max(1, count)]
-    content = f"{list(weight.shape)} {sample.bfloat16().tolist()}"
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+    return _short(f"{list(weight.shape)} {sample.bfloat16().tolist()}")
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def graph_weights(module: GraphModule, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:

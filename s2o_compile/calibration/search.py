@@ -15,8 +15,8 @@ _EXPONENT = 1.25
 """The error grows about as the threshold to this power."""
 _AIM, _LEAST = 0.9, 0.8
 """The share of the budget to aim at, and that from which the search is over."""
-_ROUNDS = 8
-_LONGEST_STEP = 8.0
+_ROUNDS = 10
+_LONGEST_STEP = 16.0
 
 
 def find_threshold(

@@ -10,9 +10,10 @@ import torch
 from torch.fx import GraphModule
 
 from ..ops import S2OConfig
+from ..ops.choice import DENSE_AT_ANY_LENGTH
 from ..passes import Refused
-from .file import Calibration, CalibrationError
-from .identity import graph_weights
+from .file import Calibration, CalibrationError, Site
+from .identity import Identity, graph_weights
 
 
 def site_settings(config: S2OConfig, module: GraphModule, inputs: Sequence[Any]) -> Callable[[str], S2OConfig]:
@@ -32,25 +33,52 @@ def site_settings(config: S2OConfig, module: GraphModule, inputs: Sequence[Any])
     """
     if config.calibration is None:
         return lambda site: config
-    path, calibration = config.calibration, Calibration.load(config.calibration)
-    check_weights(calibration, graph_weights(module, inputs), path)
-    rule = calibrated(config, calibration)
+    calibration = Calibration.load(config.calibration)
+    other = calibration.model.mismatch(graph_weights(module, inputs))
+    if other is not None:
+        raise CalibrationError(
+            f"calibration {str(config.calibration)!r} is for another model, {calibration.model}: {other} is not the "
+            "same here"
+        )
+    rule = _rule(config, calibration)
 
     def of_site(name: str) -> S2OConfig:
         if name not in calibration.sites:
             raise CalibrationError(
-                f"calibration {str(path)!r} has no site {name!r}: it is for another model, or its inputs did not reach it"
+                f"calibration {str(config.calibration)!r} has no site {name!r}: it is for another model, or its inputs "
+                "did not reach this part"
             )
         site = calibration.sites[name]
         if site.dense:
             raise Refused(f"the calibration leaves it dense: {site.dense}")
-        assert site.threshold is not None
-        return dataclasses.replace(rule, threshold=site.threshold)
+        return _with_threshold(rule, site)
 
     return of_site
 
 
-def calibrated(config: S2OConfig, calibration: Calibration) -> S2OConfig:
+def module_settings(config: S2OConfig, model: torch.nn.Module) -> dict[str, S2OConfig]:
+    """The settings of the attention modules of a model, by name; those that are to stay dense do at any length.
+
+    Args:
+        config: What the user asked for, with a calibration.
+        model: The model.
+
+    Raises:
+        CalibrationError: The file cannot be read, is for another model, or was made with other settings.
+    """
+    assert config.calibration is not None
+    calibration = Calibration.load(config.calibration)
+    found = Identity.of(model, calibration.sites)
+    if found != calibration.model:
+        raise CalibrationError(
+            f"calibration {str(config.calibration)!r} is for another model, {calibration.model}, not {found}"
+        )
+    rule = _rule(config, calibration)
+    dense = dataclasses.replace(rule, min_length=DENSE_AT_ANY_LENGTH)
+    return {name: dense if site.dense else _with_threshold(rule, site) for name, site in calibration.sites.items()}
+
+
+def _rule(config: S2OConfig, calibration: Calibration) -> S2OConfig:
     """The settings that a calibration was made with, in place of defaults.
 
     Raises:
@@ -66,15 +94,6 @@ def calibrated(config: S2OConfig, calibration: Calibration) -> S2OConfig:
     return dataclasses.replace(config, calibration=None, **calibration.settings)
 
 
-def check_weights(calibration: Calibration, weights: dict[str, torch.Tensor], path: Any) -> None:
-    """Compare those weights of a model that the calibration knows.
-
-    Raises:
-        CalibrationError: One is another.
-    """
-    name = calibration.model.mismatch(weights)
-    if name is not None:
-        raise CalibrationError(
-            f"calibration {str(path)!r} is for another model, a {calibration.model.kind} of "
-            f"{calibration.model.parameters:,} parameters: {name} differs"
-        )
+def _with_threshold(rule: S2OConfig, site: Site) -> S2OConfig:
+    assert site.threshold is not None
+    return dataclasses.replace(rule, threshold=site.threshold)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,9 @@ import torch
 
 from ..analysis import call_once, replace_operator
 from ..ops import AttentionResult, S2OConfig
+from ..ops.choice import DENSE_AT_ANY_LENGTH
 from ..ops.density import density, ranking_share
 from ..passes import Decision, rewrite
-
-_EVERY_LENGTH = 2**62
-"""As `min_length`: all calls run dense."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class SiteCall:
     @functools.cached_property
     def dense(self) -> torch.Tensor:
         """The output of dense attention, in the dtype of the call."""
-        options = self.options | {"min_length": _EVERY_LENGTH}
+        options = self.options | {"min_length": DENSE_AT_ANY_LENGTH}
         return torch.ops.s2o.attention(self.query, self.key, self.value, **options)
 
     def sparse(self, threshold: float) -> AttentionResult:
@@ -87,7 +86,7 @@ def call_sites(
     handle: Callable[[SiteCall], None],
     found: Callable[[list[Decision]], None],
 ) -> None:
-    """Call a model once, under ``torch.no_grad()``; all its attention runs dense.
+    """Call a model once, under ``torch.no_grad()``; all its attention runs dense, and none is too short to count.
 
     Args:
         model: The model.
@@ -106,7 +105,7 @@ def call_sites(
         return attention
 
     def backend(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found(rewrite(module, config))
+        found(rewrite(module, dataclasses.replace(config, min_length=0)))
         replace_operator(module, implementation)
         return module.forward
 
