@@ -41,7 +41,8 @@ def calibrate(
         error_budget: The relative squared error that a call may have, above 0 and below 1; 1e-3 is about what the
             default threshold gives.
         output: The JSON file to write, for ``options={"calibration": output}``; None for none.
-        config: The other settings of the operator, by default ``S2OConfig()``; they are kept in the file.
+        config: The other settings of the operator, by default ``S2OConfig()``; all but `threshold` and `min_length`,
+            which do not matter here, are kept in the file.
         progress: Whether to show a progress bar on stderr.
 
     Returns:
@@ -56,6 +57,8 @@ def calibrate(
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if error_budget is None:
+        raise TypeError("error_budget must be a number, not None")
     S2OConfig(error_budget=error_budget)
     arguments = [_arguments(item) for item in (inputs if isinstance(inputs, list) else [inputs])]
     if not arguments:

@@ -31,21 +31,22 @@ def calibrate(
     """Find the threshold of each attention site that keeps an error budget, and write them to a file."""
     from rich.console import Console
 
-    from ..calibration.calibrate import calibrate as find_settings
+    from .. import S2OConfig
+    from .. import calibrate as calibrate_model
     from ..demo.measure import prefill_inputs
     from ..demo.prepare import prepare_prefills
     from ..demo.progress import Progress
 
     config = read_config(None, None, option or [])
     try:
-        type(config)(error_budget=error_budget)
+        S2OConfig(error_budget=error_budget)
         config.arguments()
     except ValueError as error:
         raise UsageError(f"{error}.") from error
     make_folder(output.parent)
     loaded, documents = prepare_prefills(model, length, texts, document, device, dtype, Progress())
     inputs = [prefill_inputs(text, loaded.device) for text in documents]
-    found = find_settings(loaded, inputs, error_budget=error_budget, output=output, config=config)
+    found = calibrate_model(loaded, inputs, error_budget=error_budget, output=output, config=config)
     if json_only:
         print(json.dumps(found.to_dict(), indent=2))
     else:

@@ -23,6 +23,7 @@ from s2o_compile.calibration.search import LARGEST, find_threshold
 from s2o_compile.calibration.sites import Measurement, SiteCall, call_sites
 from s2o_compile.demo import prepare
 from s2o_compile.demo.document import Document
+from s2o_compile.ops.density import ranking_share
 
 from ..passes.models import padding, tiny, tokens
 
@@ -213,6 +214,7 @@ def test_layers_marked_dense_in_transformers(tmp_path: Path) -> None:
         (tiny, "text", {}, TypeError, "inputs must be tensors, or tuples or mappings of arguments, not str"),
         (tiny, [], {}, CalibrationError, "inputs must have at least one input"),
         (tiny, tokens(20), {"error_budget": 0}, ValueError, "error_budget must be None or between 0 and 1, not 0"),
+        (tiny, tokens(20), {"error_budget": None}, TypeError, "error_budget must be a number, not None"),
         (tiny, tokens(20), {"error_budget": "low"}, TypeError, "error_budget must be a number or None, not 'low'"),
         (tiny, tokens(20), {"output": "/no/such/folder/file"}, CalibrationError, "output '/no.*' cannot be written"),
         (tiny, tokens(20), {"config": S2OConfig(calibration="x")}, ValueError, "calibration must be None where"),
@@ -250,6 +252,20 @@ def test_the_search_is_not_caught_by_a_step() -> None:
 
     found = find_threshold(measure, 1e-3)
     assert found is not None and 0.01 < found.threshold <= 0.02
+
+
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        ({}, (64 + 64 / 16) / 192),
+        ({"pool": 4, "sample": 1}, (64 + 64) / 192 / 4),
+        ({"channels": 32}, (32 + 64 / 16) / 192),
+        ({"channels": 99}, (64 + 64 / 16) / 192),
+        ({"guides": "group", "pool": 8}, (64 + 64 / 16) / 192 / 8 / 3),
+    ],
+)
+def test_the_price_of_ranking(fields: dict[str, Any], share: float) -> None:
+    assert ranking_share(S2OConfig(**fields), channels=64, value_channels=128, group=3) == pytest.approx(share)
 
 
 def test_digests() -> None:
