@@ -19,6 +19,10 @@ from .identity import Identity, graph_weights
 def site_settings(config: S2OConfig, module: GraphModule, inputs: Sequence[Any]) -> Callable[[str], S2OConfig]:
     """The settings of each site of a graph, by name.
 
+    A file is known to be for the model by the names of the sites, and by digests of those of their weights that the
+    graph holds as inputs or parameters; a graph that holds none is judged by names alone. The class and the number of
+    parameters, which no graph has, are compared in `module_settings`.
+
     Args:
         config: What the user asked for.
         module: The graph, from which the weights are read that tell models apart.
