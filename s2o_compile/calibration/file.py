@@ -27,7 +27,7 @@ class Site:
     """What was chosen for an attention site.
 
     Attributes:
-        threshold: The largest threshold found at which every call kept the budget; None if none did.
+        threshold: The largest threshold found at which every call kept its share of the budget; None if none did.
         density: Visited (query, key) pairs over those that a dense kernel visits, in the call with the largest error.
         error: The relative squared error of that call, over all its queries, heads and sequences.
         dense: Why the site is better left dense; '' if it is not.

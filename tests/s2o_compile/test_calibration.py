@@ -18,6 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import s2o_compile
 from s2o_compile import Calibration, CalibrationError, S2OConfig, calibrate, cli, explain, profile
+from s2o_compile.calibration.calibrate import MARGIN
 from s2o_compile.calibration.identity import digest
 from s2o_compile.calibration.search import LARGEST, find_threshold
 from s2o_compile.calibration.sites import Measurement, SiteCall, call_sites
@@ -69,7 +70,7 @@ def test_a_compiled_model_keeps_the_budget(written: tuple[Path, torch.Tensor, Ca
     assert first.error == pytest.approx(chosen.error, rel=1e-3) and first.error <= BUDGET
     assert first.density == pytest.approx(chosen.density) and 0.1 < first.density < 0.95
     # The second layer gets what the first one's error made of its inputs.
-    assert 0.5 * BUDGET < p.sites[1].error < 1.5 * BUDGET
+    assert 0.3 * BUDGET < p.sites[1].error < 1.5 * BUDGET
 
 
 @pytest.mark.parametrize("side", ["left", None])
@@ -87,7 +88,7 @@ def test_every_call_of_every_input_is_within_the_budget(side: str | None) -> Non
     assert found.lengths == [250, 180] and len(calls) == 4
     for name, site in found.sites.items():
         errors = [measured.error for where, measured in calls if where == name]
-        assert site.error == pytest.approx(max(errors), rel=1e-3) and 0.5 * BUDGET < max(errors) <= BUDGET
+        assert site.error == pytest.approx(max(errors), rel=1e-3) and 0.5 * BUDGET < max(errors) <= MARGIN * BUDGET
 
 
 def test_diffuse_layers_stay_dense(tmp_path: Path) -> None:
