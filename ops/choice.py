@@ -10,6 +10,9 @@ from .sizes import statically_known_true
 DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 32768}
 """Fewest keys from which the default settings were measured to beat SDPA: see the README."""
 
+DENSE_AT_ANY_LENGTH = 2**62
+"""As `min_length`: no call has so many keys."""
+
 
 def choose_sparse(queries: int, keys: int, device: torch.device, config: S2OConfig) -> bool | None:
     """Whether a call is worth the sparse path: enough keys, and more queries than would be attended densely anyway.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class S2OConfig:
-    """Settings of sparse attention; every field is also an argument of ``torch.ops.s2o.attention``.
+    """Settings of sparse attention.
+
+    Every field but `error_budget` and `calibration`, which stand for thresholds, is also an argument of
+    ``torch.ops.s2o.attention``.
 
     The defaults rank keys for tiles of 32 positions by the largest probability that any single query of any
     head of the KV group gives them. `S2OConfig.paper` is the published method.
@@ -42,6 +46,14 @@ class S2OConfig:
         first_keys: Keys at the start that are always visited.
         near_keys: Keys before each segment that are attended densely (rounded up to a multiple of 64).
         last_queries: The last queries of a call, attended densely (rounded up to whole segments).
+        error_budget: The relative squared error that a call of attention may have: sum |o - o_dense|^2 / sum
+            |o_dense|^2, over all its queries, heads and sequences, against dense attention. Above 0 and below 1; it
+            decides `threshold`, which is then the budget itself. That is a rule of thumb, not a bound: the error stayed
+            below the threshold in all layers of real models that were measured, far below it in most, and rose to
+            2.6 times it on made-up inputs of 131,072 positions (benchmarks/FINDINGS.md). ``s2o_compile.calibrate``
+            measures instead.
+        calibration: The path of a file by ``s2o_compile.calibrate``: each attention site gets the threshold that kept
+            the file's error budget, and the settings with which it did.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -65,6 +77,8 @@ class S2OConfig:
     first_keys: int = 1
     near_keys: int = 64
     last_queries: int = 0
+    error_budget: float | None = None
+    calibration: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -99,6 +113,20 @@ class S2OConfig:
         _check(self, "chunk", self.chunk >= 64 and self.chunk % 64 == 0, "a positive multiple of 64")
         for name in ("first_keys", "near_keys", "last_queries"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        """Only one field may decide the threshold, and a budget only under the ranking that it was measured with."""
+        if self.error_budget is None and self.calibration is None:
+            return
+        _check(self, "error_budget", self.error_budget is None or 0 < self.error_budget < 1, "None or between 0 and 1")
+        _check(self, "error_budget", self.error_budget is None or self.calibration is None, "None beside a calibration")
+        decides = "calibration" if self.error_budget is None else "error_budget"
+        is_default = {field.name: getattr(self, field.name) == field.default for field in dataclasses.fields(self)}
+        _check(self, "threshold", is_default["threshold"], f"left out where {decides} decides it")
+        if self.error_budget is not None:
+            for name in _RANKING:
+                _check(self, name, is_default[name], "left out beside an error_budget without calibration")
 
     @classmethod
     def paper(cls, threshold: float = 1e-3, **changes: Any) -> S2OConfig:
@@ -141,8 +169,19 @@ class S2OConfig:
         return self.tail == "sampled" and self.threshold > 0
 
     def arguments(self) -> dict[str, Any]:
-        """The fields as keyword arguments of ``torch.ops.s2o.attention``."""
-        return dataclasses.asdict(self)
+        """Keyword arguments of ``torch.ops.s2o.attention``: the fields, with the threshold that `error_budget` means.
+
+        Raises:
+            ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
+        """
+        _check(self, "calibration", self.calibration is None, "None where no attention site of a model is known")
+        found = {field.name: getattr(self, field.name) for field in operator_fields()}
+        return found if self.error_budget is None else found | {"threshold": self.error_budget}
+
+
+def operator_fields() -> list[dataclasses.Field[Any]]:
+    """The fields of `S2OConfig` that are arguments of ``torch.ops.s2o.attention``."""
+    return [field for field in dataclasses.fields(S2OConfig) if field.name not in ("error_budget", "calibration")]
 
 
 _CHOICES = {
@@ -151,20 +190,22 @@ _CHOICES = {
     "stop": ("importance", "gain"),
     "tail": ("sampled", "means", "none"),
 }
-_OPTIONAL = {"min_length", "channels"}
-_NUMBERS = {"threshold", "max_weight", "mean_weight"}
+_RANKING = ("pool", "guides", "channels", "max_weight", "stop", "tail")
+_OPTIONAL = {"min_length", "channels", "error_budget", "calibration"}
+_NUMBERS = {"threshold", "max_weight", "mean_weight", "error_budget"}
 
 
 def _check_type(name: str, value: object) -> None:
     if name in _CHOICES:
         right, wanted = isinstance(value, str), "a string"
+    elif name == "calibration":
+        right, wanted = isinstance(value, (str, os.PathLike)), "a path"
     elif name in _NUMBERS:
         right, wanted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
     else:
-        right = isinstance(value, int) and not isinstance(value, bool)
-        wanted = "an integer"
-        if name in _OPTIONAL:
-            right, wanted = right or value is None, "an integer or None"
+        right, wanted = isinstance(value, int) and not isinstance(value, bool), "an integer"
+    if name in _OPTIONAL:
+        right, wanted = right or value is None, f"{wanted} or None"
     if not right:
         raise TypeError(f"{name} must be {wanted}, not {value!r}")
 

@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from .config import S2OConfig
 from .geometry import Geometry, round_up
 
 
@@ -38,3 +39,19 @@ def density(
 ) -> torch.Tensor:
     """Visited pairs [B, Hq, tiles] over the pairs that a dense kernel visits, per batch and head: [B, Hq]."""
     return visited.sum(-1) / max(1, dense_pairs(queries, keys, is_causal, causal_offset, tile, window))
+
+
+def ranking_share(config: S2OConfig, channels: int, value_channels: int, group: int) -> float:
+    """The multiplications that rank keys over those of dense attention, the density aside.
+
+    Each guide is multiplied with every key, and with one in `S2OConfig.sample` once more for its log-sum-exp.
+
+    Args:
+        config: The rule.
+        channels: D.
+        value_channels: Dv.
+        group: Query heads per KV head.
+    """
+    scored = min(config.channels or channels, channels) + channels / config.sample
+    queries_a_guide = config.pool * (group if config.guides == "group" else 1)
+    return scored / (queries_a_guide * (channels + value_channels))

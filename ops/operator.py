@@ -17,7 +17,7 @@ import torch
 
 from . import cpu
 from .choice import choose_sparse
-from .config import S2OConfig
+from .config import S2OConfig, operator_fields
 from .dense import decode_attention, dense_attention
 from .recording import SparseCall, is_recording, recorded
 from .result import AttentionResult
@@ -39,8 +39,7 @@ def _schema_default(value: object) -> str:
 
 
 _FIELDS = ", ".join(
-    f"{_TYPES[str(field.type)]} {field.name}={_schema_default(field.default)}"
-    for field in dataclasses.fields(S2OConfig)
+    f"{_TYPES[str(field.type)]} {field.name}={_schema_default(field.default)}" for field in operator_fields()
 )
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, bool is_causal=False, SymInt causal_offset=0, "
@@ -103,7 +102,7 @@ def attention(
         softcap: The scaled logits become `softcap` * tanh(logits / `softcap`) (Gemma 2, arXiv 2408.00118); 0 for none.
         sinks: [Hq], a logit per head that enters the softmax's denominator without a value (gpt-oss).
         site: What profiles and traces call it, by default its shapes.
-        **fields: The fields of `S2OConfig`.
+        **fields: The fields of `S2OConfig`, without `error_budget` and `calibration`.
 
     Returns:
         [B, Hq, Lq, Dv] in the dtype of `query`; zeros for rows with nothing to attend to.

@@ -2,7 +2,7 @@
 
 from .masks import Mask, NotProven, Prover
 from .report import Decision, Report
-from .rewrite import rewrite
+from .rewrite import Refused, rewrite
 from .site import AttentionSite
 
-__all__ = ["AttentionSite", "Decision", "Mask", "NotProven", "Prover", "Report", "rewrite"]
+__all__ = ["AttentionSite", "Decision", "Mask", "NotProven", "Prover", "Refused", "Report", "rewrite"]

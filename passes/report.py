@@ -129,11 +129,14 @@ def site_name(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return node.name
-    path = list(stack.values())[-1][0]
-    path = re.sub(r"^L\['\w+'\]\.?", "", path)
+    return module_path(list(stack.values())[-1][0]) or node.name
+
+
+def module_path(source: str) -> str:
+    """The path from a model to what Dynamo found in it: 'layers.0' for "L['self']._modules['layers']._modules['0']"."""
+    path = re.sub(r"^[LG]\['\w+'\]\.?", "", source)
     path = re.sub(r"\[(?:'([^']+)'|(\d+))\]", lambda match: f".{match[1] or match[2]}", path)
-    path = re.sub(r"\._?modules\.|(?<=\.)_modules\.", ".", path).strip(".")
-    return path or node.name
+    return re.sub(r"(^|\.)(_?modules|_parameters)(?=\.)", "", path).strip(".")
 
 
 def source_location(node: Node) -> str:

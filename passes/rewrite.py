@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -37,24 +38,28 @@ class Refused(Exception):
     """A site stays as it is; the message is the reason, in one sentence that a user can act on."""
 
 
-def rewrite(module: GraphModule, config: S2OConfig) -> list[Decision]:
+def rewrite(
+    module: GraphModule, config: S2OConfig, of_site: Callable[[str], S2OConfig] | None = None
+) -> list[Decision]:
     """Replace every attention site that can be proven safe, in place; the rest of the graph stays as it is.
 
     The graphs that it calls are rewritten too; what they take from it is not known there.
 
     Args:
         module: The graph that Dynamo hands to a backend.
-        config: The settings of the operator, the same for all sites.
+        config: The settings of the operator.
+        of_site: The settings of a site by name, by default `config`; raises `Refused` for one that is to stay dense.
 
     Returns:
         One decision per site. The node of a rewritten site has its decision in ``meta["s2o_decision"]``.
     """
-    return [decision for graph in nested_graphs(module) for decision in _rewrite_graph(graph, config)]
+    chosen = of_site or (lambda name: config)
+    return [decision for graph in nested_graphs(module) for decision in _rewrite_graph(graph, config, chosen)]
 
 
-def _rewrite_graph(module: GraphModule, config: S2OConfig) -> list[Decision]:
+def _rewrite_graph(module: GraphModule, config: S2OConfig, of_site: Callable[[str], S2OConfig]) -> list[Decision]:
     """Rewrite the sites of one graph, and not those of the graphs that it calls."""
-    rewriter = _Rewriter(module.graph, config)
+    rewriter = _Rewriter(module.graph, config, of_site)
     decisions = [decision for node in list(module.graph.nodes) for decision in rewriter.visit(node)]
     if any(decision.rewritten for decision in decisions):
         module.graph.lint()
@@ -63,8 +68,8 @@ def _rewrite_graph(module: GraphModule, config: S2OConfig) -> list[Decision]:
 
 
 class _Rewriter:
-    def __init__(self, graph: Graph, config: S2OConfig) -> None:
-        self.graph, self.config = graph, config
+    def __init__(self, graph: Graph, config: S2OConfig, of_site: Callable[[str], S2OConfig]) -> None:
+        self.graph, self.config, self.of_site = graph, config, of_site
         self.writes = Writes(graph.nodes)
         self.prover = Prover(self.writes)
         self.walker = Walker(self.writes, self.prover.reader)
@@ -98,7 +103,7 @@ class _Rewriter:
         )
         try:
             mask = self.accept(site)
-            self.replace(site, mask, self.unused_without(site), decision)
+            self.replace(site, mask, self.unused_without(site), self.of_site(decision.name), decision)
         except (Refused, NotProven) as refused:
             decision.reason = str(refused)
             return decision
@@ -129,7 +134,9 @@ class _Rewriter:
             raise Refused("attn_mask and is_causal=True exclude each other; pass one of them")
         return Mask(is_causal=True)
 
-    def replace(self, site: AttentionSite, mask: Mask, unused: set[Node], decision: Decision) -> None:
+    def replace(
+        self, site: AttentionSite, mask: Mask, unused: set[Node], config: S2OConfig, decision: Decision
+    ) -> None:
         """Put the operator where a site is, and remove what is then unused.
 
         Raises:
@@ -140,9 +147,7 @@ class _Rewriter:
         with self.graph.inserting_before(site.node):
             arguments = {**self.masking(mask, site), **self.logits(site), "site": decision.name}
             inputs = tuple(self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
-            node = self.graph.call_function(
-                torch.ops.s2o.attention.default, inputs, arguments | self.config.arguments()
-            )
+            node = self.graph.call_function(torch.ops.s2o.attention.default, inputs, arguments | config.arguments())
             output = self.apply(site.output, node)
             node.meta = dict(site.node.meta, s2o_decision=decision)
             if output is not node:

@@ -11,7 +11,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
 from torch.amp.autocast_mode import _exit_autocast as exit_autocast
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -27,6 +27,7 @@ __all__ = [
     "fake_mode",
     "flex_attention",
     "guard_or_false",
+    "input_sources",
     "is_aten",
     "is_batched",
     "is_erased",
@@ -52,6 +53,17 @@ namespaces = (torch._C._nn, torch._functorch.predispatch)
 def fake_mode(values: Iterable[Any]) -> FakeTensorMode:
     """The mode of the fake tensors among `values`, of which there is at least one."""
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def input_sources(graph: Graph) -> list[str]:
+    """Where Dynamo found each input of a graph, as "L['self']._parameters['weight']"; '' where it does not say."""
+    sources = (getattr(node, "_dynamo_source", None) for node in graph.find_nodes(op="placeholder"))
+    return ["" if source is None else _source_name(source) for source in sources]
+
+
+def _source_name(source: Any) -> str:
+    """The name is a method in some releases of torch and a property in others."""
+    return source.name() if callable(source.name) else source.name
 
 
 def unbatched(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,8 @@ from .after_import import after_import
 if TYPE_CHECKING:
     from .analysis import explain
     from .backend import S2OBackend, s2o
+    from .calibration.calibrate import calibrate
+    from .calibration.file import Calibration, CalibrationError
     from .exporting import export
     from .functional import attention
     from .integrations.settings import configure
@@ -26,11 +28,14 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Calibration",
+    "CalibrationError",
     "Report",
     "S2OBackend",
     "S2OConfig",
     "__version__",
     "attention",
+    "calibrate",
     "configure",
     "explain",
     "export",
@@ -40,10 +45,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Calibration": "calibration.file",
+    "CalibrationError": "calibration.file",
     "Report": "passes",
     "S2OBackend": "backend",
     "S2OConfig": "ops",
     "attention": "functional",
+    "calibrate": "calibration.calibrate",
     "configure": "integrations.settings",
     "explain": "analysis",
     "export": "exporting",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .calibration.settings import site_settings
 from .ops import S2OConfig
 from .ops.density import dense_pairs
 from .passes.nested import nested_graphs
@@ -38,10 +39,25 @@ def explain(
         **kwargs: The model's keyword arguments.
     """
     analysis = _Analysis(config or S2OConfig(), measure, progress)
-    call = _uncached(model)
-    with torch.no_grad(), torch._dynamo.config.patch(_limits()):
-        torch.compile(call, backend=analysis, dynamic=False)(*args, **kwargs)
+    call_once(model, analysis, *args, **kwargs)
     return analysis.report
+
+
+def call_once(model: Callable[..., Any], backend: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call a model under ``torch.no_grad()``, compiled anew by a backend, for these shapes alone."""
+    with torch.no_grad(), torch._dynamo.config.patch(_limits()):
+        torch.compile(_uncached(model), backend=backend, dynamic=False)(*args, **kwargs)
+
+
+def replace_operator(
+    module: torch.fx.GraphModule, implementation: Callable[[Decision], Callable[..., torch.Tensor]]
+) -> None:
+    """Let the rewritten sites of a graph, and of those that it calls, run something else than the operator."""
+    for graph in nested_graphs(module):
+        for node in graph.graph.nodes:
+            if "s2o_decision" in node.meta:
+                node.target = implementation(node.meta["s2o_decision"])
+        graph.recompile()
 
 
 def _uncached(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,18 +86,10 @@ class _Analysis:
         self.report = Report()
 
     def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.report.decisions += rewrite(module, self.config)
+        self.report.decisions += rewrite(module, self.config, site_settings(self.config, module, example_inputs))
         if self.measure:
-            for graph in nested_graphs(module):
-                self._count_visits(graph)
+            replace_operator(module, self._counted)
         return module.forward
-
-    def _count_visits(self, module: torch.fx.GraphModule) -> None:
-        """Let the rewritten sites of one graph count the pairs that they visit."""
-        for node in module.graph.nodes:
-            if "s2o_decision" in node.meta:
-                node.target = self._counted(node.meta["s2o_decision"])
-        module.recompile()
 
     def _counted(self, decision: Decision) -> Callable[..., torch.Tensor]:
         """The operator, counting its calls as those of one site."""

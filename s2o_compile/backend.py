@@ -55,15 +55,17 @@ class S2OBackend:
 
         Raises:
             TypeError: An option has a value of the wrong type.
-            ValueError: An option is unknown or has a value that is not allowed.
+            ValueError: An option is unknown or has a value that is not allowed, or `calibration` is not a file for this
+                model.
         """
         from torch._inductor.compile_fx import compile_fx
 
+        from .calibration.settings import site_settings
         from .passes.report import Report
         from .passes.rewrite import rewrite
 
         config, patches = self.split_options(options or {}, mode)
-        report = Report(rewrite(module, config))
+        report = Report(rewrite(module, config, site_settings(config, module, example_inputs)))
         log.info("%d of %d attention sites rewritten", report.rewritten, len(report.decisions))
         for decision in report.decisions:
             log.debug("%s", decision)

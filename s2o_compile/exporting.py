@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from .calibration.settings import site_settings
 from .ops import S2OConfig
 from .passes import Report, rewrite
 
@@ -38,13 +39,15 @@ def export(
         strict: Whether Dynamo traces the model.
 
     Raises:
-        ValueError: No attention site was rewritten; the message says why for the first of them.
+        ValueError: No attention site was rewritten; the message says why for the first of them. Or the calibration is
+            not a file for this model.
     """
     with torch.no_grad():
         dense = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict).module()
         assert isinstance(dense, torch.fx.GraphModule)
         _prepare(dense)
-        report = Report(rewrite(dense, config or S2OConfig()))
+        config = config or S2OConfig()
+        report = Report(rewrite(dense, config, site_settings(config, dense, ())))
         log.info("%d of %d attention sites rewritten", report.rewritten, len(report.decisions))
         for decision in report.decisions:
             log.debug("%s", decision)

@@ -58,6 +58,10 @@ def _user_message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("s2o_compile"):
         return f"This needs the package {error.name}: pip install 's2o-compile[demo]'."
+    calibration = sys.modules.get("s2o_compile.calibration.file")
+    cause = getattr(error, "inner_exception", error)  # Dynamo wraps what a backend raises
+    if calibration is not None and isinstance(cause, calibration.CalibrationError):
+        return f"{cause}."
     demo_errors = sys.modules.get("s2o_compile.demo.errors")
     if demo_errors is not None and isinstance(error, demo_errors.DemoError):
         return str(error)

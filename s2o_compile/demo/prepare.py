@@ -14,12 +14,21 @@ from .progress import Progress
 def prepare_prefill(
     name: str | None, length: int, document: Path | None, device: str, dtype: str, progress: Progress
 ) -> tuple[Any, Document]:
-    """Load a model, and build a document of `length` tokens for it.
+    """`prepare_prefills` for one document."""
+    model, (text,) = prepare_prefills(name, length, 1, document, device, dtype, progress)
+    return model, text
+
+
+def prepare_prefills(
+    name: str | None, length: int, count: int, document: Path | None, device: str, dtype: str, progress: Progress
+) -> tuple[Any, list[Document]]:
+    """Load a model, and build documents of `length` tokens for it.
 
     Args:
         name: A path or hub id; None for SmolLM2-135M-Instruct.
-        length: Tokens of the document.
-        document: A text file; None for Python's standard library.
+        length: Tokens of each document.
+        count: How many documents, from consecutive pieces of text.
+        document: A text file, which is one piece; None for Python's standard library, of which each module is one.
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32", "bfloat16" or "float16".
         progress: Where to show progress.
@@ -32,6 +41,7 @@ def prepare_prefill(
     with progress.step("Loading the model"):
         model, tokenizer = load_model(name, where, precision)
     check_length(model, model_name(model, name), length)
-    text = build_document(tokenizer, read_texts(document), length)
-    check_memory(model, text)
-    return model, text
+    pieces = read_texts(document)
+    texts = [build_document(tokenizer, pieces, length, seed) for seed in range(count)]
+    check_memory(model, texts[0])
+    return model, texts

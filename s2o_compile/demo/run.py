@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -86,7 +86,7 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
         device=_describe(device),
         dtype=str(dtype).removeprefix("torch."),
         tokens=len(document.tokens),
-        config=config.arguments(),
+        config=asdict(config),
         seconds={kind: [run.seconds for run in kinds] for kind, kinds in runs.items()},
         compile_seconds=compile_seconds,
         perplexity={kind: kinds[0].perplexity(document.scored) for kind, kinds in runs.items()},

@@ -7,25 +7,32 @@ from typing import Any
 
 import torch
 
+from ..calibration.file import CalibrationError
+from ..calibration.settings import module_settings
 from ..ops import S2OConfig
 
 IMPLEMENTATION = "s2o"
 """The name of the attention implementation, and the attribute of a model's configuration that holds its settings."""
+_OWN = "s2o_settings"
+"""The attribute of a module that a calibration gives settings of its own."""
 
 
 def configure(model: torch.nn.Module, config: S2OConfig) -> None:
     """Give a model of transformers, loaded with ``attn_implementation="s2o"``, its settings.
 
     They become the attribute ``s2o`` of the model's configuration, so that they are saved and loaded with it; models
-    that share a configuration share them.
+    that share a configuration share them. Of a calibration only the path is saved: a model that is loaded with it needs
+    this call again.
 
     Args:
-        model: The model, or a module that holds it.
+        model: The model, or a module that holds it; with a calibration, the module that was calibrated.
         config: The settings; models without any run with ``S2OConfig()``.
 
     Raises:
+        CalibrationError: The calibration is not a file for this model.
         ValueError: No part of the model runs with this attention.
     """
+    model = getattr(model, "_orig_mod", model)
     found: dict[int, Any] = {
         id(module.config): module.config for module in model.modules() if hasattr(module, "config")
     }
@@ -37,13 +44,35 @@ def configure(model: torch.nn.Module, config: S2OConfig) -> None:
             f"model must run with attn_implementation='s2o', and {type(model).__name__} does not: "
             "load it with that argument, or call model.set_attn_implementation('s2o')"
         )
+    if config.calibration is None:
+        fields, own = config.arguments(), {}
+    else:
+        own = module_settings(config, model)
+        fields = {"calibration": str(config.calibration), "min_length": config.min_length}
     for settings in users:
-        settings.s2o = config.arguments()
+        settings.s2o = fields
+    for name, module in model.named_modules():
+        vars(module).pop(_OWN, None)
+        if name in own:
+            setattr(module, _OWN, own[name].arguments())
 
 
-def fields_of(config: Any) -> dict[str, Any]:
-    """The fields of `S2OConfig` that a configuration of transformers holds, unchecked: Dynamo may read them."""
-    return getattr(config, IMPLEMENTATION, None) or {}
+def fields_of(module: torch.nn.Module) -> dict[str, Any]:
+    """The operator's fields for a layer of transformers, unchecked: Dynamo may read them.
+
+    Raises:
+        CalibrationError: The model has a calibration that gives the layer none.
+    """
+    own: dict[str, Any] | None = getattr(module, _OWN, None)
+    if own is not None:
+        return own
+    fields = getattr(module.config, IMPLEMENTATION, None) or {}
+    if fields.get("calibration") is not None:
+        raise CalibrationError(
+            f"calibration {fields['calibration']!r} gives this {type(module).__name__} no settings: call "
+            "s2o_compile.configure once the model is loaded, with a calibration whose inputs reached this layer"
+        )
+    return fields
 
 
 def settings_of(config: Any) -> S2OConfig:
@@ -53,7 +82,7 @@ def settings_of(config: Any) -> S2OConfig:
         TypeError: A field has the wrong type.
         ValueError: A field is unknown or has a value that is not allowed.
     """
-    return _checked(**fields_of(config))
+    return _checked(**(getattr(config, IMPLEMENTATION, None) or {}))
 
 
 @functools.lru_cache(typed=True)

@@ -80,7 +80,7 @@ def s2o_attention(
         softcap=softcap or 0.0,
         sinks=s_aux,
         site=_site(module),
-        **fields_of(module.config),
+        **fields_of(module),
     )
     return output.transpose(1, 2).contiguous(), None
 

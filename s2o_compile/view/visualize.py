@@ -61,7 +61,7 @@ def visualize(
         if value < 0:
             raise ViewError(f"{argument} must be at least 0, not {value}")
     inner = getattr(model, "_orig_mod", model)
-    visitor = _Visitor(layer, head, dataclasses.replace(config or S2OConfig(), min_length=0), progress)
+    visitor = _Visitor(layer, head, _sparse(config or S2OConfig()), progress)
     with torch.no_grad(), AttentionCalls(visitor) as calls:
         inner(*args, **kwargs)
     if visitor.head_view is None:
@@ -75,6 +75,14 @@ def visualize(
     if png is not None:
         save_pngs(pictures, Path(png))
     return view
+
+
+def _sparse(config: S2OConfig) -> S2OConfig:
+    """The settings by which all calls run sparse, whatever their length."""
+    try:
+        return S2OConfig(**config.arguments() | {"min_length": 0})
+    except ValueError as error:
+        raise ViewError(str(error)) from error
 
 
 class _Visitor:

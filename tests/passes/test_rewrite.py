@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from s2o_compile import S2OConfig
+from s2o_compile.passes.report import module_path
 
 from .capture import EXACT, Capture, capture, inputs
 
@@ -144,3 +145,16 @@ def test_refuses_short_calls() -> None:
 def test_other_functions_are_not_attention() -> None:
     captured, _ = capture(lambda q, k: q @ k.transpose(2, 3), *inputs()[:2])
     assert captured.decisions == []
+
+
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("L['self'].model.layers.0.attn", "model.layers.0.attn"),
+        ("L['self'].model.layers[3].attn", "model.layers.3.attn"),
+        ("G['model']._modules['layers']._modules['0']._parameters['weight']", "layers.0.weight"),
+        ("L['self']", ""),
+    ],
+)
+def test_names_do_not_depend_on_how_a_model_is_reached(source: str, path: str) -> None:
+    assert module_path(source) == path

@@ -35,3 +35,15 @@ def test_erased_nodes() -> None:
     assert not torch_internals.is_erased(node)
     graph.erase_node(node)
     assert torch_internals.is_erased(node)
+
+
+def test_sources_of_inputs() -> None:
+    found: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> object:
+        found.extend(torch_internals.input_sources(module.graph))
+        return module.forward
+
+    torch.compile(torch.nn.Sequential(torch.nn.Linear(2, 2)), backend=backend)(torch.ones(1, 2))
+    assert any(source.endswith("._modules['0']._parameters['weight']") for source in found)
+    assert torch_internals.input_sources(torch.fx.symbolic_trace(torch.nn.ReLU()).graph) == [""]

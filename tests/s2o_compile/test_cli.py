@@ -29,7 +29,8 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--version"], ["--help"], ["demo", "--help"], ["explain", "--help"], ["view", "--help"], []]
+    "arguments",
+    [["--version"], ["--help"], *([name, "--help"] for name in ("calibrate", "demo", "explain", "view")), []],
 )
 def test_harmless_calls(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
