@@ -37,8 +37,8 @@ Attention = Callable[[Layer], Attended]
 
 def attend_densely(layer: Layer) -> Attended:
     """All earlier keys, by SDPA."""
-    tensors = (x[None] for x in (layer.query, layer.key, layer.value))
-    output = scaled_dot_product_attention(*tensors, is_causal=True, scale=layer.scale, enable_gqa=True)
+    query, key, value = (x[None] for x in (layer.query, layer.key, layer.value))
+    output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=layer.scale, enable_gqa=True)
     return Attended(output[0], 1.0, 0.0)
 
 
@@ -52,7 +52,7 @@ def attend_by_rule(rule: Rule, setting: float, layer: Layer) -> Attended:
     """A rule of others at one setting of its dial, applied exactly and in float32: every other key is masked."""
     query, key, value = (x.float() for x in (layer.query, layer.key, layer.value))
     exact = Layer(layer.name, query, key, value, layer.scale)
-    visits = []
+    visits: list[Visit] = []
     for head in range(layer.heads):
         visits += rule(*exact.head(head)[:2], layer.scale, (setting,))
     densities = [visit.density(layer.length) for visit in visits]

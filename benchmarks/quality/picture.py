@@ -30,7 +30,8 @@ def save_picture(outcomes: list[Outcome], path: Path) -> None:
         return
     methods = list(dict.fromkeys(outcome.method for outcome in single))
     grids = [[needles(single, method, place) for method in methods] for place in PLACES]
-    depths, lengths = (sorted({cell[axis] for row in grids for grid in row for cell in grid}) for axis in (0, 1))
+    cells = {cell for row in grids for grid in row for cell in grid}
+    depths, lengths = sorted({depth for depth, _ in cells}), sorted({length for _, length in cells})
     width, height = 0.55 * len(lengths) + 0.9, 0.4 * len(depths) + 0.9
     figure = Figure(figsize=(width * len(methods) + 1.2, 2 * height + 0.5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from s2o_compile.cli.errors import UsageError
 
 
-def stretch(model: torch.nn.Module, factor: float) -> None:
+def stretch(model: Any, factor: float) -> None:
     """Let a model of transformers read `factor` times as many positions as its configuration says.
 
     Raises:
@@ -31,9 +29,4 @@ def stretch(model: torch.nn.Module, factor: float) -> None:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if hasattr(child, "inv_freq"):
-                setattr(parent, name, _rebuilt(child, settings))
-
-
-def _rebuilt(rotary: torch.nn.Module, settings: Any) -> torch.nn.Module:
-    """A rotary embedding with the frequencies of new settings."""
-    return type(rotary)(settings).to(rotary.inv_freq.device)
+                setattr(parent, name, type(child)(settings).to(child.inv_freq.device))

@@ -110,7 +110,7 @@ def _load(name: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file = _smollm2_file() if name is None else Path(name)
-    if file.suffix != ".gguf":
+    if name is not None and file.suffix != ".gguf":
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
         return model, AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(
