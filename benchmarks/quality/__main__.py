@@ -17,13 +17,14 @@ from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import Device, DType, Json, Model, make_folder, read_config
 from s2o_compile.demo.memory import check_memory
 from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
+from s2o_compile.ops import S2OConfig
 
 from ..command import run
 from .attention import COMPARED, METHODS, Attention, operator
 from .cases import Settings, build_case, count_cases
 from .filler import FILLERS
 from .picture import save_picture
-from .report import as_dict, tables
+from .report import LEGEND, as_dict, tables
 from .run import Outcome, read_case
 from .tasks import TASKS
 from .yarn import stretch
@@ -81,32 +82,24 @@ def main(
     methods = choose(method or ([] if s2o else list(COMPARED)), s2o or [])
     settings = Settings(filler, document, seed, depths, repeats, scored)
     tasks = choose_tasks(task, settings)
+    lengths = sorted(set(length or LENGTHS))
     place = choose_device(device)
-    precision = choose_dtype(dtype, place)
     if output:
         make_folder(output)
     outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("Loading the model", total=None)
-        loaded, tokenizer = load_model(model, place, precision)
-        name = model_name(loaded, model)
+        bar = progress.add_task("Loading the model")
+        loaded, tokenizer = load_model(model, place, choose_dtype(dtype, place))
         if yarn is not None:
             stretch(loaded, yarn)
-        wanted = sorted(set(length or LENGTHS))
-        check_length(loaded, name, wanted[-1])
-        facts = {
-            "model": name,
-            "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
-            "dtype": str(precision).removeprefix("torch."),
-            "yarn": yarn,
-            "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-            "documents": asdict(settings) | {"text": str(document) if document else "Python's standard library"},
-        }
-        pending = [(size, each, n) for size in wanted for each in tasks for n in range(count_cases(each, settings))]
+        name = model_name(loaded, model)
+        check_length(loaded, name, lengths[-1])
+        facts = describe(loaded, name, settings)
+        numbers = [(size, each, n) for size in lengths for each in tasks for n in range(count_cases(each, settings))]
         layers = loaded.config.get_text_config().num_hidden_layers
-        progress.update(bar, total=len(pending) * (len(methods) + 1) * layers)
-        for size, each, number in pending:
+        progress.update(bar, total=len(numbers) * (len(methods) + 1) * layers)
+        for size, each, number in numbers:
             progress.update(bar, description=f"{size:,} tokens, {each} {number + 1}")
             case = build_case(tokenizer, each, size, number, settings)
             check_memory(loaded, case.document)
@@ -116,7 +109,24 @@ def main(
     if as_json:
         print(json.dumps(as_dict(outcomes, facts), indent=2))
         return
-    Console().print(*tables(outcomes))
+    for table in tables(outcomes):
+        Console().print(table, "")
+    Console().print(LEGEND)
+
+
+def describe(model: Any, name: str, settings: Settings) -> dict[str, Any]:
+    """The facts that hold for all documents of a run."""
+    weight = next(model.parameters())
+    config = model.config.get_text_config()
+    return {
+        "model": name,
+        "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu",
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "rope": getattr(config, "rope_parameters", None),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "s2o": S2OConfig().arguments(),
+        "documents": asdict(settings) | {"text": str(settings.text or "Python's standard library")},
+    }
 
 
 def save(outcomes: list[Outcome], facts: dict[str, Any], folder: Path) -> None:

@@ -15,6 +15,8 @@ from .attention import DENSE
 from .cases import PLACES
 from .run import Outcome
 
+LEGEND = "a + b: a of the values that dense attention finds are found, and b that it does not."
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -114,7 +116,7 @@ def count_lookups(outcomes: list[Outcome]) -> list[Lookups]:
 
 
 def tables(outcomes: list[Outcome]) -> Iterator[Table]:
-    """For every length, a table of text and work, and one of lookups."""
+    """For every length, a table of text and work, and one of values found (`LEGEND` says how it counts)."""
     summaries, lookups = summarise(outcomes), count_lookups(outcomes)
     for (length,) in _ordered(outcomes, "length"):
         yield _text_table([one for one in summaries if one.length == length])
@@ -149,7 +151,7 @@ def _text_table(summaries: list[Summary]) -> Table:
 
 
 def _lookup_table(lookups: list[Lookups]) -> Table:
-    title = f"{lookups[0].length:,} tokens: values found; of those that dense attention finds, + of the others"
+    title = f"{lookups[0].length:,} tokens: values found"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("task", "asked"):
         table.add_column(name, no_wrap=True)

@@ -335,7 +335,7 @@ def test_a_real_model_from_a_gguf_file(capsys: pytest.CaptureFixture[str]) -> No
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
     file = str(model_module._smollm2_file())
-    run(model=file, length=[1024], s2o=["threshold=0"], task=["niah"], depths=1, as_json=True)
+    run(model=file, length=[600], s2o=["threshold=0"], task=["niah"], depths=1, as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert printed["facts"]["model"] == Path(file).name
     dense, exact = printed["outcomes"]
