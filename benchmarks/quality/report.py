@@ -165,7 +165,8 @@ def _lookup_table(lookups: list[Lookups]) -> Table:
             for one in cells:
                 total[one.method] = _add(total.get(one.method), one)
             table.add_row(task, place, *map(_cell, cells))
-        table.add_row("all", place, *map(_cell, total.values()), end_section=True)
+        if len({one.task for one in here}) > 1:
+            table.add_row("all", place, *map(_cell, total.values()))
     return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import random
@@ -29,7 +28,6 @@ from benchmarks.quality.run import Outcome, read_case
 from benchmarks.quality.tasks import CONSTANTS, TASKS, VALUES
 from benchmarks.quality.yarn import stretch
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.demo import model as model_module
 from s2o_compile.demo.document import MIDDLE
 from s2o_compile.demo.errors import DemoError
 from s2o_compile.ops import S2OConfig
@@ -328,20 +326,6 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     run(method=["StreamingLLM"], task=["niah"], yarn=2.0, length=[1700, 1600], depths=1, as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert [one["length"] for one in printed["summaries"]] == [1600, 1600, 1700, 1700]
-
-
-def test_a_real_model_from_a_gguf_file(capsys: pytest.CaptureFixture[str]) -> None:
-    for package in (model_module.SMOLLM2_PACKAGE, *model_module.PACKAGES):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}")
-    file = str(model_module._smollm2_file())
-    run(model=file, length=[600], s2o=["threshold=0"], task=["niah"], depths=1, as_json=True)
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["facts"]["model"] == Path(file).name
-    dense, exact = printed["outcomes"]
-    assert dense["found"] == exact["found"] and any(dense["found"]["middle"] + dense["found"]["end"])
-    assert exact["loss"] == pytest.approx(dense["loss"], rel=1e-3) and dense["scored"] == 100
-    assert 1 < printed["summaries"][0]["perplexity"] < 20
 
 
 @pytest.mark.parametrize(
