@@ -135,7 +135,7 @@ def as_dict(outcomes: list[Outcome], facts: dict[str, Any]) -> dict[str, Any]:
 
 def _text_table(summaries: list[Summary]) -> Table:
     first = summaries[0]
-    title = f"{first.length:,} tokens: perplexity over {first.scored:,} of them, and work"
+    title = f"{first.length:,} tokens: work, and perplexity over {first.scored:,} tokens of text"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     for name in ("density", "work", "perplexity", "to dense", "agree"):

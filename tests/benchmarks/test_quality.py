@@ -318,7 +318,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(command, "load_model", lambda *_: (model(), Characters(VOCABULARY)))
     run(method=["FlexPrefill"], s2o=["pool=4 threshold=0.01"], task=["niah"], output=tmp_path / "out")
     printed = " ".join(capsys.readouterr().out.split())
-    assert "1,600 tokens: perplexity" in printed and "s2o, pool=4 threshold=0.01" in printed
+    assert "1,600 tokens: work, and perplexity" in printed and "s2o, pool=4 threshold=0.01" in printed
     saved = json.loads((tmp_path / "out" / "quality.json").read_text())
     assert [one["method"] for one in saved["summaries"]] == ["dense", "FlexPrefill", "s2o, pool=4 threshold=0.01"]
     assert len(saved["outcomes"]) == 6 and saved["facts"]["documents"]["depths"] == 2
