@@ -46,7 +46,7 @@ def capture(model: Any, inputs: dict[str, Any], keep: Callable[[Layer], None], l
 
     def handle(call: Call) -> torch.Tensor:
         if layers is None or call.index in layers:
-            keep(_layer(call))
+            keep(read_call(call))
         return call.dense()
 
     with torch.no_grad(), AttentionCalls(handle) as calls:
@@ -55,7 +55,12 @@ def capture(model: Any, inputs: dict[str, Any], keep: Callable[[Layer], None], l
         raise UsageError(f"Layer {max(layers or {0})} cannot be captured: SDPA was called {calls.count} times.")
 
 
-def _layer(call: Call) -> Layer:
+def read_call(call: Call) -> Layer:
+    """What one call of SDPA attends.
+
+    Raises:
+        UsageError: It is not the plain causal attention of one sequence.
+    """
     if not (call.is_plain and call.is_causal and call.query.shape[0] == 1):
         raise UsageError(f"Layer {call.index} cannot be captured: its attention is not causal without other masks.")
     query, key, value = (x[0] for x in (call.query, call.key, call.value))

@@ -59,6 +59,12 @@ class Score:
         return self.density + self.ranking
 
 
+def dense_flops(layer: Layer) -> float:
+    """Of both products of dense causal attention, all heads."""
+    pairs = layer.heads * dense_pairs(layer.length, layer.length, True, 0, STRIP)
+    return 2.0 * pairs * (layer.key.shape[-1] + layer.value.shape[-1])
+
+
 class Judge:
     """Dense attention of a layer, in float32, at the rows that are judged.
 
@@ -103,12 +109,6 @@ class Judge:
         dense = self.output[head]
         return Loss((output - dense).square().sum(-1), dense.square().sum(-1), lse - self.lse[head])
 
-    def dense_flops(self) -> float:
-        """Of both products of dense causal attention, all heads."""
-        layer = self.layer
-        pairs = layer.heads * dense_pairs(layer.length, layer.length, True, 0, STRIP)
-        return 2.0 * pairs * (layer.key.shape[-1] + layer.value.shape[-1])
-
     def score(self, losses: list[Loss], density: float, ranking: float) -> Score:
         """All heads together; `ranking` in FLOPs."""
         squared, norm, lse = (
@@ -118,7 +118,7 @@ class Judge:
         count = max(1, math.ceil(len(by_row) / 1000))
         return Score(
             density=density,
-            ranking=ranking / self.dense_flops(),
+            ranking=ranking / dense_flops(self.layer),
             error=float(squared.double().sum() / norm.double().sum()),
             row_999=float(by_row.topk(count).values[-1]),
             row_max=float(by_row.max()),

@@ -58,18 +58,24 @@ def rule_scores(rule: Rule, judge: Judge, settings: Sequence[float]) -> list[Sco
 def operator_scores(config: S2OConfig, judge: Judge, settings: Sequence[float]) -> list[Score]:
     """Scores of the operator, with the threshold as its dial."""
     layer = judge.layer
-    tensors = tuple(x[None] for x in (layer.query, layer.key, layer.value))
     scores = []
     for threshold in settings:
         chosen = dataclasses.replace(config, threshold=threshold, min_length=0)
-        result = AttentionResult(
-            *torch.ops.s2o.attention_stats(*tensors, is_causal=True, scale=layer.scale, **chosen.arguments())
-        )
+        result, share = operator_attention(chosen, layer)
         output, lse = (x[0, :, judge.judged].float() for x in (result.output, result.lse))
         losses = [judge.loss(head, output[head], lse[head]) for head in range(layer.heads)]
-        share = density(result.visited, layer.length, layer.length, True, 0, chosen.tile).mean()
-        scores.append(judge.score(losses, float(share), ranking_flops(layer, chosen)))
+        scores.append(judge.score(losses, share, ranking_flops(layer, chosen)))
     return scores
+
+
+def operator_attention(config: S2OConfig, layer: Layer) -> tuple[AttentionResult, float]:
+    """What the operator gives for a layer, in a batch of one, and its density."""
+    tensors = (x[None] for x in (layer.query, layer.key, layer.value))
+    result = AttentionResult(
+        *torch.ops.s2o.attention_stats(*tensors, is_causal=True, scale=layer.scale, **config.arguments())
+    )
+    share = density(result.visited, layer.length, layer.length, True, 0, config.tile).mean()
+    return result, float(share)
 
 
 def ranking_flops(layer: Layer, config: S2OConfig) -> float:

@@ -28,10 +28,14 @@ class Visit:
     ranking: float
     order: torch.Tensor | None = None
 
+    def seen(self, tile: int, length: int) -> torch.Tensor:
+        """Which of `length` positions a tile visits: [length] boolean."""
+        places = self.mask[tile].repeat_interleave(self.block)[:length]
+        return places if self.order is None else torch.empty_like(places).scatter_(0, self.order, places)
+
     def keys(self, tile: int, length: int) -> torch.Tensor:
         """The positions, of `length`, that a tile visits."""
-        places = self.mask[tile].repeat_interleave(self.block)[:length].nonzero()[:, 0]
-        return places if self.order is None else self.order[places]
+        return self.seen(tile, length).nonzero()[:, 0]
 
     def density(self, length: int) -> float:
         """Visited pairs over those of a dense kernel, for `length` positions; keys are counted in blocks of 64."""

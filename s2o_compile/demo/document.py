@@ -55,9 +55,11 @@ class Document:
 
 
 @dataclass(frozen=True)
-class _Line:
+class Passage:
+    """Tokens of a piece of text, and where in them the values lie that it gives."""
+
     tokens: list[int]
-    value: range
+    values: list[range]
 
 
 def build_document(tokenizer: Any, texts: Iterable[str], length: int, seed: int = 0) -> Document:
@@ -79,15 +81,16 @@ def build_document(tokenizer: Any, texts: Iterable[str], length: int, seed: int 
         raise DemoError(f"The length must be at least {LEAST_LENGTH:,} tokens, not {length:,}.")
     rng = random.Random(seed)
     count = min(len(WORDS), length // 256)
-    lines = [_encode_line(tokenizer, name, _random_value(rng)) for name in rng.sample(WORDS, count)]
-    recap = _encode(tokenizer, RECAP)
-    first = _first_tokens(tokenizer)
+    lines = [_encode_line(tokenizer, name, random_value(rng)) for name in rng.sample(WORDS, count)]
+    recap = encode(tokenizer, RECAP)
+    first = first_tokens(tokenizer)
     asked = sum(len(line.tokens) for line in lines) + 2 * len(recap)
     hidden = sum(len(line.tokens) for line in lines)
-    text = _take(tokenizer, texts, length - len(first) - asked - hidden, length)
+    text = take_tokens(tokenizer, texts, length - len(first) - asked - hidden, length)
     split = int(len(text) * MIDDLE)
 
-    tokens = first + _hide(text[:split], lines)
+    depths = [(number + 0.5) / len(lines) for number in range(len(lines))]
+    tokens = first + hide(text[:split], lines, depths)
     middle = _ask(tokens, recap, rng.sample(lines[::2], len(lines[::2])))
     tokens += text[split:]
     scored = range(len(tokens) - min(SCORED_TOKENS, len(text) - split), len(tokens))
@@ -121,33 +124,57 @@ def _standard_library() -> list[Path]:
     return first + sorted(path for path in folder.glob("*.py") if path not in first)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, without special tokens."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _first_tokens(tokenizer: Any) -> list[int]:
+def first_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer begins a text with: its first token, if it has one."""
     tokens = tokenizer("a")["input_ids"]
     return tokens[:1] if tokens[0] == tokenizer.bos_token_id else []
 
 
-def _random_value(rng: random.Random) -> str:
+def random_value(rng: random.Random) -> str:
+    """A number of `DIGITS` digits."""
     return str(rng.randrange(10 ** (DIGITS - 1), 10**DIGITS))
 
 
-def _encode_line(tokenizer: Any, name: str, value: str) -> _Line:
+def _encode_line(tokenizer: Any, name: str, value: str) -> Passage:
     before = f"\n\nThe special magic number for {name} is: "
+    return encode_passage(tokenizer, f"{before}{value}.\n\n", [range(len(before), len(before) + len(value))])
+
+
+def encode_passage(tokenizer: Any, text: str, values: list[range]) -> Passage:
+    """Encode a text that holds values.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+        text: The text.
+        values: Where in it the values lie, in characters.
+
+    Raises:
+        DemoError: The tokenizer gives no offsets.
+    """
     if not tokenizer.is_fast:
         raise DemoError("The model's tokenizer does not say where its tokens lie in the text: try another.")
-    coded = tokenizer(f"{before}{value}.\n\n", add_special_tokens=False, return_offsets_mapping=True)
-    start, stop = len(before), len(before) + len(value)
-    inside = [i for i, (a, b) in enumerate(coded["offset_mapping"]) if a < stop and b > start]
-    return _Line(coded["input_ids"], range(inside[0], inside[-1] + 1))
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = []
+    for value in values:
+        inside = [i for i, (a, b) in enumerate(coded["offset_mapping"]) if a < value.stop and b > value.start]
+        spans.append(range(inside[0], inside[-1] + 1))
+    return Passage(coded["input_ids"], spans)
 
 
-def _take(tokenizer: Any, texts: Iterable[str], wanted: int, length: int) -> list[int]:
+def take_tokens(tokenizer: Any, texts: Iterable[str], wanted: int, length: int) -> list[int]:
+    """The first `wanted` tokens of texts, for a document of `length`.
+
+    Raises:
+        DemoError: There are fewer.
+    """
     tokens: list[int] = []
     for text in texts:
-        tokens += _encode(tokenizer, text)
+        tokens += encode(tokenizer, text)
         if len(tokens) >= wanted:
             return tokens[:wanted]
     raise DemoError(
@@ -156,21 +183,25 @@ def _take(tokenizer: Any, texts: Iterable[str], wanted: int, length: int) -> lis
     )
 
 
-def _hide(text: list[int], lines: list[_Line]) -> list[int]:
+def hide(text: list[int], lines: list[Passage], depths: list[float]) -> list[int]:
+    """Put lines into a text, each behind a share of its tokens; `depths`, the shares, ascend."""
     tokens: list[int] = []
     done = 0
-    for number, line in enumerate(lines):
-        until = int((number + 0.5) / len(lines) * len(text))
+    for line, depth in zip(lines, depths, strict=True):
+        until = int(depth * len(text))
         tokens += text[done:until] + line.tokens
         done = until
     return tokens + text[done:]
 
 
-def _ask(tokens: list[int], recap: list[int], lines: list[_Line]) -> list[range]:
+def _ask(tokens: list[int], recap: list[int], lines: list[Passage]) -> list[range]:
     """Append the questions with their answers to `tokens`; return where the values lie."""
     tokens += recap
-    spans = []
-    for line in lines:
-        spans.append(range(len(tokens) + line.value.start, len(tokens) + line.value.stop))
-        tokens += line.tokens
-    return spans
+    return [span for line in lines for span in append(tokens, line)]
+
+
+def append(tokens: list[int], passage: Passage) -> list[range]:
+    """Append a passage to `tokens`; return where its values lie in them."""
+    start = len(tokens)
+    tokens += passage.tokens
+    return [range(start + span.start, start + span.stop) for span in passage.values]

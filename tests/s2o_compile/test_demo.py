@@ -126,6 +126,19 @@ class TestChecks:
         with pytest.raises(DemoError, match="cannot be loaded"):
             model_module.load_model(str(tmp_path), torch.device("cpu"), torch.float32)
 
+    def test_a_gguf_file_is_loaded_from_its_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        transformers = pytest.importorskip("transformers")
+        calls = []
+
+        def from_pretrained(folder: Path, gguf_file: str, **_: Any) -> torch.nn.Module:
+            calls.append((folder, gguf_file))
+            return tiny("llama")
+
+        for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+            monkeypatch.setattr(getattr(transformers, name), "from_pretrained", from_pretrained)
+        model_module.load_model(str(tmp_path / "model.gguf"), torch.device("cpu"), torch.float32)
+        assert calls == [(tmp_path, "model.gguf")] * 2
+
     def test_missing_smollm2(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("transformers")
         monkeypatch.setattr(model_module, "SMOLLM2_PACKAGE", "no_such_package")

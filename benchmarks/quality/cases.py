@@ -1,0 +1,143 @@
+"""Documents of exact length for the tasks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2o_compile.cli.errors import UsageError
+from s2o_compile.demo.document import (
+    MIDDLE,
+    Document,
+    Passage,
+    append,
+    encode,
+    encode_passage,
+    first_tokens,
+    hide,
+    take_tokens,
+)
+
+from .filler import FILLERS
+from .tasks import TASKS, Fact, Plan, Question
+
+PLACES = ("middle", "end")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One document of a task.
+
+    Attributes:
+        task: A name in `TASKS`.
+        number: Which of the task's documents of this length.
+        document: With the values asked for at both places.
+        depths: By place, for each value, the share of the text before its question that lies before its fact.
+    """
+
+    task: str
+    number: int
+    document: Document
+    depths: dict[str, list[float]]
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.document.tokens)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How documents are made.
+
+    Attributes:
+        filler: "text" or "noise", for tasks that take any.
+        text: The file of "text"; None for Python's standard library.
+        seed: Of all that is drawn.
+        depths: Depths of single needles, from 0 to 1 in even steps.
+        repeats: Documents of each task and length, of single needles of each depth.
+        scored: The most tokens, of the last stretch of text, to measure perplexity over.
+    """
+
+    filler: str = "text"
+    text: Path | None = None
+    seed: int = 0
+    depths: int = 5
+    repeats: int = 1
+    scored: int = 1024
+
+
+def count_cases(task: str, settings: Settings) -> int:
+    """How many documents of each length a task has."""
+    return settings.repeats * (settings.depths if TASKS[task].has_depth else 1)
+
+
+def build_case(tokenizer: Any, task: str, length: int, number: int, settings: Settings) -> Case:
+    """Build the document `number` of a task: the same one for the same settings and tokenizer.
+
+    Raises:
+        DemoError: The text is too short, or the tokenizer gives no offsets.
+        UsageError: The length is too small for the task.
+    """
+    rng = random.Random(f"{settings.seed} {task} {length} {number}")
+    plan = TASKS[task].plan(rng, number % settings.depths / max(1, settings.depths - 1))
+    kind = TASKS[task].filler or settings.filler
+    texts = FILLERS[kind](rng, settings.text)
+    document = build_document(tokenizer, plan, texts, length, settings.scored if kind == "text" else 0)
+    depth = {fact.value: fact.depth for fact in plan.facts}
+    before = {"middle": MIDDLE, "end": 1.0}
+    depths = {
+        place: [round(depth[value] / before[place], 6) for asked in getattr(plan, place) for value in asked.values]
+        for place in PLACES
+    }
+    return Case(task, number, document, depths)
+
+
+def build_document(tokenizer: Any, plan: Plan, texts: Iterable[str], length: int, scored: int) -> Document:
+    """Build a document of exactly `length` tokens; `scored` bounds those that perplexity is measured over.
+
+    Raises:
+        DemoError: The text is too short, or the tokenizer gives no offsets.
+        UsageError: `length` is too small for what is to be hidden and asked.
+    """
+    facts = {fact: Passage(encode(tokenizer, fact.sentence), []) for fact in plan.facts}
+    middle, end = ([_encode_question(tokenizer, question) for question in asked] for asked in (plan.middle, plan.end))
+    start = first_tokens(tokenizer) + encode(tokenizer, plan.opening)
+    taken = len(start) + sum(len(passage.tokens) for passage in [*facts.values(), *middle, *end])
+    if length < 2 * taken:
+        raise UsageError(f"--length must be at least {2 * taken} for this task, not {length}.")
+    text = take_tokens(tokenizer, texts, length - taken, length)
+    split = int(len(text) * MIDDLE)
+    tokens = start + _hide_facts(text[:split], facts, 0, MIDDLE)
+    middle_spans = [span for passage in middle for span in append(tokens, passage)]
+    tokens += _hide_facts(text[split:], facts, MIDDLE, 1)
+    deepest = max(MIDDLE, *(fact.depth for fact in facts))
+    uninterrupted = int((1 - deepest) * len(text))
+    last = range(len(tokens) - min(scored, uninterrupted), len(tokens))
+    end_spans = [span for passage in end for span in append(tokens, passage)]
+    return Document(tokens, middle_spans, end_spans, last)
+
+
+def _hide_facts(text: list[int], facts: dict[Fact, Passage], first: float, last: float) -> list[int]:
+    """Hide the facts deeper than `first`, or at 0, up to `last` in what the document has between these depths."""
+    chosen = sorted((fact for fact in facts if first < fact.depth <= last or fact.depth == first == 0), key=_depth)
+    depths = [(fact.depth - first) / (last - first) for fact in chosen]
+    return hide(text, [facts[fact] for fact in chosen], depths)
+
+
+def _depth(fact: Fact) -> float:
+    return fact.depth
+
+
+def _encode_question(tokenizer: Any, question: Question) -> Passage:
+    """The tokens of a question with its reply, and where the values are in it."""
+    text, spans = question.prompt + question.reply, []
+    done = len(question.prompt)
+    for value in question.values:
+        start = text.index(value, done)
+        done = start + len(value)
+        spans.append(range(start, done))
+    return encode_passage(tokenizer, text, spans)

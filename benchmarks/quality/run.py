@@ -1,0 +1,112 @@
+"""Reads documents with every method and records what each predicts and what work it takes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from s2o_compile.calls import AttentionCalls, Call
+from s2o_compile.cli.errors import UsageError
+from s2o_compile.demo.document import Document
+from s2o_compile.demo.measure import Prediction, predict
+
+from ..capture import read_call
+from .attention import DENSE, Attended, Attention, attend_densely
+from .cases import PLACES, Case
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method makes of one document.
+
+    Attributes:
+        task: The task.
+        length: Tokens of the document.
+        number: Which of the task's documents of this length.
+        method: The method.
+        seconds: Of the prefill, with the counting of the work.
+        density: Mean over the layers.
+        ranking: The ranking's products as a share of dense attention's FLOPs, mean over the layers.
+        scored: Tokens that perplexity is measured over.
+        loss: Sum of their negative log-likelihoods, in nats.
+        agreed: How many of them are predicted to be what dense attention predicts.
+        found: By place, for each value, whether it was found.
+        depths: By place, the depth of each value's fact.
+    """
+
+    task: str
+    length: int
+    number: int
+    method: str
+    seconds: float
+    density: float
+    ranking: float
+    scored: int
+    loss: float
+    agreed: int
+    found: dict[str, list[bool]]
+    depths: dict[str, list[float]]
+
+
+def read_case(model: Any, case: Case, methods: dict[str, Attention], advance: Callable[[], None]) -> list[Outcome]:
+    """Read a document densely and with each of `methods`; `advance` is called after every layer.
+
+    Raises:
+        UsageError: The model's attention is not plain causal SDPA.
+    """
+    outcomes = []
+    dense = None
+    for name, attention in {DENSE: attend_densely, **methods}.items():
+        prediction, attended = prefill(model, case.document, attention, advance)
+        dense = dense or prediction
+        outcomes.append(_outcome(case, name, prediction, attended, dense))
+    return outcomes
+
+
+def prefill(
+    model: Any, document: Document, attention: Attention, advance: Callable[[], None]
+) -> tuple[Prediction, list[tuple[float, float]]]:
+    """One prefill with a method's attention: what it predicts, and the density and the ranking of each layer.
+
+    Raises:
+        UsageError: The model's attention is not plain causal SDPA.
+    """
+    work = []
+
+    def handle(call: Call) -> torch.Tensor:
+        attended: Attended = attention(read_call(call))
+        work.append((attended.density, attended.ranking))
+        advance()
+        return attended.output[None]
+
+    with AttentionCalls(handle):
+        prediction = predict(model, document, next(model.parameters()).device)
+    if not work:
+        raise UsageError(f"{type(model).__name__} does not call SDPA, so its attention cannot be replaced.")
+    return prediction, work
+
+
+def _outcome(
+    case: Case, method: str, prediction: Prediction, work: list[tuple[float, float]], dense: Prediction
+) -> Outcome:
+    document = case.document
+    densities, rankings = zip(*work, strict=True)
+    spans = dict(zip(PLACES, (document.middle, document.end), strict=True))
+    return Outcome(
+        case.task,
+        case.length,
+        case.number,
+        method,
+        prediction.seconds,
+        statistics.fmean(densities),
+        statistics.fmean(rankings),
+        scored=len(document.scored),
+        loss=sum(prediction.loss[i] for i in document.scored),
+        agreed=sum(prediction.best[i] == dense.best[i] for i in document.scored),
+        found={place: prediction.found(document, values) for place, values in spans.items()},
+        depths=case.depths,
+    )
