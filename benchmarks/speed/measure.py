@@ -1,0 +1,221 @@
+"""One shape at one length: every contender timed in turn, and judged by the outputs of the calls that are timed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops.density import dense_pairs, density
+from s2o_compile.ops.recording import SparseCall
+from s2o_compile.ops.sampled_error import sampled_error
+from s2o_compile.ops.visibility import Visibility
+
+from ..density import find, sampled_density
+from ..inputs import Structure
+from ..timing import interleaved, issuing_seconds, kernel_seconds, median_and_spread, with_peak_memory
+from .contenders import DENSE, sparse
+from .shapes import SHAPES
+
+DRAWS = 4
+LOGITS = 2**26
+"""Float32 numbers that each of `DRAWS` samples of the error may take for its logits."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape at a length, and what is compared on it.
+
+    Attributes:
+        shape: A name in `SHAPES`.
+        length: Positions.
+        density: The share of dense attention's pairs that each setting is to visit: its queries are made so.
+        settings: Of the operator, by name.
+        dense: Names in `DENSE`.
+        dense_up_to: Longer cases leave them out.
+        device: Where it runs.
+        dtype: Of query, key and value.
+    """
+
+    shape: str
+    length: int
+    density: float
+    settings: dict[str, S2OConfig]
+    dense: tuple[str, ...]
+    dense_up_to: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def names(self) -> list[str]:
+        """Of all contenders."""
+        return [*self.dense, *(f"s2o, {name}" for name in self.settings)]
+
+
+@dataclass
+class Row:
+    """One contender.
+
+    Attributes:
+        shape: A name in `SHAPES`.
+        length: Positions.
+        name: A name in `DENSE`, or "s2o," and a setting.
+        milliseconds: Of a call, the median.
+        spread: Range of its repetitions over their median.
+        ratio: Time of the fastest dense contender over its own.
+        asked: The density asked for; None for dense attention.
+        diffuseness: Of its queries, see `Structure`.
+        density: Visited pairs over those that a dense kernel visits.
+        error: Relative squared error, sum |o - o_dense|^2 / sum |o_dense|^2 over a sample of rows of all heads, dense
+            in float32.
+        tflops: 2 * (D + Dv) floating-point operations a visited pair, in 1e12 a second of the whole call.
+        ranking: Milliseconds of its kernels apart from the attention, by the profiler; None on a CPU.
+        attention: Milliseconds of the kernel that attends, by the profiler; None on a CPU.
+        host: Milliseconds that the host needs to issue a call; None on a CPU.
+        mebibytes: Memory at its peak, with the output and without the inputs; None on a CPU.
+        reason: Why it could not run; empty where it did.
+    """
+
+    shape: str
+    length: int
+    name: str
+    milliseconds: float | None = None
+    spread: float | None = None
+    ratio: float | None = None
+    asked: float | None = None
+    diffuseness: float | None = None
+    density: float | None = None
+    error: float | None = None
+    tflops: float | None = None
+    ranking: float | None = None
+    attention: float | None = None
+    host: float | None = None
+    mebibytes: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A contender with its own queries: `run` calls it on them."""
+
+    row: Row
+    run: Callable[[], Any]
+    query: torch.Tensor
+    config: S2OConfig | None
+
+
+def measure(case: Case, repetitions: int, progress: Callable[[str], None]) -> list[Row]:
+    """One row a contender; those that cannot run say why."""
+    rows = {name: Row(case.shape, case.length, name) for name in case.names}
+    torch.compiler.reset()
+    try:
+        progress("inputs")
+        structure, contenders = prepare(case, rows, progress)
+        progress("first calls")
+        running = [one for one in contenders if _runs(one)]
+        progress("repetitions")
+        times = interleaved({one.row.name: one.run for one in running}, repetitions, case.device)
+        for one in running:
+            progress(one.row.name)
+            judge(case, structure, one, times[one.row.name])
+    except torch.OutOfMemoryError as error:
+        for row in rows.values():
+            row.reason = row.reason or _first_line(error)
+    fastest = min((rows[name].milliseconds or float("inf") for name in case.dense), default=float("inf"))
+    for row in rows.values():
+        if row.milliseconds and fastest < float("inf"):
+            row.ratio = fastest / row.milliseconds
+    return list(rows.values())
+
+
+def prepare(case: Case, rows: dict[str, Row], progress: Callable[[str], None]) -> tuple[Structure, list[Contender]]:
+    """The keys and values of a case, and its contenders with queries; dense ones share those of the first setting."""
+    shape = SHAPES[case.shape]
+    structure = Structure.draw(case.length, shape.heads, shape.groups, shape.channels, case.device, case.dtype)
+    contenders = []
+    for name, config in case.settings.items():
+        progress(f"inputs for {name}")
+        row = rows[f"s2o, {name}"]
+        row.asked, row.diffuseness = case.density, diffuseness(structure, config, shape.is_causal, case.density)
+        query = structure.query(row.diffuseness)
+        run = partial(sparse(config, shape.is_causal), query, structure.key, structure.value)
+        contenders.append(Contender(row, run, query, config))
+    query = contenders[0].query if contenders else structure.query(0.5)
+    for name in case.dense:
+        if case.length > case.dense_up_to:
+            rows[name].reason = f"left out beyond {case.dense_up_to:,} positions"
+            continue
+        run = partial(DENSE[name](shape.is_causal), query, structure.key, structure.value)
+        contenders.append(Contender(rows[name], run, query, None))
+    return structure, contenders
+
+
+def diffuseness(structure: Structure, config: S2OConfig, is_causal: bool, wanted: float) -> float:
+    """The diffuseness of queries of which the operator visits a density, or what comes closest."""
+
+    def density_at(diffuse: float) -> float:
+        query_of = partial(structure.query, diffuse)
+        return sampled_density(query_of, structure.key, structure.value, is_causal, config)
+
+    return find(density_at, wanted, 0, 1)
+
+
+def _runs(contender: Contender) -> bool:
+    """Call a contender twice, to compile it and to warm it up; whether it could."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                contender.run()
+    except Exception as error:  # whatever a backend raises for what it does not support
+        contender.row.reason = _first_line(error)
+    return not contender.row.reason
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def judge(case: Case, structure: Structure, contender: Contender, times: list[float]) -> None:
+    """Fill in the row of a contender that ran."""
+    row, shape = contender.row, SHAPES[case.shape]
+    seconds, row.spread = median_and_spread(times)
+    row.milliseconds = 1e3 * seconds
+    result, size = with_peak_memory(contender.run, case.device)
+    row.mebibytes = None if size is None else size / 2**20
+    tile = S2OConfig().tile
+    row.density = 1.0
+    if isinstance(result, AttentionResult) and contender.config is not None:
+        tile = contender.config.tile
+        visited = density(result.visited, case.length, case.length, shape.is_causal, 0, tile)
+        row.density = float(visited.mean())
+    pairs = shape.heads * dense_pairs(case.length, case.length, shape.is_causal, 0, tile)
+    row.tflops = 4 * shape.channels * pairs * row.density / seconds / 1e12
+    output = result.output if isinstance(result, AttentionResult) else result
+    row.error = relative_error(contender.query, structure, shape.is_causal, output)
+    if case.device.type != "cpu":
+        row.host = 1e3 * issuing_seconds(contender.run)
+        if contender.config is not None:
+            row.ranking, row.attention = (1e3 * part for part in parts(kernel_seconds(contender.run)))
+
+
+def parts(kernels: dict[str, float]) -> tuple[float, float]:
+    """Seconds of ranking and of attention, by the names of kernels: what does not attend belongs to the ranking."""
+    attending = sum(seconds for name, seconds in kernels.items() if "attend" in name)
+    return sum(kernels.values()) - attending, attending
+
+
+def relative_error(query: torch.Tensor, structure: Structure, is_causal: bool, output: torch.Tensor) -> float:
+    """Of `DRAWS` samples of rows of an output [1, Hq, L, D], as many as `LOGITS` allows."""
+    call = SparseCall(
+        "", query, structure.key, structure.value, Visibility(is_causal), query.shape[-1] ** -0.5, 0.0, S2OConfig()
+    )
+    count = max(1, LOGITS // (query.shape[1] * query.shape[2]))
+    squares = sum(sampled_error(call, output, count, draw) for draw in range(DRAWS))
+    wrong, norm = squares.tolist()
+    return wrong / norm
