@@ -24,6 +24,7 @@ def sampled_density(
     value: torch.Tensor,
     is_causal: bool,
     config: S2OConfig,
+    scale: float | None = None,
 ) -> float:
     """The density over `STRETCHES` stretches of queries, evenly spread; or over all queries, if there are no more.
 
@@ -33,6 +34,7 @@ def sampled_density(
         value: [B, Hkv, L, Dv].
         is_causal: Whether query i sees only the keys up to i.
         config: The settings; the last queries are taken for others, `min_length` for 0.
+        scale: Factor of the logits, by default D ** -0.5.
     """
     config = dataclasses.replace(config, last_queries=0, min_length=0)
     length, rows = key.shape[2], max(STRETCH, config.segment)
@@ -49,6 +51,7 @@ def sampled_density(
             value[:, :, :keys],
             is_causal,
             causal_offset=start,
+            scale=scale,
             config=config,
             return_stats=True,
         )

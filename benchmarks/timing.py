@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,10 +22,26 @@ FLUSHES = 16
 BATCH = 10
 
 
-def interleaved(runs: dict[str, Run], repetitions: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each call, the runs taking turns; what a GPU needs for one call, see `gpu_seconds`."""
+def failure(run: Run) -> str:
+    """Why something cannot be run, in one line; empty where it can, and then it is compiled and warm."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                run()
+    except Exception as error:  # backends raise all kinds of them for what they do not support
+        return first_line(error)
+    return ""
+
+
+def first_line(error: Exception) -> str:
+    """Of its message, or its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def interleaved(runs: dict[str, Run], repetitions: int, clock: Callable[[Run], float]) -> dict[str, list[float]]:
+    """The times of each call by a clock, the runs taking turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    clock = cpu_seconds if device.type == "cpu" else gpu_seconds
     for _ in range(repetitions):
         for name, run in runs.items():
             times[name].append(clock(run))
@@ -37,8 +54,8 @@ def median_and_spread(times: list[float]) -> tuple[float, float]:
     return median, (max(times) - min(times)) / median
 
 
-def cpu_seconds(run: Run) -> float:
-    """Of one call on a CPU."""
+def wall_seconds(run: Run) -> float:
+    """Of one call that does not leave work to a GPU behind."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -65,4 +65,4 @@ DENSE: dict[str, Callable[[bool], Dense]] = {
 
 def sparse(config: S2OConfig, is_causal: bool) -> Sparse:
     """The operator."""
-    return lambda *tensors: attention(*tensors, is_causal, config=config, return_stats=True)
+    return partial(attention, is_causal=is_causal, config=config, return_stats=True)

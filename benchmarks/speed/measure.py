@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,17 @@ from s2o_compile.ops.visibility import Visibility
 
 from ..density import find, sampled_density
 from ..inputs import Structure
-from ..timing import interleaved, issuing_seconds, kernel_seconds, median_and_spread, with_peak_memory
+from ..timing import (
+    failure,
+    first_line,
+    gpu_seconds,
+    interleaved,
+    issuing_seconds,
+    kernel_seconds,
+    median_and_spread,
+    wall_seconds,
+    with_peak_memory,
+)
 from .contenders import DENSE, sparse
 from .shapes import SHAPES
 
@@ -117,15 +126,18 @@ def measure(case: Case, repetitions: int, progress: Callable[[str], None]) -> li
         progress("inputs")
         structure, contenders = prepare(case, rows, progress)
         progress("first calls")
-        running = [one for one in contenders if _runs(one)]
+        for one in contenders:
+            one.row.reason = failure(one.run)
+        running = [one for one in contenders if not one.row.reason]
         progress("repetitions")
-        times = interleaved({one.row.name: one.run for one in running}, repetitions, case.device)
+        clock = wall_seconds if case.device.type == "cpu" else gpu_seconds
+        times = interleaved({one.row.name: one.run for one in running}, repetitions, clock)
         for one in running:
             progress(one.row.name)
             judge(case, structure, one, times[one.row.name])
     except torch.OutOfMemoryError as error:
         for row in rows.values():
-            row.reason = row.reason or _first_line(error)
+            row.reason = row.reason or first_line(error)
     fastest = min((rows[name].milliseconds or float("inf") for name in case.dense), default=float("inf"))
     for row in rows.values():
         if row.milliseconds and fastest < float("inf"):
@@ -163,22 +175,6 @@ def diffuseness(structure: Structure, config: S2OConfig, is_causal: bool, wanted
         return sampled_density(query_of, structure.key, structure.value, is_causal, config)
 
     return find(density_at, wanted, 0, 1)
-
-
-def _runs(contender: Contender) -> bool:
-    """Call a contender twice, to compile it and to warm it up; whether it could."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for _ in range(2):
-                contender.run()
-    except Exception as error:  # whatever a backend raises for what it does not support
-        contender.row.reason = _first_line(error)
-    return not contender.row.reason
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def judge(case: Case, structure: Structure, contender: Contender, times: list[float]) -> None:

@@ -1,6 +1,6 @@
 """The command line ``s2o``, one command a file."""
 
-from . import demo, doctor, explain, view
+from . import bench, demo, doctor, explain, view
 from .app import main
 
-__all__ = ["demo", "doctor", "explain", "main", "view"]
+__all__ = ["bench", "demo", "doctor", "explain", "main", "view"]
