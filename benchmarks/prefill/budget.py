@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from s2o_compile.calls import AttentionCalls, Call
+from s2o_compile.cli.errors import UsageError
 from s2o_compile.functional import attention
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.density import dense_pairs
@@ -19,11 +20,16 @@ SHARPEST = 7.0
 
 
 def with_density(model: Any, inputs: dict[str, Any], config: S2OConfig, density: float) -> S2OConfig:
-    """The settings with the threshold at which the layer in the middle of a model visits about this density."""
+    """The settings with the threshold at which the layer in the middle of a model visits about this density.
+
+    Raises:
+        UsageError: Attention has a mask tensor or dropout.
+    """
     middle = model.config.get_text_config().num_hidden_layers // 2
     kept: list[Call] = []
 
     def keep(call: Call) -> torch.Tensor:
+        _check_plain(call)
         if call.index == middle:
             kept.append(call)
         return call.dense()
@@ -44,11 +50,16 @@ def with_density(model: Any, inputs: dict[str, Any], config: S2OConfig, density:
 
 
 def visited_density(model: Any, inputs: dict[str, Any], config: S2OConfig) -> float:
-    """The density of all attention calls of a prefill, by calling the operator for each of them; not compiled."""
+    """The density of all attention calls of a prefill, by calling the operator for each of them; not compiled.
+
+    Raises:
+        UsageError: Attention has a mask tensor or dropout.
+    """
     visited = pairs = 0
 
     def attend(call: Call) -> torch.Tensor:
         nonlocal visited, pairs
+        _check_plain(call)
         result = attention(
             call.query, call.key, call.value, call.is_causal, scale=call.scale, config=config, return_stats=True
         )
@@ -60,3 +71,8 @@ def visited_density(model: Any, inputs: dict[str, Any], config: S2OConfig) -> fl
     with torch.no_grad(), AttentionCalls(attend):
         model(**inputs)
     return visited / pairs
+
+
+def _check_plain(call: Call) -> None:
+    if not call.is_plain:
+        raise UsageError(f"Layer {call.index} of this model attends with a mask or dropout, which is not measured.")

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s2o_compile.backend import s2o
 from s2o_compile.ops import S2OConfig
@@ -25,8 +26,9 @@ from ..timing import (
 )
 from .budget import visited_density, with_density
 
-ATTENTION_KERNELS = re.compile("flash|fmha|sdpa|importance|normaliser|select_kernel|quantise|attend")
-"""Names of the kernels that count as attention; what Inductor fuses of guides and their pooling does not."""
+ATTENTION_KERNELS = re.compile("^(?!triton_).*(flash|fmha|sdpa|importance|normaliser|select_kernel|quantise|attend)")
+"""Names of the kernels that count as attention; what Inductor fuses (triton_...), as guides' pooling, does not."""
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -35,14 +37,14 @@ class Row:
 
     Attributes:
         length: Tokens.
-        backend: "inductor" or "s2o".
+        backend: "inductor", "inductor, cuDNN" (the same where SDPA prefers cuDNN; on a GPU only) or "s2o".
         seconds: To the first token on the host, the median.
         spread: Range of the repetitions over their median.
-        speedup: Time of Inductor alone over its own.
+        speedup: Time of the fastest without sparse attention over its own.
         attention: Share of the GPU's time that is attention, by the names of kernels; None on a CPU.
         mebibytes: Memory at its peak beside the weights, with the cache; None on a CPU.
         density: Visited pairs over those that dense kernels visit, over all layers.
-        threshold: Of the operator; None for Inductor alone.
+        threshold: Of the operator; None without it.
         reason: Why it could not run; empty where it did.
     """
 
@@ -78,49 +80,63 @@ def measure(
     """
     torch.compiler.reset()
     inputs = {"input_ids": tokens, "use_cache": True, "logits_to_keep": 1}
-    length = tokens.shape[1]
-    rows = {"inductor": Row(length, "inductor", density=1.0), "s2o": Row(length, "s2o")}
+    row = Row(tokens.shape[1], "s2o")
+    rows = []
     try:
         if density is not None:
             progress("threshold")
             config = with_density(model, inputs, config, density)
         progress("density")
-        rows["s2o"].density, rows["s2o"].threshold = visited_density(model, inputs, config), config.threshold
-        _time(model, inputs, config, rows, repetitions, progress)
+        row.density, row.threshold = visited_density(model, inputs, config), config.threshold
+        runs: dict[str, Run] = {name: partial(run, inputs) for name, run in compiled(model, config).items()}
+        rows = [row if name == "s2o" else Row(row.length, name, density=1.0) for name in runs]
+        _time(runs, rows, model.device, repetitions, progress)
     except torch.OutOfMemoryError as error:
-        for row in rows.values():
-            row.reason = row.reason or first_line(error)
-    return list(rows.values())
+        rows = rows or [row]
+        for each in rows:
+            each.reason = each.reason or first_line(error)
+    return rows
+
+
+def compiled(model: Any, config: S2OConfig) -> dict[str, Callable[[dict[str, Any]], int]]:
+    """Functions of a model's inputs that give the first token, by the names of backends."""
+    runs: dict[str, Callable[[dict[str, Any]], int]] = {
+        "inductor": partial(first_token, torch.compile(model, backend="inductor")),
+        "s2o": partial(first_token, torch.compile(model, backend=s2o.with_config(config))),
+    }
+    if model.device.type == "cpu":
+        return runs
+
+    # The option is Inductor's default: it only keeps Dynamo from reusing what it compiled for "inductor".
+    again = torch.compile(model, backend="inductor", options={"max_autotune": False})
+
+    def with_cudnn(inputs: dict[str, Any]) -> int:
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True):
+            return first_token(again, inputs)
+
+    return {"inductor, cuDNN": with_cudnn, **runs}
 
 
 def _time(
-    model: Any,
-    inputs: dict[str, Any],
-    config: S2OConfig,
-    rows: dict[str, Row],
-    repetitions: int,
-    progress: Callable[[str], None],
+    runs: dict[str, Run], rows: list[Row], device: torch.device, repetitions: int, progress: Callable[[str], None]
 ) -> None:
     """Fill in what is measured of compiled prefills."""
-    runs: dict[str, Run] = {}
-    for name, backend in (("inductor", "inductor"), ("s2o", s2o.with_config(config))):
-        progress(f"compiling with {name}")
-        run = partial(first_token, torch.compile(model, backend=backend), inputs)
-        rows[name].reason = failure(run)
-        if not rows[name].reason:
-            runs[name] = run
+    for row in rows:
+        progress(f"compiling with {row.backend}")
+        row.reason = failure(runs[row.backend])
+    running = [row for row in rows if not row.reason]
     progress("repetitions")
-    for name, times in interleaved(runs, repetitions, wall_seconds).items():
-        row = rows[name]
-        row.seconds, row.spread = median_and_spread(times)
-        _, size = with_peak_memory(runs[name], model.device)
+    times = interleaved({row.backend: runs[row.backend] for row in running}, repetitions, wall_seconds)
+    for row in running:
+        row.seconds, row.spread = median_and_spread(times[row.backend])
+        _, size = with_peak_memory(runs[row.backend], device)
         row.mebibytes = None if size is None else size / 2**20
-        if model.device.type != "cpu":
-            row.attention = attention_share(kernel_seconds(runs[name]))
-    dense = rows["inductor"].seconds
-    for row in rows.values():
+        if device.type != "cpu":
+            row.attention = attention_share(kernel_seconds(runs[row.backend]))
+    dense = [row.seconds for row in running if row.seconds and row.backend != "s2o"]
+    for row in running:
         if row.seconds and dense:
-            row.speedup = dense / row.seconds
+            row.speedup = min(dense) / row.seconds
 
 
 @torch.no_grad()

@@ -13,14 +13,14 @@ from .measure import Case, Row
 from .shapes import SHAPES
 
 COLUMNS = {
-    "ms": ("milliseconds", ".3g"),
+    "ms": ("milliseconds", ",.2f"),
     "spread": ("spread", ".0%"),
     "x dense": ("ratio", ".2f"),
     "density": ("density", ".3f"),
     "error": ("error", ".1e"),
     "TFLOP/s": ("tflops", ".3g"),
-    "ranking, ms": ("ranking", ".3g"),
-    "attention, ms": ("attention", ".3g"),
+    "ranking, ms": ("ranking", ",.2f"),
+    "attention, ms": ("attention", ",.2f"),
     "host, ms": ("host", ".2f"),
     "MiB": ("mebibytes", ",.0f"),
 }

@@ -77,7 +77,12 @@ def test_what_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_attention_is_told_by_the_names_of_kernels() -> None:
-    kernels = {"importance_kernel_0": 1.0, "void pytorch_flash::flash_fwd_kernel": 1.0, "nvjet_hsh": 2.0}
+    kernels = {
+        "importance_kernel_0": 1.0,
+        "void pytorch_flash::flash_fwd_kernel": 1.0,
+        "nvjet_hsh": 1.0,
+        "triton_poi_fused_flash": 1.0,
+    }
     assert attention_share(kernels) == 0.5
 
 
