@@ -22,16 +22,19 @@ FLUSHES = 16
 BATCH = 10
 
 
-def failure(run: Run) -> str:
-    """Why something cannot be run, in one line; empty where it can, and then it is compiled and warm."""
+def attempt(function: Callable[[], Result]) -> tuple[Result | None, str]:
+    """What a function returns and ""; or None and why it failed, in one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for _ in range(2):
-                run()
+            return function(), ""
     except Exception as error:  # backends raise all kinds of them for what they do not support
-        return first_line(error)
-    return ""
+        return None, first_line(error)
+
+
+def warm_up(run: Run) -> str:
+    """Call something twice, so that it is compiled and warm; why it cannot be called, or "" where it can."""
+    return attempt(run)[1] or attempt(run)[1]
 
 
 def first_line(error: Exception) -> str:

@@ -16,12 +16,12 @@ from s2o_compile.ops import S2OConfig
 
 from ..timing import (
     Run,
-    failure,
     first_line,
     interleaved,
     kernel_seconds,
     median_and_spread,
     wall_seconds,
+    warm_up,
     with_peak_memory,
 )
 from .budget import visited_density, with_density
@@ -123,7 +123,7 @@ def _time(
     """Fill in what is measured of compiled prefills."""
     for row in rows:
         progress(f"compiling with {row.backend}")
-        row.reason = failure(runs[row.backend])
+        row.reason = warm_up(runs[row.backend])
     running = [row for row in rows if not row.reason]
     progress("repetitions")
     times = interleaved({row.backend: runs[row.backend] for row in running}, repetitions, wall_seconds)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.density import dense_pairs, density
 from s2o_compile.ops.recording import SparseCall
 from s2o_compile.ops.sampled_error import sampled_error
@@ -18,20 +19,22 @@ from s2o_compile.ops.visibility import Visibility
 from ..density import find, sampled_density
 from ..inputs import Structure
 from ..timing import (
-    failure,
-    first_line,
+    attempt,
     gpu_seconds,
     interleaved,
     issuing_seconds,
     kernel_seconds,
     median_and_spread,
     wall_seconds,
+    warm_up,
     with_peak_memory,
 )
 from .contenders import DENSE, sparse
 from .shapes import SHAPES
 
 DRAWS = 4
+SHORT = 0.02
+"""Seconds of a call up to which the host's part is measured."""
 LOGITS = 2**26
 """Float32 numbers that each of `DRAWS` samples of the error may take for its logits."""
 
@@ -85,7 +88,7 @@ class Row:
         tflops: 2 * (D + Dv) floating-point operations a visited pair, in 1e12 a second of the whole call.
         ranking: Milliseconds of its kernels apart from the attention, by the profiler; None on a CPU.
         attention: Milliseconds of the kernel that attends, by the profiler; None on a CPU.
-        host: Milliseconds that the host needs to issue a call; None on a CPU.
+        host: Milliseconds that the host needs to issue a call; None on a CPU, and for calls that are not `SHORT`.
         mebibytes: Memory at its peak, with the output and without the inputs; None on a CPU.
         reason: Why it could not run; empty where it did.
     """
@@ -110,7 +113,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Contender:
-    """A contender with its own queries: `run` calls it on them."""
+    """A contender with its own queries: `run` calls it on them; `config` is None for dense attention."""
 
     row: Row
     run: Callable[[], Any]
@@ -122,49 +125,60 @@ def measure(case: Case, repetitions: int, progress: Callable[[str], None]) -> li
     """One row a contender; those that cannot run say why."""
     rows = {name: Row(case.shape, case.length, name) for name in case.names}
     torch.compiler.reset()
-    try:
-        progress("inputs")
-        structure, contenders = prepare(case, rows, progress)
-        progress("first calls")
-        for one in contenders:
-            one.row.reason = failure(one.run)
-        running = [one for one in contenders if not one.row.reason]
-        progress("repetitions")
-        clock = wall_seconds if case.device.type == "cpu" else gpu_seconds
-        times = interleaved({one.row.name: one.run for one in running}, repetitions, clock)
-        for one in running:
-            progress(one.row.name)
-            judge(case, structure, one, times[one.row.name])
-    except torch.OutOfMemoryError as error:
-        for row in rows.values():
-            row.reason = row.reason or first_line(error)
-    fastest = min((rows[name].milliseconds or float("inf") for name in case.dense), default=float("inf"))
-    for row in rows.values():
-        if row.milliseconds and fastest < float("inf"):
-            row.ratio = fastest / row.milliseconds
+    progress("inputs")
+    structure, reason = attempt(partial(draw, case))
+    if structure is None:
+        return [dataclasses.replace(row, reason=reason) for row in rows.values()]
+    contenders = [*sparse_contenders(case, structure, rows, progress), *dense_contenders(case, structure, rows)]
+    progress("first calls")
+    for one in contenders:
+        one.row.reason = warm_up(one.run)
+    running = [one for one in contenders if not one.row.reason]
+    progress("repetitions")
+    clock = wall_seconds if case.device.type == "cpu" else gpu_seconds
+    times = interleaved({one.row.name: one.run for one in running}, repetitions, clock)
+    for one in running:
+        progress(one.row.name)
+        one.row.reason = attempt(partial(judge, case, structure, one, times[one.row.name]))[1]
+    dense = [time for name in case.dense if (time := rows[name].milliseconds) is not None]
+    for one in running:
+        if dense and one.row.milliseconds:
+            one.row.ratio = min(dense) / one.row.milliseconds
     return list(rows.values())
 
 
-def prepare(case: Case, rows: dict[str, Row], progress: Callable[[str], None]) -> tuple[Structure, list[Contender]]:
-    """The keys and values of a case, and its contenders with queries; dense ones share those of the first setting."""
+def draw(case: Case) -> Structure:
+    """What the inputs of a case are made of."""
     shape = SHAPES[case.shape]
-    structure = Structure.draw(case.length, shape.heads, shape.groups, shape.channels, case.device, case.dtype)
-    contenders = []
+    return Structure.draw(case.length, shape.heads, shape.groups, shape.channels, case.device, case.dtype)
+
+
+def sparse_contenders(
+    case: Case, structure: Structure, rows: dict[str, Row], progress: Callable[[str], None]
+) -> Iterator[Contender]:
+    """The settings of the operator, each with queries of which it visits the density asked for."""
+    is_causal = SHAPES[case.shape].is_causal
     for name, config in case.settings.items():
         progress(f"inputs for {name}")
         row = rows[f"s2o, {name}"]
-        row.asked, row.diffuseness = case.density, diffuseness(structure, config, shape.is_causal, case.density)
-        query = structure.query(row.diffuseness)
-        run = partial(sparse(config, shape.is_causal), query, structure.key, structure.value)
-        contenders.append(Contender(row, run, query, config))
-    query = contenders[0].query if contenders else structure.query(0.5)
-    for name in case.dense:
-        if case.length > case.dense_up_to:
+        row.asked = case.density
+        row.diffuseness, row.reason = attempt(partial(diffuseness, structure, config, is_causal, case.density))
+        if row.diffuseness is not None:
+            query = structure.query(row.diffuseness)
+            run = partial(sparse(config, is_causal), query, structure.key, structure.value)
+            yield Contender(row, run, query, config)
+
+
+def dense_contenders(case: Case, structure: Structure, rows: dict[str, Row]) -> Iterator[Contender]:
+    """The dense backends, with queries of middling diffuseness."""
+    if case.length > case.dense_up_to:
+        for name in case.dense:
             rows[name].reason = f"left out beyond {case.dense_up_to:,} positions"
-            continue
-        run = partial(DENSE[name](shape.is_causal), query, structure.key, structure.value)
-        contenders.append(Contender(rows[name], run, query, None))
-    return structure, contenders
+        return
+    query = structure.query(0.5)
+    for name in case.dense:
+        run = partial(DENSE[name](SHAPES[case.shape].is_causal), query, structure.key, structure.value)
+        yield Contender(rows[name], run, query, None)
 
 
 def diffuseness(structure: Structure, config: S2OConfig, is_causal: bool, wanted: float) -> float:
@@ -184,20 +198,19 @@ def judge(case: Case, structure: Structure, contender: Contender, times: list[fl
     row.milliseconds = 1e3 * seconds
     result, size = with_peak_memory(contender.run, case.device)
     row.mebibytes = None if size is None else size / 2**20
-    tile = S2OConfig().tile
-    row.density = 1.0
-    if isinstance(result, AttentionResult) and contender.config is not None:
-        tile = contender.config.tile
-        visited = density(result.visited, case.length, case.length, shape.is_causal, 0, tile)
-        row.density = float(visited.mean())
-    pairs = shape.heads * dense_pairs(case.length, case.length, shape.is_causal, 0, tile)
+    config = contender.config or S2OConfig()
+    lengths = case.length, case.length, shape.is_causal, 0, config.tile
+    row.density = float(density(result.visited, *lengths).mean()) if contender.config else 1.0
+    pairs = shape.heads * dense_pairs(*lengths)
     row.tflops = 4 * shape.channels * pairs * row.density / seconds / 1e12
-    output = result.output if isinstance(result, AttentionResult) else result
+    output = result.output if contender.config else result
     row.error = relative_error(contender.query, structure, shape.is_causal, output)
-    if case.device.type != "cpu":
+    if case.device.type == "cpu":
+        return
+    if seconds < SHORT:
         row.host = 1e3 * issuing_seconds(contender.run)
-        if contender.config is not None:
-            row.ranking, row.attention = (1e3 * part for part in parts(kernel_seconds(contender.run)))
+    if contender.config is not None:
+        row.ranking, row.attention = (1e3 * part for part in parts(kernel_seconds(contender.run)))
 
 
 def parts(kernels: dict[str, float]) -> tuple[float, float]:
