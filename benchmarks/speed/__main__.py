@@ -56,22 +56,26 @@ def main(
     if output:
         make_folder(output)
     rows: list[Row] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=len(cases))
-        for case in cases:
-
-            def show(step: str, case: Case = case) -> None:
-                progress.update(task, description=f"{case.shape}, {case.length:,}: {step}")
-
-            own = measure(case, repetitions, show)
-            rows += own
-            progress.advance(task)
-            if not as_json:
-                wide_console().print(table(case, own))
-            if output:
-                save(case, rows, repetitions, output)
+    for case in cases:
+        own = watched(case, repetitions)
+        rows += own
+        if not as_json:
+            wide_console().print(table(case, own))
+        if output:
+            save(case, rows, repetitions, output)
     if as_json:
         print(json.dumps(as_dict(cases[0], rows, repetitions), indent=2))
+
+
+def watched(case: Case, repetitions: int) -> list[Row]:
+    """The rows of a case, with the steps to them shown."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        return measure(
+            case,
+            repetitions,
+            lambda step: progress.update(task, description=f"{case.shape}, {case.length:,} positions: {step}"),
+        )
 
 
 def choose(

@@ -64,6 +64,11 @@ class Case:
     dtype: torch.dtype
 
     @property
+    def precision(self) -> str:
+        """The name of the dtype."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def names(self) -> list[str]:
         """Of all contenders."""
         return [*self.dense, *(f"s2o, {name}" for name in self.settings)]

@@ -29,8 +29,8 @@ MARKERS = "os^vD<>Pp*Xd"
 
 
 def table(case: Case, rows: list[Row]) -> Table:
-    """All contenders of one case; columns that nothing was measured for are left out."""
-    title = f"{case.shape} ({SHAPES[case.shape]}), {case.length:,} positions, density asked for: {case.density:g}"
+    """All contenders of one case and the density asked for; columns that nothing was measured for are left out."""
+    title = f"{case.shape} ({SHAPES[case.shape]}), {case.length:,} positions, {case.precision}, for a density of {case.density:g}"
     shown = Table(title=title, title_justify="left", caption_justify="left", box=None, padding=(0, 2, 0, 0))
     shown.add_column("attention", no_wrap=True)
     measured = {
@@ -56,7 +56,7 @@ def as_dict(case: Case, rows: list[Row], repetitions: int) -> dict[str, Any]:
     return {
         "device": device,
         "torch": torch.__version__,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": case.precision,
         "repetitions": repetitions,
         "settings": {name: config.arguments() for name, config in case.settings.items()},
         "shapes": {name: asdict(SHAPES[name]) for name in dict.fromkeys(row.shape for row in rows)},
