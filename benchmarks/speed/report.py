@@ -30,7 +30,9 @@ MARKERS = "os^vD<>Pp*Xd"
 
 def table(case: Case, rows: list[Row]) -> Table:
     """All contenders of one case and the density asked for; columns that nothing was measured for are left out."""
-    title = f"{case.shape} ({SHAPES[case.shape]}), {case.length:,} positions, {case.precision}, for a density of {case.density:g}"
+    title = (
+        f"{case.shape} ({SHAPES[case.shape]}), {case.length:,} positions, {case.precision}, density {case.density:g}"
+    )
     shown = Table(title=title, title_justify="left", caption_justify="left", box=None, padding=(0, 2, 0, 0))
     shown.add_column("attention", no_wrap=True)
     measured = {

@@ -50,7 +50,7 @@ def test_speed_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert [row["name"] for row in json.loads(printed)["rows"]] == ["flash", "s2o, default"]
     assert json.loads((tmp_path / "speed.json").read_text()) == json.loads(printed)
     code, printed, _ = run(capsys, "speed", *options)
-    assert code == 0 and "128 positions, float32, for a density of 0.1" in printed
+    assert code == 0 and "128 positions, float32, density 0.1" in printed
 
 
 @pytest.mark.parametrize(
