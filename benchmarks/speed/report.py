@@ -70,7 +70,7 @@ def save_plot(rows: list[Row], path: Path) -> None:
     """Time against length, one panel a shape; dense attention is drawn in grey."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator
 
     shapes = list(dict.fromkeys(row.shape for row in rows))
     figure = Figure(figsize=(4 * len(shapes) + 0.8, 4.4), layout="constrained")
@@ -81,11 +81,11 @@ def save_plot(rows: list[Row], path: Path) -> None:
         for number, name in enumerate(names):
             _draw(panel, [row for row in rows if (row.shape, row.name) == (shape, name) and row.milliseconds], number)
         lengths = sorted({row.length for row in rows if row.shape == shape})
-        panel.set_xscale("log")
+        panel.set(xscale="log", yscale="log", title=f"{shape} ({SHAPES[shape]})", xlabel="positions")
         panel.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths], fontsize=8)
-        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.set(yscale="log", title=f"{shape} ({SHAPES[shape]})", xlabel="positions")
+        panel.minorticks_off()
         panel.grid(True, which="major", linewidth=0.4, alpha=0.6)
     panels[0].set_ylabel("time of a call, ms")
     handles = {
