@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 import typer
+from rich.console import Console
 
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.demo.errors import DemoError
@@ -18,3 +19,9 @@ def run(main: Callable[..., None]) -> None:
     except (DemoError, UsageError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+
+
+def wide_console() -> Console:
+    """A console for stdout that has room for wide tables where it is not a terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)

@@ -1,34 +1,75 @@
-"""Inputs to attention that have structure, made without a model."""
+"""Inputs to attention that have structure, made without a model, and as diffuse as a density asks for."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+TOPIC = 256
+"""Positions that share a topic."""
+SHARPNESS = (6.0, 2.75)
+"""The standard deviation of the logits, where queries are least and most diffuse."""
+LIKENESS = (1.0, 0.1)
+"""The share of a query's variance that is its topic, where queries are least and most diffuse."""
 
-def structured(
-    length: int,
-    heads: int,
-    groups: int,
-    channels: int,
-    device: str,
-    dtype: torch.dtype,
-    sharpness: float = 3.2,
-    seed: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query [1, heads, length, channels], key and value [1, groups, length, channels].
 
-    Keys and values are standard normal. Queries follow a topic that changes every 256 positions and is shared by the
-    heads of a KV group, plus noise of their own; `sharpness` is the standard deviation of the logits, so that a few
-    keys stand out for each topic, others for each query, and the rest is a flat tail. The first key is a sink.
+@dataclass(frozen=True)
+class Structure:
+    """What queries are made of, and the keys and values they attend.
+
+    All are standard normal. A query of diffuseness d, from 0 to 1, is sharpness * (sqrt(likeness) * topic +
+    sqrt(1 - likeness) * noise), where sharpness and likeness go evenly from one end to the other of `SHARPNESS` and
+    `LIKENESS`. Topics change every `TOPIC` positions and are shared by the heads of a KV group, noise is each query's
+    own. So a softmax is log-normal over keys that lie anywhere in the history: at 0 the queries of a segment agree on
+    few keys that hold all the mass, at 1 each spreads its mass over more keys, most of them its own. What a sparse
+    method visits of that grows with d, whichever its rule.
+
+    Attributes:
+        topics: [1, Hkv, 1, topics, D].
+        noise: [1, Hkv, Hq / Hkv, L, D].
+        key: [1, Hkv, L, D].
+        value: [1, Hkv, L, D].
     """
-    generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
+    topics: torch.Tensor
+    noise: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
 
-    topics = normal(1, groups, 1, -(-length // 256), channels).repeat_interleave(256, 3)[:, :, :, :length]
-    noise = normal(1, groups, heads // groups, length, channels)
-    query = sharpness * (0.97 * topics + 0.24 * noise).flatten(1, 2)
-    key, value = normal(1, groups, length, channels), normal(1, groups, length, channels)
-    key[:, :, 0] = 0
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+    @classmethod
+    def draw(
+        cls,
+        length: int,
+        heads: int,
+        groups: int,
+        channels: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> Structure:
+        """Of `length` positions, `heads` query heads over `groups` KV heads; `channels` is D."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, channels, generator=generator, device=device, dtype=dtype)
+
+        return cls(
+            normal(1, groups, 1, -(-length // TOPIC)),
+            normal(1, groups, heads // groups, length),
+            normal(1, groups, length),
+            normal(1, groups, length),
+        )
+
+    @property
+    def length(self) -> int:
+        """Positions."""
+        return self.key.shape[2]
+
+    def query(self, diffuseness: float, rows: slice = slice(None)) -> torch.Tensor:
+        """The queries [1, Hq, rows, D] of a diffuseness from 0 to 1."""
+        sharpness, likeness = (low + diffuseness * (high - low) for low, high in (SHARPNESS, LIKENESS))
+        topic = torch.arange(self.length, device=self.key.device)[rows] // TOPIC
+        shared = self.topics[:, :, :, topic] * (sharpness * likeness**0.5)
+        own = self.noise[:, :, :, rows]
+        return torch.add(shared, own, alpha=sharpness * (1 - likeness) ** 0.5).flatten(1, 2)

@@ -14,7 +14,7 @@ from benchmarks.baselines.xattention import xattention
 from benchmarks.captured import Layer, save_layer
 from benchmarks.frontier import choose, main
 from benchmarks.frontier_report import Point, work_at
-from benchmarks.inputs import structured
+from benchmarks.inputs import Structure
 from benchmarks.judge import Judge, Score
 from benchmarks.methods import METHODS, operator_scores, ranking_flops, rule_scores
 from s2o_compile.cli.errors import UsageError
@@ -22,8 +22,8 @@ from s2o_compile.ops import S2OConfig
 
 
 def layer(length: int = 700, heads: int = 4, groups: int = 2) -> Layer:
-    query, key, value = structured(length, heads, groups, 32, "cpu", torch.float32)
-    return Layer("layer03", query[0], key[0], value[0], 32**-0.5)
+    structure = Structure.draw(length, heads, groups, 32)
+    return Layer("layer03", structure.query(0.3)[0], structure.key[0], structure.value[0], 32**-0.5)
 
 
 def masked_attention(some: Layer, head: int, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

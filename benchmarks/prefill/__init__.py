@@ -1,0 +1,1 @@
+"""Whole prefills, compiled with Inductor alone and with sparse attention."""

@@ -1,0 +1,84 @@
+"""Time to the first token of whole prefills, compiled with Inductor alone and with the backend s2o.
+
+    python -m benchmarks.prefill llama-3.1-8b --layers 4 --length 32768 --density 0.05
+    python -m benchmarks.prefill smollm2 --length 8192
+
+With random weights attention has no structure that could decide what to visit; there the threshold is chosen at each
+length such that a given density is visited. Logits are of the last token alone; a cache is filled, as in serving.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from s2o_compile.cli.errors import UsageError
+from s2o_compile.cli.options import make_folder, read_config
+from s2o_compile.demo.model import choose_device, choose_dtype
+
+from ..command import run, wide_console
+from .measure import Row, measure
+from .models import RANDOM_LLAMA, SMOLLM2, load
+from .report import as_dict, describe, table
+
+LENGTHS = {"cpu": [2048, 8192], "cuda": [8192, 32768, 131_072]}
+DENSITY = 0.1
+"""Of random weights, where none is given."""
+
+
+def main(
+    model: Annotated[
+        str, typer.Argument(help=f"{RANDOM_LLAMA} (random weights), {SMOLLM2}, or a transformers model.")
+    ] = SMOLLM2,
+    length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens; repeatable.")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Of a model of random weights.")] = 32,
+    density: Annotated[
+        float | None, typer.Option(help=f"Share to visit, by the threshold; {DENSITY} for random weights.")
+    ] = None,
+    s2o: Annotated[str, typer.Option(help="Fields of S2OConfig, NAME=VALUE ...")] = "",
+    document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
+    repetitions: Annotated[int, typer.Option(min=1, help="Timed prefills of each.")] = 3,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Folder for prefill.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Time whole prefills with and without sparse attention."""
+    place = choose_device(device)
+    config = read_config(None, None, s2o.split())
+    if density is None and model == RANDOM_LLAMA:
+        density = DENSITY
+    if density is not None and not 0 < density < 1:
+        raise UsageError(f"--density must be between 0 and 1, not {density}.")
+    if output:
+        make_folder(output)
+    rows: list[Row] = []
+    lengths = length or LENGTHS[place.type]
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Loading the model", total=len(lengths))
+        subject = load(model, layers, place, choose_dtype(dtype, place))
+        note = describe(subject, density)
+        for tokens in lengths:
+
+            def show(step: str, tokens: int = tokens) -> None:
+                progress.update(task, description=f"{tokens:,} tokens: {step}")
+
+            prompt = subject.tokens(tokens, document)
+            rows += measure(subject.model, prompt, config, density, repetitions, show)
+            progress.advance(task)
+            found = json.dumps(as_dict(subject, rows, note, repetitions), indent=2)
+            if output:
+                (output / "prefill.json").write_text(found + "\n", encoding="utf-8")
+    if as_json:
+        print(found)
+    else:
+        wide_console().print(table(rows, note, subject.positions))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,145 @@
+"""The operator beside dense attention, call by call, on the shapes of well-known models.
+
+    python -m benchmarks.speed --length 8192 --density 0.12 --length 131072 --density 0.05 --s2o default --s2o packed
+
+Queries and keys are random, and made for each setting such that it visits the density asked for (`benchmarks/inputs.py`
+says how); density and error are those of the outputs timed. Times are medians of repetitions in which the contenders
+take turns; on a GPU between events around one call, the cache cold.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from s2o_compile.cli.errors import UsageError
+from s2o_compile.cli.options import make_folder, read_config
+from s2o_compile.demo.model import choose_device, choose_dtype
+from s2o_compile.ops import S2OConfig
+
+from ..command import run, wide_console
+from .contenders import DENSE, PRESETS
+from .measure import Case, Row, measure
+from .report import as_dict, save_plot, table
+from .shapes import SHAPES
+
+LENGTHS = {"cpu": (2048, 4096, 8192), "cuda": (2048, 8192, 32768, 131072)}
+SHAPE = {"cpu": "smollm2", "cuda": "llama-3.1-8b"}
+DENSITY = 0.1
+
+
+def main(
+    shape: Annotated[list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}; repeatable.")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=64, help="Positions; repeatable.")] = None,
+    density: Annotated[list[float] | None, typer.Option(help="Share to visit, one or one a length.")] = None,
+    s2o: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(PRESETS)}, or fields of S2OConfig, NAME=VALUE ...; repeatable."),
+    ] = None,
+    dense: Annotated[list[str] | None, typer.Option(help=f"{', '.join(DENSE)} or none; repeatable.")] = None,
+    dense_up_to: Annotated[int, typer.Option(help="Positions up to which dense attention runs.")] = 262_144,
+    repetitions: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    output: Annotated[Path | None, typer.Option(help="Folder for speed.json and speed.png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Time sparse and dense attention side by side."""
+    place = choose_device(device)
+    cases = choose(shape, length, density, s2o, dense, dense_up_to, place, choose_dtype(dtype, place))
+    if output:
+        make_folder(output)
+    rows: list[Row] = []
+    for case in cases:
+        own = watched(case, repetitions)
+        rows += own
+        if not as_json:
+            wide_console().print(table(case, own))
+        if output:
+            save(case, rows, repetitions, output)
+    if as_json:
+        print(json.dumps(as_dict(cases[0], rows, repetitions), indent=2))
+
+
+def watched(case: Case, repetitions: int) -> list[Row]:
+    """The rows of a case, with the steps to them shown."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        return measure(
+            case,
+            repetitions,
+            lambda step: progress.update(task, description=f"{case.shape}, {case.length:,} positions: {step}"),
+        )
+
+
+def choose(
+    shapes: list[str] | None,
+    lengths: list[int] | None,
+    densities: list[float] | None,
+    settings: list[str] | None,
+    dense: list[str] | None,
+    dense_up_to: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Case]:
+    """The cases asked for, shape by shape.
+
+    Raises:
+        UsageError: A name is unknown, or a density or a setting cannot be used.
+    """
+    lengths = lengths or list(LENGTHS[device.type])
+    densities = densities or [DENSITY]
+    if len(densities) not in (1, len(lengths)) or not all(0 < one < 1 for one in densities):
+        raise UsageError(f"--density must be given once or {len(lengths)} times, between 0 and 1, not as {densities}.")
+    configs = {text: read_setting(text) for text in settings or PRESETS}
+    dense = dense or (["flash"] if device.type == "cpu" else list(DENSE))
+    contenders = tuple(name for name in _known("--dense", dense, [*DENSE, "none"]) if name != "none")
+    return [
+        Case(
+            name,
+            length,
+            densities[place % len(densities)],
+            configs,
+            contenders,
+            dense_up_to,
+            device,
+            dtype,
+        )
+        for name in _known("--shape", shapes or [SHAPE[device.type]], list(SHAPES))
+        for place, length in enumerate(lengths)
+    ]
+
+
+def _known(option: str, names: list[str], allowed: list[str]) -> list[str]:
+    for name in names:
+        if name not in allowed:
+            raise UsageError(f"{option} must be one of {', '.join(allowed)}, not {name!r}.")
+    return names
+
+
+def read_setting(text: str) -> S2OConfig:
+    """The settings of a preset, or of a text of fields, NAME=VALUE each.
+
+    Raises:
+        UsageError: It is neither, or a field has a value that is not allowed.
+    """
+    fields = PRESETS.get(text, text).split()
+    if not all("=" in field for field in fields):
+        raise UsageError(f"--s2o must be one of {', '.join(PRESETS)}, or fields as NAME=VALUE, not {text!r}.")
+    return read_config(None, 0, fields)
+
+
+def save(case: Case, rows: list[Row], repetitions: int, folder: Path) -> None:
+    """Write speed.json and speed.png."""
+    (folder / "speed.json").write_text(json.dumps(as_dict(case, rows, repetitions), indent=2) + "\n", encoding="utf-8")
+    save_plot(rows, folder / "speed.png")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,112 @@
+"""The rows as tables, as plain data and as a picture."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from .measure import Case, Row
+from .shapes import SHAPES
+
+COLUMNS = {
+    "ms": ("milliseconds", ",.2f"),
+    "spread": ("spread", ".0%"),
+    "x dense": ("ratio", ".2f"),
+    "density": ("density", ".3f"),
+    "error": ("error", ".1e"),
+    "TFLOP/s": ("tflops", ".3g"),
+    "ranking, ms": ("ranking", ",.2f"),
+    "attention, ms": ("attention", ",.2f"),
+    "host, ms": ("host", ".2f"),
+    "MiB": ("mebibytes", ",.0f"),
+}
+"""The fields of `Row` that are shown, and how."""
+MARKERS = "os^vD<>Pp*Xd"
+
+
+def table(case: Case, rows: list[Row]) -> Table:
+    """All contenders of one case and the density asked for; columns that nothing was measured for are left out."""
+    title = (
+        f"{case.shape} ({SHAPES[case.shape]}), {case.length:,} positions, {case.precision}, density {case.density:g}"
+    )
+    shown = Table(title=title, title_justify="left", caption_justify="left", box=None, padding=(0, 2, 0, 0))
+    shown.add_column("attention", no_wrap=True)
+    measured = {
+        column: (field, form)
+        for column, (field, form) in COLUMNS.items()
+        if any(getattr(row, field) is not None for row in rows)
+    }
+    for column in measured:
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(row.name, *(_cell(getattr(row, field), form) for field, form in measured.values()))
+    shown.caption = "\n".join(f"{row.name}: {row.reason}" for row in rows if row.reason)
+    return shown
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def as_dict(case: Case, rows: list[Row], repetitions: int) -> dict[str, Any]:
+    """Rows with what they were measured on; device, dtype and settings are those of `case`."""
+    device = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else "CPU"
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "dtype": case.precision,
+        "repetitions": repetitions,
+        "settings": {name: config.arguments() for name, config in case.settings.items()},
+        "shapes": {name: asdict(SHAPES[name]) for name in dict.fromkeys(row.shape for row in rows)},
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def save_plot(rows: list[Row], path: Path) -> None:
+    """Time against length, one panel a shape; dense attention is drawn in grey."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    figure = Figure(figsize=(4 * len(shapes) + 0.8, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
+    names = list(dict.fromkeys(row.name for row in rows))
+    for panel, shape in zip(panels, shapes, strict=True):
+        for number, name in enumerate(names):
+            _draw(panel, [row for row in rows if (row.shape, row.name) == (shape, name) and row.milliseconds], number)
+        lengths = sorted({row.length for row in rows if row.shape == shape})
+        panel.set(xscale="log", yscale="log", title=f"{shape} ({SHAPES[shape]})", xlabel="positions")
+        panel.set_xticks(lengths, [f"{length / 1024:g}K" for length in lengths], fontsize=8)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
+        panel.grid(True, which="major", linewidth=0.4, alpha=0.6)
+    panels[0].set_ylabel("time of a call, ms")
+    handles = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=200)
+
+
+def _draw(panel: Any, rows: list[Row], number: int) -> None:
+    """The curve of one contender."""
+    if not rows:
+        return
+    is_sparse = rows[0].asked is not None
+    panel.plot(
+        [row.length for row in rows],
+        [row.milliseconds for row in rows],
+        "-" if is_sparse else "--",
+        marker=MARKERS[number % len(MARKERS)],
+        color=f"C{number % 10}" if is_sparse else "0.5",
+        markersize=5,
+        linewidth=1.2,
+        label=rows[0].name,
+    )
