@@ -1,6 +1,6 @@
 """Test an implementation of the operator against its specification, on calls that hypothesis makes up.
 
-pytest docs/examples/test_kernel.py
+python -m pytest docs/examples/test_kernel.py
 
 `implementation` is the operator on a CPU; put a kernel of your own there. In float64 both choose the same keys and agree
 to rounding; in lower precision a key whose importance is the threshold to rounding may go either way.
