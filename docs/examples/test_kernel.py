@@ -2,8 +2,8 @@
 
 python -m pytest docs/examples/test_kernel.py
 
-`implementation` is the operator on a CPU; put a kernel of your own there. In float64 both choose the same keys and agree
-to rounding; in lower precision a key whose importance is the threshold to rounding may go either way.
+`implementation` is the operator on a CPU; put a kernel of your own there. In float64 both choose the same keys and
+agree to rounding; in lower precision a key whose importance is the threshold to rounding may go either way.
 """
 
 from __future__ import annotations

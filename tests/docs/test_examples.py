@@ -15,7 +15,7 @@ EXAMPLES = ROOT / "docs" / "examples"
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # noqa: ANN201
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs an example by name with arguments; gives its exit code and what it printed on both streams."""
 
     def call(name: str, *arguments: str) -> tuple[int, str, str]:
@@ -54,6 +54,7 @@ def test_documents(run) -> None:
     assert float(printed.split()[3].rstrip(";")) < 1e-10
 
 
+@pytest.mark.docs_slow
 @pytest.mark.usefixtures("checkout")
 def test_export(run) -> None:
     code, printed, _ = run("export", "--length", "64")

@@ -36,7 +36,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_there(site: Path) -> None:
-    assert PAGES <= {page.stem for page in site.glob("*.html")}
+    assert {page.stem for page in site.glob("*.html")} >= PAGES
 
 
 def test_nothing_is_loaded_from_a_network(site: Path) -> None:
@@ -60,7 +60,7 @@ def test_every_option_and_command_is_there(site: Path) -> None:
 def test_the_table_of_models_is_what_the_zoo_finds() -> None:
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in committed_table()[2:]}
     assert lines.keys() == ARCHITECTURES.keys()
-    sample = ["clip", "t5"]
+    sample = ["mpnet", "clip"]
     found = markdown(row(*call) for call in calls(sample)).splitlines()
     assert list(map(without_difference, found[2:])) == [without_difference(lines[name]) for name in sample]
     assert found[:2] == committed_table()[:2]
