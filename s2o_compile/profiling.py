@@ -59,7 +59,7 @@ class SiteProfile:
         flops: Floating-point operations of the visited work, 2 * (D + Dv) a pair; those that rank keys not counted.
         seconds: Time of the operator, ranking included.
         time_share: Its share of the time of all sites.
-        error: Relative squared error, sum |o - o_dense|^2 / sum |o_dense|^2, over all heads of a sample of queries,
+        error: Relative squared error, `sum |o - o_dense|^2 / sum |o_dense|^2`, over all heads of a sample of queries,
             dense attention in float32, before attention sinks; the rounding of outputs counts too. None where no
             sample was taken. Errors are heavy-tailed: single rows may decide it.
     """
