@@ -34,7 +34,7 @@ def table(case: Case, rows: list[Row]) -> Table:
         f"{case.shape} ({SHAPES[case.shape]}), {case.length:,} positions, {case.precision}, density {case.density:g}"
     )
     shown = Table(title=title, title_justify="left", caption_justify="left", box=None, padding=(0, 2, 0, 0))
-    shown.add_column("attention", no_wrap=True)
+    shown.add_column("attention")
     measured = {
         column: (field, form)
         for column, (field, form) in COLUMNS.items()

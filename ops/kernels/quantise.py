@@ -53,11 +53,9 @@ def quantise(guides: torch.Tensor, key: torch.Tensor) -> Operands:
         key: [B, Hkv, Lk, D].
     """
     mean = key.mean(-2, keepdim=True)
-    ranges = [
-        torch.linalg.vector_norm(guides, torch.inf, (2, 3, 4)),
-        torch.linalg.vector_norm(key - mean, torch.inf, (2, 3)),
-    ]
-    ranges = torch.stack(ranges).float()
+    least, most = key.aminmax(dim=-2, keepdim=True)
+    furthest = torch.maximum(most - mean, mean - least).amax((2, 3))
+    ranges = torch.stack([torch.linalg.vector_norm(guides, torch.inf, (2, 3, 4)), furthest]).float()
     origin = torch.zeros_like(mean)
     return Operands(
         _to_float8(guides, origin, ranges[0]), _to_float8(key[:, :, None], mean, ranges[1])[:, :, 0], ranges

@@ -16,7 +16,7 @@ from .importance import importance_kernel
 from .normaliser import normaliser_kernel
 from .quantise import Operands, ranking_operands
 from .select import select_kernel
-from .tiling import ranking_tiling, rows_per_list
+from .tiling import normaliser_tiling, ranking_tiling, rows_per_list
 
 _SPAN = ("queries", "keys", "ranked_segments", "offset", "window", "near_keys", "SEGMENT", "CAUSAL", "WINDOW")
 CHUNK = 4096
@@ -73,7 +73,7 @@ def select(call: Call, ranking: Ranking, segments: range) -> Lists:
         blocks=call.blocks,
         SAMPLED=config.has_samples,
         HAS_MEANS=config.has_means,
-        BLOCK_N=2048, num_warps=4, num_stages=2,
+        BLOCK_N=512, num_warps=1, num_stages=2,
     )  # fmt: skip
     return Lists(index, count, skipped, importance)
 
@@ -83,7 +83,7 @@ def normalisers(call: Call, operands: Operands, segments: range) -> torch.Tensor
     config, guides, key = call.config, operands.guides, operands.key
     lse = torch.empty(guides.shape[:-1], dtype=torch.float32, device=guides.device)
     total = guides.shape[2] * (config.segment // config.pool)
-    tiling = ranking_tiling(key.shape[-1], key.element_size())
+    tiling = normaliser_tiling(key.shape[-1], key.element_size(), total)
     rows = rows_per_list(total, tiling.rows)
     together = tiling.rows // rows
     wrap_triton(normaliser_kernel)[

@@ -31,6 +31,12 @@ def ranking_tiling(channels: int, itemsize: int) -> Tiling:
     return Tiling(64, 64, 4, 2) if channels * itemsize <= 512 else Tiling(32, 32, 4, 2)
 
 
+def normaliser_tiling(channels: int, itemsize: int, guides: int) -> Tiling:
+    """Of `normaliser_kernel`, for so many guides of a segment: few of them need small blocks to fill the GPU."""
+    tiling = ranking_tiling(channels, itemsize)
+    return Tiling(64, 128, 4, 3) if itemsize == 1 and channels <= 128 and guides <= 64 else tiling
+
+
 def attend_tiling(row_bytes: int, rows: int) -> Tiling:
     """Of `attend_kernel`, for rows of a tile and the wider of a key and a value, in bytes."""
     rows = max(16, next_power_of_2(rows))
