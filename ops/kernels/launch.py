@@ -98,8 +98,8 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
     config, geometry = call.config, call.geometry
     heads = max(1, min(call.group // call.lists, MAX_ROWS // config.tile))
     parts = call.lists * -(-call.group // call.lists // heads)
-    row_bytes = max(call.key.shape[-1], call.value.shape[-1]) * call.key.element_size()
-    tiling = attend_tiling(row_bytes, heads * config.tile)
+    widest = max(call.key.shape[-1], call.value.shape[-1])
+    tiling = attend_tiling(widest, call.key.element_size(), heads * config.tile)
     per_segment = config.segment // config.tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     wrap_triton(attend_kernel)[(tiles, parts, call.query.shape[0] * call.groups)](

@@ -37,13 +37,13 @@ def normaliser_tiling(channels: int, itemsize: int, guides: int) -> Tiling:
     return Tiling(64, 128, 4, 3) if itemsize == 1 and channels <= 128 and guides <= 64 else tiling
 
 
-def attend_tiling(row_bytes: int, rows: int) -> Tiling:
-    """Of `attend_kernel`, for rows of a tile and the wider of a key and a value, in bytes."""
-    rows = max(16, next_power_of_2(rows))
-    keys, stages = (
-        (128, 2) if row_bytes <= 128 else (64, 2) if row_bytes <= 256 else (32, 2) if row_bytes <= 512 else (16, 2)
-    )
-    return Tiling(rows, keys, 8 if rows > 128 or row_bytes > 256 else 4, stages)
+def attend_tiling(channels: int, itemsize: int, rows: int) -> Tiling:
+    """Of `attend_kernel`, for rows of a tile, the channels of the wider of a key and a value, and the bytes of each."""
+    rows, row_bytes = max(16, next_power_of_2(rows)), channels * itemsize
+    if itemsize > 2:
+        return Tiling(rows, 32 if row_bytes <= 512 else 16, 8 if rows > 128 or row_bytes > 256 else 4, 2)
+    keys = 128 if channels <= 64 else 64 if channels <= 128 else 32
+    return Tiling(rows, keys, 8 if rows > 128 or channels > 128 else 4, 2)
 
 
 def rows_per_list(rows: int, most: int) -> int:
