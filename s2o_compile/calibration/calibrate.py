@@ -11,7 +11,8 @@ import torch
 from ..demo.progress import Progress
 from ..ops import S2OConfig
 from ..passes import Decision
-from .file import Calibration, CalibrationError, Site
+from ..writing import check_writable
+from .file import Calibration, CalibrationError, Site, one_sentence
 from .identity import Identity
 from .search import find_threshold
 from .sites import Measurement, SiteCall, call_sites
@@ -66,6 +67,9 @@ def calibrate(
     arguments = [_arguments(item) for item in (inputs if isinstance(inputs, list) else [inputs])]
     if not arguments:
         raise CalibrationError("inputs must have at least one input, not an empty list")
+    if output is not None:
+        with one_sentence(output):
+            check_writable(output)
     config = config or S2OConfig()
     settings = {name: value for name, value in config.arguments().items() if name not in ("threshold", "min_length")}
     search = _Search(error_budget, config)
