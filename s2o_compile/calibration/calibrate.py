@@ -32,7 +32,7 @@ def calibrate(
 ) -> Calibration:
     """Find, for each attention site of a model, the threshold that keeps an error budget on some inputs.
 
-    The budget is for the relative squared error of a call of a site: sum |o - o_dense|^2 / sum |o_dense|^2 over all
+    The budget is for the relative squared error of a call of a site: `sum |o - o_dense|^2 / sum |o_dense|^2` over all
     queries, heads and sequences of the call, against dense attention in the dtype of the model, on the inputs that the
     site has in the dense model. Errors of layers before it are not in it, nor what becomes of them in later ones. Every
     call that the inputs make keeps three quarters of the budget; the rest is for other texts, on which it is an
