@@ -108,11 +108,11 @@ def rows(calls: list[HeldOut], budget: float) -> list[Row]:
     target = statistics.mean(error for _, error in calibrated)
     alone = [call.alone[budget].all for call in calls]
     saved = statistics.mean(by_group(call.grid, budget) for call in calls)
-    return [
-        Row.of(budget, "calibrated", calibrated, saved),
-        Row.of(budget, "one threshold, same mean error", one_threshold([call.grid for call in calls], target)),
-        Row.of(budget, "the budget as threshold", alone),
-    ]
+    found = [Row.of(budget, "calibrated", calibrated, saved), Row.of(budget, "the budget as threshold", alone)]
+    if target > 0:  # or all sites were left dense
+        same = one_threshold([call.grid for call in calls], target)
+        found.insert(1, Row.of(budget, "one threshold, same mean error", same))
+    return found
 
 
 def one_threshold(curves: list[list[Point]], target: float) -> list[tuple[float, float]]:

@@ -102,6 +102,7 @@ def main(
 ) -> None:
     """Record the attention inputs of a model that prefills a document."""
     place = choose_device(device)
+    make_folder(output)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Loading the model", total=None)
         loaded, tokenizer = load_model(model, place, choose_dtype(dtype, place))
@@ -113,7 +114,6 @@ def main(
         source = "Python's standard library" if document is None else document.name
         progress.update(task, description="Hashing the weights")
         facts = describe(loaded, model, source, text.tokens)
-        make_folder(output)
         progress.update(task, description="Prefill", total=len(wanted))
 
         def keep(found: Layer) -> None:

@@ -21,8 +21,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from s2o_compile.cli.options import check_file
 from s2o_compile.ops import S2OConfig
 from s2o_compile.passes import rewrite
+
+from .command import run
 
 CALLS = [(spelling, padded) for spelling in ("sdpa", "eager") for padded in (False, True)]
 
@@ -103,6 +106,8 @@ def main(
     as_json: Annotated[Path | None, typer.Option("--json", help="Also write the rows there.")] = None,
 ) -> None:
     """Time the graph passes within whole compilations."""
+    if as_json:
+        check_file(as_json)
     console = Console(stderr=True)
     rows = [measure(layers, length, *call) for call in track(CALLS, "Compile", transient=True, console=console)]
     Console().print(render(rows))
@@ -111,4 +116,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -25,7 +25,7 @@ from rich.table import Table
 
 import s2o_compile
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import read_config
+from s2o_compile.cli.options import check_file, read_config
 from s2o_compile.demo.document import build_document, read_texts
 from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.ops import S2OConfig
@@ -184,6 +184,8 @@ def main(
 ) -> None:
     """Compare the tokens that a model generates with sparse and with dense attention."""
     ways = choose_ways(only or [])
+    if as_json:
+        check_file(as_json)
     place = choose_device(device)
     least, note = None, ""
     if length < DEFAULT_MIN_LENGTH[place.type]:

@@ -46,12 +46,12 @@ class S2OConfig:
         first_keys: Keys at the start that are always visited.
         near_keys: Keys before each segment that are attended densely (rounded up to a multiple of 64).
         last_queries: The last queries of a call, attended densely (rounded up to whole segments).
-        error_budget: The relative squared error that a call of attention may have: sum |o - o_dense|^2 / sum
-            |o_dense|^2, over all its queries, heads and sequences, against dense attention. Above 0 and below 1; it
-            decides `threshold`, which is then the budget itself. That is a rule of thumb, not a bound: the error stayed
-            below the threshold in all layers of real models that were measured, far below it in most, and rose to
-            2.6 times it on made-up inputs of 131,072 positions (benchmarks/FINDINGS.md). ``s2o_compile.calibrate``
-            measures instead.
+        error_budget: The relative squared error that a call of attention may have,
+            `sum |o - o_dense|^2 / sum |o_dense|^2` over all its queries, heads and sequences, against dense attention.
+            Above 0 and below 1; it decides `threshold`, which is then the budget itself. That is a rule of thumb, not a
+            bound: the error stayed below the threshold in all layers of real models that were measured, far below it in
+            most, and rose to 2.6 times it on made-up inputs of 131,072 positions (benchmarks/FINDINGS.md).
+            ``s2o_compile.calibrate`` measures instead.
         calibration: The path of a file by ``s2o_compile.calibrate``: each attention site gets the threshold that kept
             the file's error budget, and the settings with which it did.
 

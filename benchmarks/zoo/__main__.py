@@ -11,6 +11,9 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from s2o_compile.cli.options import check_file
+
+from ..command import run
 from . import report
 from .architectures import ARCHITECTURES, calls
 from .compare import examine
@@ -37,6 +40,8 @@ def main(
     unknown = set(only or ()) - set(ARCHITECTURES)
     if unknown:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; known are {', '.join(ARCHITECTURES)}")
+    for path in filter(None, (as_json, as_markdown)):
+        check_file(path)
     pending = list(calls(only or ARCHITECTURES))
     rows = [row(*call) for call in track(pending, "Compile", transient=True, console=Console(stderr=True))]
     Console().print(report.table(rows), report.totals(rows))
@@ -47,4 +52,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

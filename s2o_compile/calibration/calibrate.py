@@ -11,7 +11,8 @@ import torch
 from ..demo.progress import Progress
 from ..ops import S2OConfig
 from ..passes import Decision
-from .file import Calibration, CalibrationError, Site
+from ..writing import check_writable
+from .file import Calibration, CalibrationError, Site, one_sentence
 from .identity import Identity
 from .search import find_threshold
 from .sites import Measurement, SiteCall, call_sites
@@ -31,7 +32,7 @@ def calibrate(
 ) -> Calibration:
     """Find, for each attention site of a model, the threshold that keeps an error budget on some inputs.
 
-    The budget is for the relative squared error of a call of a site: sum |o - o_dense|^2 / sum |o_dense|^2 over all
+    The budget is for the relative squared error of a call of a site: `sum |o - o_dense|^2 / sum |o_dense|^2` over all
     queries, heads and sequences of the call, against dense attention in the dtype of the model, on the inputs that the
     site has in the dense model. Errors of layers before it are not in it, nor what becomes of them in later ones. Every
     call that the inputs make keeps three quarters of the budget; the rest is for other texts, on which it is an
@@ -66,6 +67,9 @@ def calibrate(
     arguments = [_arguments(item) for item in (inputs if isinstance(inputs, list) else [inputs])]
     if not arguments:
         raise CalibrationError("inputs must have at least one input, not an empty list")
+    if output is not None:
+        with one_sentence(output):
+            check_writable(output)
     config = config or S2OConfig()
     settings = {name: value for name, value in config.arguments().items() if name not in ("threshold", "min_length")}
     search = _Search(error_budget, config)

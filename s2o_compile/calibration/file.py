@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,10 +99,8 @@ class Calibration:
         Raises:
             CalibrationError: It cannot be written.
         """
-        try:
+        with one_sentence(path):
             Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CalibrationError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, in types that JSON has."""
@@ -132,6 +132,15 @@ class Calibration:
         from ..passes.report import as_text
 
         return as_text(self)
+
+
+@contextmanager
+def one_sentence(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What goes wrong in writing a file is a CalibrationError."""
+    try:
+        yield
+    except OSError as error:
+        raise CalibrationError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
 
 
 def _shown(number: float | None, form: str) -> str:

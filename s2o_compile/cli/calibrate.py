@@ -10,7 +10,7 @@ import typer
 
 from .app import app
 from .errors import UsageError
-from .options import Device, Document, DType, Fields, Json, Length, Model, make_folder, read_config
+from .options import Device, Document, DType, Fields, Json, Length, Model, check_file, make_folder, read_config
 
 
 @app.command()
@@ -44,6 +44,7 @@ def calibrate(
     except ValueError as error:
         raise UsageError(f"{error}.") from error
     make_folder(output.parent)
+    check_file(output)
     loaded, documents = prepare_prefills(model, length, texts, document, device, dtype, Progress())
     inputs = [prefill_inputs(text, loaded.device) for text in documents]
     found = calibrate_model(loaded, inputs, error_budget=error_budget, output=output, config=config)

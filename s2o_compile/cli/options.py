@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..writing import check_writable
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,3 +71,15 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that could not be written at the end of the work.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise UsageError(f"The file {path} cannot be written: {error.strerror}.") from error

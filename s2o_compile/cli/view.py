@@ -10,7 +10,19 @@ import typer
 
 from .app import app
 from .errors import UsageError
-from .options import Device, Document, DType, Fields, Json, Length, Model, Threshold, make_folder, read_config
+from .options import (
+    Device,
+    Document,
+    DType,
+    Fields,
+    Json,
+    Length,
+    Model,
+    Threshold,
+    check_file,
+    make_folder,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from ..view import View
@@ -41,6 +53,7 @@ def view(
     config, progress = read_config(threshold, None, option or []), Progress()
     for folder in filter(None, (output.parent, png)):
         make_folder(folder)
+    check_file(output)
     loaded, text = prepare_prefill(model, length, document, device, dtype, progress)
     layers = getattr(loaded.config.get_text_config(), "num_hidden_layers", None)
     try:

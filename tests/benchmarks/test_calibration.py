@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from benchmarks.calibration import GRID, Point, Row, by_group, one_threshold
+from benchmarks.calibration import GRID, HeldOut, Point, Row, by_group, one_threshold, rows
 
 
 def curve(*factors: float) -> list[Point]:
@@ -34,3 +34,11 @@ def test_rows_count_what_is_within() -> None:
     row = Row.of(0.01, "rule", [(0.1, 0.005), (0.2, 0.015), (0.3, 0.03)])
     assert (row.median, row.worst, row.density) == pytest.approx((1.5, 3, 0.2))
     assert row.within == pytest.approx(2 / 3)
+
+
+def test_no_threshold_for_all_has_no_error() -> None:
+    """Where a calibration leaves every site dense, there is no mean error to compare at."""
+    dense, points = Point([1.0], [0.0]), curve(0.1)
+    found = {row.rule: row for row in rows([HeldOut("site", {0.01: dense}, {0.01: points[2]}, points)], 0.01)}
+    assert found.keys() == {"calibrated", "the budget as threshold"}
+    assert (found["calibrated"].worst, found["calibrated"].density) == (0, 1)

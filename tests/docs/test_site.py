@@ -18,6 +18,7 @@ from benchmarks.zoo.architectures import ARCHITECTURES, calls
 from benchmarks.zoo.report import markdown
 from s2o_compile import S2OConfig
 from s2o_compile.cli.app import app
+from s2o_compile.cli.bench import BENCHMARKS
 
 from .conftest import ROOT
 
@@ -55,6 +56,8 @@ def test_every_option_and_command_is_there(site: Path) -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         assert f'id="s2o-{command.callback.__name__}"' in page
+    for name in BENCHMARKS:
+        assert f'id="s2o-bench-{name}"' in page
 
 
 def test_the_table_of_models_is_what_the_zoo_finds() -> None:
