@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.captured import Layer
-from benchmarks.inputs import structured
+from benchmarks.inputs import Structure
 from benchmarks.judge import Judge
 from benchmarks.methods import ranking_flops
 from benchmarks.quality import __main__ as command
@@ -142,8 +142,8 @@ class TestCases:
 
 
 def layer(length: int = 700) -> Layer:
-    query, key, value = structured(length, 4, 2, 32, "cpu", torch.float32)
-    return Layer("layer", query[0], key[0], value[0], 32**-0.5)
+    structure = Structure.draw(length, 4, 2, 32)
+    return Layer("layer", structure.query(0.3)[0], structure.key[0], structure.value[0], 32**-0.5)
 
 
 class TestAttention:
