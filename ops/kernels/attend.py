@@ -63,9 +63,10 @@ def _add(
     if seen is not None:
         logits = tl.where(seen, logits, float("-inf"))
     largest = tl.maximum(maximum, tl.max(logits, 1))
-    origin = finite_or_zero(largest) * unit
-    decay = tl.exp2(maximum * unit - origin)
-    weights = tl.exp2(logits * unit - origin[:, None])
+    origin = finite_or_zero(largest)
+    # Exactly 1 where the maximum stays: a rounding of the product would grow with each block.
+    decay = tl.exp2((maximum - origin) * unit)
+    weights = tl.exp2(logits * unit - (origin * unit)[:, None])
     mass = mass * decay + tl.sum(weights, 1)
     total = tl.dot(weights.to(values.dtype), values, total * decay[:, None], input_precision=PRECISION)
     return largest, mass, total

@@ -16,7 +16,7 @@ from .importance import importance_kernel
 from .normaliser import normaliser_kernel
 from .quantise import Operands, ranking_operands
 from .select import select_kernel
-from .tiling import normaliser_tiling, ranking_tiling, rows_per_list
+from .tiling import importance_tiling, normaliser_tiling, rows_per_list
 
 _SPAN = ("queries", "keys", "ranked_segments", "offset", "window", "near_keys", "SEGMENT", "CAUSAL", "WINDOW")
 CHUNK = 4096
@@ -106,8 +106,9 @@ def score(call: Call, operands: Operands, lse: torch.Tensor, segments: range) ->
     capacity = call.capacity(segments[-1])
     lists = batch * call.lists * len(segments)
     importance = torch.empty(lists, capacity, dtype=call.importance_dtype, device=guides.device)
-    tiling = ranking_tiling(key.shape[-1], key.element_size())
-    rows = rows_per_list(guides.shape[2] // call.lists * (config.segment // config.pool), tiling.rows)
+    total = guides.shape[2] // call.lists * (config.segment // config.pool)
+    tiling = importance_tiling(key.shape[-1], key.element_size(), total)
+    rows = rows_per_list(total, tiling.rows)
     together = tiling.rows // rows
     programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
     wrap_triton(importance_kernel)[(programs, call.lists, batch)](

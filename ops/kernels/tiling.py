@@ -8,6 +8,8 @@ from triton import next_power_of_2
 
 MAX_ROWS = 128
 """Rows of queries that a kernel handles at once."""
+SHARED_MEMORY = 96 * 1024
+"""Bytes that operands may take while they wait for their turn; every GPU that is supported has as many."""
 
 
 class Tiling(NamedTuple):
@@ -35,6 +37,16 @@ def normaliser_tiling(channels: int, itemsize: int, guides: int) -> Tiling:
     """Of `normaliser_kernel`, for so many guides of a segment: few of them need small blocks to fill the GPU."""
     tiling = ranking_tiling(channels, itemsize)
     return Tiling(64, 128, 4, 3) if itemsize == 1 and channels <= 128 and guides <= 64 else tiling
+
+
+def importance_tiling(channels: int, itemsize: int, guides: int) -> Tiling:
+    """Of `importance_kernel`, for so many guides of a list; beyond one block they are loaded anew for each of keys."""
+    tiling = ranking_tiling(channels, itemsize)
+    rows = rows_per_list(guides, tiling.rows)
+    if guides <= rows:
+        return tiling
+    stage = (-(-guides // rows) * rows + tiling.keys) * channels * itemsize
+    return tiling._replace(num_stages=max(1, min(tiling.num_stages, SHARED_MEMORY // stage)))
 
 
 def attend_tiling(channels: int, itemsize: int, rows: int) -> Tiling:

@@ -15,7 +15,8 @@ from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.kernels import launch, quantise, rank
 from s2o_compile.ops.visibility import Visibility
 
-CAPABILITIES = (80, 90)
+CAPABILITIES = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that a program may take, by compute capability."""
 CONFIGS = (
     S2OConfig(),
     S2OConfig(channels=16),
@@ -55,11 +56,13 @@ class Builder:
             else:
                 signature[parameter.name] = "fp64" if isinstance(value, float) else "i32"
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        for capability in CAPABILITIES:
+        for capability, limit in CAPABILITIES.items():
             if capability < 89 and "*fp8e4nv" in signature.values():
                 continue
             source, target = ASTSource(self.kernel, signature, constants), GPUTarget("cuda", capability, 32)
-            assert triton.compile(source, target=target, options=options).asm["cubin"]
+            compiled = triton.compile(source, target=target, options=options)
+            assert compiled.asm["cubin"]
+            assert compiled.metadata.shared <= limit, (self.kernel.__name__, compiled.metadata.shared)
             print(f"{self.kernel.__name__}-{capability}")
 
 
