@@ -10,7 +10,7 @@ hides none of the history from any row; the window, documents and masks may.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -59,7 +59,8 @@ class Geometry:
             window=visibility.window,
             segment=config.segment,
             tile=config.tile,
-            near_keys=config.near_keys,
+            # More would make no difference, and may overflow.
+            near_keys=min(config.near_keys, query.shape[2] + key.shape[2] + abs(visibility.causal_offset)),
             last_queries=config.last_queries,
         )
 
@@ -80,19 +81,25 @@ class Geometry:
 
     def span(self, segment: int) -> Span:
         """The history's start and the dense span of a segment."""
+        return Span(*self._span(segment))
+
+    def spans(self, segments: range, device: torch.device) -> torch.Tensor:
+        """`span` of consecutive segments [segments, 3] int64, computed on `device` without a synchronisation."""
+        return torch.stack(self._span(torch.arange(segments.start, segments.stop, device=device)), 1)
+
+    def _span(self, segment: Count) -> tuple[Count, Count, Count]:
         first = segment * self.segment
-        end = min(first + self.segment, self.queries)
-        start = 0
+        end = _clip(first + self.segment, 0, self.queries)
+        start = first * 0
         if self.window is not None:
             start = self._clip(first + self.offset - self.window + 1) // BLOCK * BLOCK
-        if segment >= self.ranked_segments:
-            low, high = start, self.keys
-        else:
-            low = max(start, self._clip(first + self.offset - self.near_keys) // BLOCK * BLOCK)
-            high = self._clip(-(-self._clip(end + self.offset + self.near_keys) // BLOCK) * BLOCK)
+        low = _clip(first + self.offset - self.near_keys, start, self.keys) // BLOCK * BLOCK
+        high = self._clip(round_up(self._clip(end + self.offset + self.near_keys)))
+        is_ranked = segment < self.ranked_segments
+        low, high = _where(is_ranked, low, start), _where(is_ranked, high, self.keys)
         if self.is_causal:
             high = self._clip(end + self.offset)
-        return Span(start, low, max(low, high))
+        return start, low, _clip(high, low, self.keys)
 
     def history(self, positions: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
         """Which of the key positions [N] are in the histories of segments with these spans [S, 3]: [S, N]."""
@@ -113,10 +120,22 @@ class Geometry:
         before = low // BLOCK
         return before if self.is_causal else before + -(-(self.keys - high) // BLOCK)
 
-    def _clip(self, key: int) -> int:
-        return max(0, min(key, self.keys))
+    def _clip(self, key: Count) -> Count:
+        return _clip(key, 0, self.keys)
 
 
 def round_up(count: Count, multiple: int = BLOCK) -> Count:
     """The least multiple of `multiple` that is at least `count`."""
     return -(-count // multiple) * multiple
+
+
+def _clip(value: Any, least: Any, most: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clamp_min(least).clamp_max(most)
+    return max(least, min(value, most))
+
+
+def _where(condition: Any, one: Any, other: Any) -> Any:
+    if isinstance(condition, torch.Tensor):
+        return torch.where(condition, one, other)
+    return one if condition else other

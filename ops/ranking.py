@@ -48,7 +48,7 @@ def sorted_history(
         torch.arange(count, device=device)[:, None] * config.pool + segments.start * config.segment,
         positions,
     ).expand(batch, groups, group, count, geometry.keys)
-    spans = torch.tensor([geometry.span(s) for s in segments], device=device)
+    spans = geometry.spans(segments, device)
     of_guide = spans.repeat_interleave(per_segment, 0)[:count]
     dense = (positions >= of_guide[:, 1:2]) & (positions < of_guide[:, 2:])
     drawn = positions % config.sample == config.sample // 2

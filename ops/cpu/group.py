@@ -59,7 +59,7 @@ class Group:
         members = (members.to(dtype) * scale).contiguous()
         # A sum is finite only if all its terms are.
         finite = all(math.isfinite(x.sum()) for x in (members, keys, values))
-        spans = torch.tensor([geometry.span(segment) for segment in range(geometry.segments)])
+        spans = geometry.spans(range(geometry.segments), query.device)
         first_head = index * len(members)
         return cls(
             members, keys, values, valid, finite, visibility, batch, first_head, softcap, geometry, spans, config

@@ -100,6 +100,9 @@ def s2o_mask(
     must be a tensor or says more than causal, sliding window and padding, and all that is traced: there a backend
     reads the mask in the graph.
 
+    On a GPU this waits once for each padding mask, so that calls without padding run without one, and once for an
+    offset that a tensor holds, since the operator takes a number. The SDPA masks of transformers wait for the same.
+
     Args:
         batch_size: B.
         q_length: Lq.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from s2o_compile.ops.config import S2OConfig
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
@@ -25,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "guides per group": {"guides": "group", "pool": 8, "mean_weight": 1.0, "max_weight": 0.0},
     "16 channels": {"channels": 16},
     "exact": {"threshold": 0.0},
+    "the paper's": S2OConfig.paper(min_length=0).arguments(),
 }
 TERMS = ["nothing", "padding", "window", "documents", "mask", "soft cap", "sinks"]
 
@@ -54,7 +56,7 @@ def terms(name: str) -> dict[str, Any]:
 
 
 def attend(inputs: list[torch.Tensor], **arguments: Any) -> torch.Tensor:
-    return torch.ops.s2o.attention(*inputs, is_causal=True, min_length=0, **arguments)
+    return torch.ops.s2o.attention(*inputs, is_causal=True, **{"min_length": 0, **arguments})
 
 
 @contextmanager
