@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import s2o_compile
@@ -106,6 +108,41 @@ def test_through_inductor() -> None:
         with torch.no_grad():
             torch.testing.assert_close(compiled(*args), block(*args), atol=1e-4, rtol=1e-4)
     assert len(counts) == 1
+
+
+def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return sdpa(q[:, :, -1:], k, v)
+
+
+def operator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.ops.s2o.attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "length", "longest"),
+    [
+        (causal, 20, None),
+        (causal, 2048, None),
+        (causal, 2048, 4096),
+        (operator, 2048, None),
+        (operator, 2048, 4096),
+        (decoding, 10_000, None),
+        (decoding, 10_000, 2**20),
+    ],
+)
+def test_calls_that_run_dense_are_sdpa_to_inductor(
+    function: Callable[..., torch.Tensor], length: int, longest: int | None
+) -> None:
+    """Nothing opaque stands around SDPA, neither at one length nor at symbolic ones up to `longest`."""
+    args = inputs(batch=1, queries=length)
+    if longest is not None:
+        for x in args:
+            torch._dynamo.mark_dynamic(x, 2, min=2, max=longest)
+    with torch.no_grad(), fresh_cache():
+        output, (code,) = run_and_get_code(torch.compile(function, backend="s2o"), *args)
+        torch.testing.assert_close(output, function(*args), atol=1e-4, rtol=1e-4)
+    assert code.count("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(") == 1
+    assert "torch.ops.s2o" not in code
 
 
 def test_gradients_still_work() -> None:
