@@ -26,6 +26,7 @@ from rich.table import Table
 
 from s2o_compile import Calibration, S2OConfig, calibrate
 from s2o_compile.calibration.sites import SiteCall, call_sites
+from s2o_compile.cli.options import Device
 from s2o_compile.demo.document import build_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model
@@ -171,7 +172,7 @@ def main(
     texts: Annotated[int, typer.Option(min=1, help="How many other texts.")] = 2,
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Calibrate a model on one text and measure its errors on others."""

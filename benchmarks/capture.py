@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from s2o_compile.calls import AttentionCalls, Call
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import make_folder
+from s2o_compile.cli.options import Device, DType, make_folder
 from s2o_compile.demo.document import build_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model, model_name
@@ -97,8 +97,8 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens to prefill.")] = 8192,
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Record the attention inputs of a model that prefills a document."""
     place = choose_device(device)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import make_folder, read_config
+from s2o_compile.cli.options import Device, Json, make_folder, read_config
 from s2o_compile.demo.model import choose_device
 
 from .captured import Layer, load_layer
@@ -74,9 +74,9 @@ def main(
     target: Annotated[list[float] | None, typer.Option(help="Error to compare work at, one or one a file.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Judge one strip of 128 rows in EVERY.")] = 1,
     length: Annotated[int | None, typer.Option(min=1, help="Take only the first positions.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for frontier.json and the plots.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare the error of sparse attention against its work on captured layers."""
     methods = choose(method, s2o or [], threshold)

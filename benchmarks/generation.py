@@ -25,7 +25,7 @@ from rich.table import Table
 
 import s2o_compile
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import check_file, read_config
+from s2o_compile.cli.options import Device, check_file, read_config
 from s2o_compile.demo.document import build_document, read_texts
 from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.ops import S2OConfig
@@ -178,7 +178,7 @@ def main(
     option: Annotated[list[str] | None, typer.Option(help="Another field of S2OConfig, NAME=VALUE.")] = None,
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     as_json: Annotated[Path | None, typer.Option("--json", help="Also write the rows there, after each way.")] = None,
 ) -> None:

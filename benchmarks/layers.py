@@ -23,7 +23,7 @@ from rich.table import Table
 
 from s2o_compile.calls import AttentionCalls, Call
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import read_config
+from s2o_compile.cli.options import Device, read_config
 from s2o_compile.demo.document import build_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model
@@ -94,7 +94,7 @@ def main(
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="A field of S2OConfig, NAME=VALUE.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     repetitions: Annotated[int, typer.Option(help="Runs of each contender per layer.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from s2o_compile.ops import AttentionResult, S2OConfig
-from s2o_compile.ops.density import density
+from s2o_compile.ops.density import density, scored_channels
 from s2o_compile.ops.geometry import Geometry
 from s2o_compile.ops.visibility import Visibility
 
@@ -88,8 +88,7 @@ def ranking_flops(layer: Layer, config: S2OConfig) -> float:
     for segment in range(geometry.ranked_segments):
         queries = min(config.segment, layer.length - segment * config.segment)
         scored += -(-queries // config.pool) * geometry.span(segment).low
-    size = layer.key.shape[-1]
-    return 2.0 * heads * scored * (min(config.channels or size, size) + size / config.sample)
+    return 2.0 * heads * scored * scored_channels(config, layer.key.shape[-1])
 
 
 def rule(function: Rule, dial: str, settings: tuple[float, ...], default: float | None = None) -> Method:

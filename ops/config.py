@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -177,6 +179,17 @@ class S2OConfig:
         _check(self, "calibration", self.calibration is None, "None where no attention site of a model is known")
         found = {field.name: getattr(self, field.name) for field in operator_fields()}
         return found if self.error_budget is None else found | {"threshold": self.error_budget}
+
+    @functools.cached_property
+    def as_json(self) -> str:
+        """The `arguments` as one text, in which form the implementations take them."""
+        return json.dumps(self.arguments())
+
+    @classmethod
+    @functools.lru_cache
+    def from_json(cls, text: str) -> S2OConfig:
+        """The configuration that a text of `as_json` stands for, built once."""
+        return cls(**json.loads(text))
 
 
 def operator_fields() -> list[dataclasses.Field[Any]]:

@@ -52,6 +52,10 @@ def ranking_share(config: S2OConfig, channels: int, value_channels: int, group: 
         value_channels: Dv.
         group: Query heads per KV head.
     """
-    scored = min(config.channels or channels, channels) + channels / config.sample
     queries_a_guide = config.pool * (group if config.guides == "group" else 1)
-    return scored / (queries_a_guide * (channels + value_channels))
+    return scored_channels(config, channels) / (queries_a_guide * (channels + value_channels))
+
+
+def scored_channels(config: S2OConfig, channels: int) -> float:
+    """The multiplications of a guide and a key, of D channels: its score, and its part in a log-sum-exp."""
+    return min(config.channels or channels, channels) + channels / config.sample

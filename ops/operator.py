@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from typing import Any, NamedTuple
 
 import torch
@@ -220,7 +219,7 @@ class _Call(NamedTuple):
 
     def sparse(self) -> AttentionResult:
         """Sparse attention as the configuration says."""
-        settings = json.dumps(self.config.arguments())
+        settings = self.config.as_json
         arguments = (self.query, self.key, self.value, *self.visibility, self.factor, self.softcap)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
@@ -251,8 +250,7 @@ def _sparse_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *r
 
 def _opaque_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> SparseCall:
     *terms, scale, softcap, site, settings = rest
-    config = _configured(**json.loads(settings))
-    return SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, config)
+    return SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -268,7 +266,7 @@ def _fake_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_
 
 
 def _fake_result(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> AttentionResult:
-    return AttentionResult.empty(query, value, json.loads(rest[-1])["tile"])
+    return AttentionResult.empty(query, value, S2OConfig.from_json(rest[-1]).tile)
 
 
 library.impl("attention", attention, "CompositeImplicitAutograd")

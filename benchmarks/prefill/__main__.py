@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import make_folder, read_config
+from s2o_compile.cli.options import Device, DType, make_folder, read_config
 from s2o_compile.demo.model import choose_device, choose_dtype
 
 from ..command import run, wide_console
@@ -43,8 +43,8 @@ def main(
     s2o: Annotated[str, typer.Option(help="Fields of S2OConfig, NAME=VALUE ...")] = "",
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed prefills of each.")] = 3,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: DType = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for prefill.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

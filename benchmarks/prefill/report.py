@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from ..timing import device_name
 from .measure import Row
 from .models import Subject
 
@@ -56,11 +57,10 @@ def cells(row: Row) -> list[str]:
 
 def as_dict(subject: Subject, rows: list[Row], note: str, repetitions: int) -> dict[str, Any]:
     """Rows with what they were measured on."""
-    device = subject.model.device
     return {
         "model": subject.name,
         "note": note,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": device_name(subject.model.device),
         "torch": torch.__version__,
         "dtype": str(subject.model.dtype).removeprefix("torch."),
         "repetitions": repetitions,

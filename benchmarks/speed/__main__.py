@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import make_folder, read_config
+from s2o_compile.cli.options import Device, DType, Json, make_folder, read_config
 from s2o_compile.demo.model import choose_device, choose_dtype
 from s2o_compile.ops import S2OConfig
 
@@ -45,10 +45,10 @@ def main(
     dense: Annotated[list[str] | None, typer.Option(help=f"{', '.join(DENSE)} or none; repeatable.")] = None,
     dense_up_to: Annotated[int, typer.Option(help="Positions up to which dense attention runs.")] = 262_144,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 5,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: DType = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for speed.json and speed.png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time sparse and dense attention side by side."""
     place = choose_device(device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from ..timing import device_name
 from .measure import Case, Row
 from .shapes import SHAPES
 
@@ -54,9 +55,8 @@ def _cell(value: float | None, form: str) -> str:
 
 def as_dict(case: Case, rows: list[Row], repetitions: int) -> dict[str, Any]:
     """Rows with what they were measured on; device, dtype and settings are those of `case`."""
-    device = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else "CPU"
     return {
-        "device": device,
+        "device": device_name(case.device),
         "torch": torch.__version__,
         "dtype": case.precision,
         "repetitions": repetitions,

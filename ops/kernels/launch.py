@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 import math
 
 import torch
@@ -41,7 +40,7 @@ def sparse_triton(
     settings: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`sparse_attention` as an operator whose kernels the compiler sees; `settings` is the configuration as JSON."""
-    config = S2OConfig(**json.loads(settings))
+    config = S2OConfig.from_json(settings)
     visibility = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
     output, lse, visited = sparse_attention(query, key, value, visibility, scale, softcap, config)
     return output, lse, visited
