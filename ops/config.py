@@ -33,6 +33,9 @@ class S2OConfig:
         channels: Keys are scored in so many directions of the head dimension, those that carry most of the products of
             this call's queries and keys (`ops.projection`); None for all channels.
         lists: "group" for one list of keys per KV group, "head" for one per query head.
+        measure: What importance measures: "mass", the share of a query's softmax mass that a key holds; or "output", that
+            share times how far the key's value lies from the group's outputs, in units of these (`ops.contribution`),
+            so that equal thresholds mean errors of like size in layers that differ in their values.
         max_weight: Weight of the largest probability that a guide gives a key, in the key's importance.
         mean_weight: Weight of the mean probability over all guides of a list; importance is the larger term.
         sample: A guide's log-sum-exp is estimated from its dense span and every `sample`-th key of the history;
@@ -70,6 +73,7 @@ class S2OConfig:
     guides: str = "head"
     channels: int | None = None
     lists: str = "group"
+    measure: str = "mass"
     max_weight: float = 1.0
     mean_weight: float = 0.0
     sample: int = 16
@@ -106,6 +110,7 @@ class S2OConfig:
             _check(self, name, getattr(self, name) in choices, " or ".join(map(repr, choices)))
         _check(self, "lists", self.lists == "group" or self.guides == "head", "'group' when guides is 'group'")
         _check(self, "lists", self.lists == "head" or self.stop != "gain", "'head' when stop is 'gain'")
+        _check(self, "measure", self.measure == "mass" or self.stop != "gain", "'mass' when stop is 'gain'")
         _check(self, "tail", self.tail == "none" or self.stop != "gain", "'none' when stop is 'gain'")
         for name in ("max_weight", "mean_weight"):
             value = getattr(self, name)
@@ -170,6 +175,12 @@ class S2OConfig:
         """Whether keys below the threshold are sampled."""
         return self.tail == "sampled" and self.threshold > 0
 
+    @property
+    def bounds_weights(self) -> bool:
+        """Whether sampled keys are kept from weighing too much, as rankings other than by every query misjudge some."""
+        exact = self.pool == 1 and self.guides == "head" and self.channels is None
+        return self.has_samples and not exact
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``torch.ops.s2o.attention``: the fields, with the threshold that `error_budget` means.
 
@@ -200,10 +211,11 @@ def operator_fields() -> list[dataclasses.Field[Any]]:
 _CHOICES = {
     "guides": ("head", "group"),
     "lists": ("group", "head"),
+    "measure": ("mass", "output"),
     "stop": ("importance", "gain"),
     "tail": ("sampled", "means", "none"),
 }
-_RANKING = ("pool", "guides", "channels", "max_weight", "stop", "tail")
+_RANKING = ("pool", "guides", "channels", "measure", "max_weight", "stop", "tail")
 _OPTIONAL = {"min_length", "channels", "error_budget", "calibration"}
 _NUMBERS = {"threshold", "max_weight", "mean_weight", "error_budget"}
 

@@ -6,7 +6,8 @@ Every other implementation is tested against this one. It follows S2O (arXiv 260
 2. Each key of the segment's history gets an importance: the share of softmax mass that the guides that see it give
    it (`importance`; a guide sees what its first query sees). Keys are ranked by it, one list per query head or per
    KV group.
-   Scores may be of fewer channels (`ops.projection`).
+   Scores may be of fewer channels (`ops.projection`), and shares of mass may be weighed by what leaving the key out
+   does to the output (`ops.contribution`).
 3. Pass 1 attends the segment's dense span, and so initialises the online softmax. In both passes each row is masked.
 4. Pass 2 walks the list in order of importance and stops early, by one of two rules:
    "importance" stops where the importance falls below the threshold; "gain" stops after the first chunk of keys
@@ -24,11 +25,12 @@ import math
 import torch
 
 from .config import S2OConfig
+from .contribution import sampled_rows, value_distances
 from .geometry import BLOCK, Geometry, round_up
 from .guides import pool_guides
 from .projection import project
 from .result import AttentionResult
-from .sampling import draws
+from .sampling import MOST, draws
 from .softmax import OnlineSoftmax, soft_cap
 from .visibility import Visibility
 
@@ -72,19 +74,26 @@ def reference_attention(
             members = slice(g * group, (g + 1) * group)
             valid = None if visibility.key_padding is None else visibility.key_padding[b]
             scored = project(pool_guides(query[b, members], config), key[b, g], config.channels, valid)
+            distances = None
+            if config.measure == "output":
+                rows = sampled_rows(length, group, query.device)
+                held = value[b, g] if valid is None else torch.where(valid[:, None], value[b, g], 0)
+                distances = value_distances(
+                    query[b, members][:, rows], key[b, g], held, seen[members][:, rows], scale, softcap
+                )
             for segment in range(geometry.segments):
                 site = Segment(
-                    query[b, members], key[b, g], value[b, g], *scored, seen[members], segment, geometry, config,
-                    scale, softcap,
+                    query[b, members], key[b, g], value[b, g], *scored, distances, seen[members], segment, geometry,
+                    config, scale, softcap,
                 )  # fmt: skip
                 for tile in site.tiles():
-                    rows = slice(tile * config.tile, min((tile + 1) * config.tile, length))
-                    softmax, counts = site.attend(rows, tile)
+                    part = slice(tile * config.tile, min((tile + 1) * config.tile, length))
+                    softmax, counts = site.attend(part, tile)
                     if sinks is not None:
-                        sink = sinks[members, None, None].to(query.dtype).expand(-1, rows.stop - rows.start, 1)
+                        sink = sinks[members, None, None].to(query.dtype).expand(-1, part.stop - part.start, 1)
                         softmax.add(sink, value.new_zeros(group, 1, value.shape[-1]))
-                    output[b, members, rows] = softmax.output()
-                    lse[b, members, rows] = softmax.lse()
+                    output[b, members, part] = softmax.output()
+                    lse[b, members, part] = softmax.lse()
                     visited[b, members, tile] = counts
     return AttentionResult(output, lse, visited)
 
@@ -93,7 +102,8 @@ class Segment:
     """One segment of one KV group: its ranking, and the attention of its tiles.
 
     `query` is [G, Lq, D], of the G heads of the group; `key` [Lk, D]; `value` [Lk, Dv]; `seen` [G, Lq, Lk];
-    `scored_guides` [G or 1, n, channels] and `scored_key` [Lk, channels] are what keys are scored by.
+    `scored_guides` [G or 1, n, channels] and `scored_key` [Lk, channels] are what keys are scored by; `distances` [Lk]
+    weigh shares of mass, None for none.
     """
 
     def __init__(
@@ -103,6 +113,7 @@ class Segment:
         value: torch.Tensor,
         scored_guides: torch.Tensor,
         scored_key: torch.Tensor,
+        distances: torch.Tensor | None,
         seen: torch.Tensor,
         index: int,
         geometry: Geometry,
@@ -115,12 +126,15 @@ class Segment:
         self.index = index
         per_segment = config.segment // config.pool
         self.scored_guides = scored_guides[:, index * per_segment : (index + 1) * per_segment]
-        self.scored_key = scored_key
+        self.scored_key, self.distances = scored_key, distances
         self.rows = range(index * config.segment, min((index + 1) * config.segment, geometry.queries))
         span = geometry.span(index)
         _, self.low, self.high = span
         self.positions = torch.arange(geometry.keys, device=key.device)
         self.history = geometry.history(self.positions, torch.tensor([span], device=key.device))[0]
+        guides = pool_guides(self.query[:, self.rows.start : self.rows.stop], config)
+        self.seen_by_guides = self.seen[: len(guides), self.rows.start : self.rows.stop : config.pool]
+        self.guide_lse = self.normaliser(self.logits(guides, key).masked_fill(~self.seen_by_guides, -math.inf))
         self.lists, self.log_weights = self.ranking()
 
     def logits(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -133,10 +147,8 @@ class Segment:
 
     def ranking(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The keys to visit in order, and the logs of what they weigh, by query head; a group may share one list."""
-        heads = len(self.query)
-        guides = pool_guides(self.query[:, self.rows.start : self.rows.stop], self.config)
-        seen = self.seen[: len(guides), self.rows.start : self.rows.stop : self.config.pool]
-        importance = self.importance(guides, seen)
+        heads, seen = len(self.query), self.seen_by_guides
+        importance = self.importance()
         listed = self.history & seen.unflatten(0, (len(importance), -1)).flatten(1, 2).any(1)
         log_weight = torch.zeros_like(importance)
         if self.config.has_samples:
@@ -154,19 +166,20 @@ class Segment:
         copies = heads // len(lists)
         return lists * copies, weights * copies
 
-    def importance(self, guides: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """The importance of every key [lists, Lk], from guides [heads, n, D] that see `seen` [heads, n, Lk].
+    def importance(self) -> torch.Tensor:
+        """The importance of every key [lists, Lk].
 
         NaN becomes inf: where a guide tells nothing, every key it sees is visited.
         """
         config = self.config
-        normaliser = self.normaliser(self.logits(guides, self.key).masked_fill(~seen, -math.inf))
         logits = self.logits(self.scored_guides, self.scored_key)
-        probability = (logits - normaliser[..., None]).exp().masked_fill(~seen, 0)
+        probability = (logits - self.guide_lse[..., None]).exp().masked_fill(~self.seen_by_guides, 0)
         if config.lists == "group":
             probability = probability.flatten(0, 1)[None]
         largest, mean = probability.amax(1) * config.max_weight, probability.mean(1) * config.mean_weight
         importance = torch.maximum(largest, mean)
+        if self.distances is not None:
+            importance = importance * self.distances
         importance = importance.masked_fill(importance.isnan(), math.inf)
         importance[:, : config.first_keys] = math.inf
         return importance
@@ -203,7 +216,7 @@ class Segment:
         for start in range(0, len(ranked), chunk):
             part = slice(start, start + chunk)
             index = ranked[part]
-            logits = self.logits(query, self.key[index]) + log_weight[part]
+            logits = self.weigh(self.logits(query, self.key[index]), log_weight[part], head, rows)
             gain = softmax.add(logits.masked_fill(~seen[:, index], -math.inf), self.value[index])
             keys += round_up(len(index))
             if self.config.stop == "gain" and bool((gain < self.config.threshold).all()):
@@ -212,6 +225,16 @@ class Segment:
             softmax.add(*self.means(query, ranked))
             keys += round_up(self.geometry.history_blocks(self.low, self.high))
         return softmax, keys
+
+    def weigh(self, logits: torch.Tensor, log_weight: torch.Tensor, head: int, rows: slice) -> torch.Tensor:
+        """Add the log-weights [N] to the logits [R, N] of a head's rows, as far as `sampling.MOST` lets them."""
+        weighed = logits + log_weight
+        if not self.config.bounds_weights:
+            return weighed
+        place = torch.arange(rows.start, rows.stop, device=logits.device) - self.rows.start
+        lse = self.guide_lse[head % len(self.guide_lse), place // self.config.pool]
+        most = (lse + math.log(MOST * self.config.threshold)).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        return torch.minimum(weighed, torch.maximum(logits, most[:, None]))
 
     def means(self, query: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [R, blocks] and values [blocks, Dv] of the block means that stand for keys not listed.

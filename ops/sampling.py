@@ -2,7 +2,10 @@
 
 A key of importance p below the threshold t is visited with probability p / t and weighs t / p, so that softmax sums
 stay unbiased (Horvitz and Thompson, 1952). If the importance bounds a row's share of mass in the key, the variance of
-that row's mass is at most t times the mass of its tail. Draws are a function of position and segment alone, so that
+that row's mass is at most t times the mass of its tail. Where keys are ranked by pooled queries or in fewer channels, a
+row may give a key far more than its importance: weighed by t / p it could outweigh all the rest of the row. Such a key
+adds at most `MOST` times t of the row's mass, as its guide estimates it, or its own mass if that is more; a little bias
+for much variance, as in truncated importance sampling (Ionides, 2008). Draws are a function of position and segment alone, so that
 results repeat.
 """
 
@@ -14,6 +17,9 @@ KEY_STEP = 2654435769
 """2^32 over the golden ratio: along the keys, draws are evenly spread however few are taken (a Weyl sequence)."""
 SEGMENT_STEP = 1779033703
 """2^32 times the fraction of the square root of 2: spreads the draws of a key over segments in the same way."""
+
+MOST = 4.0
+"""Thresholds of a row's mass that a sampled key may add beyond its own."""
 
 
 def draws(keys: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:

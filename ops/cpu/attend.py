@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from ..block_means import block_means
 from ..geometry import round_up
 from ..result import AttentionResult
+from ..sampling import MOST
 from . import flash
 from .group import Group
 from .rank import Lists
@@ -43,6 +44,9 @@ class Attention:
             end = (last + 1).clamp(0, self.geometry.keys).maximum(low)
         self.output, self.lse = self.spans(self.query, self.rows, low, end)
         self.keys = round_up(end - low)[:, None].repeat(1, group.heads)
+        self.most: torch.Tensor | None = None
+        if self.config.bounds_weights:
+            self.most = torch.full_like(self.lse, math.inf)
 
     def guide_lse(self) -> torch.Tensor:
         """Each guide's log-sum-exp over its dense span [heads, segments, n]."""
@@ -75,6 +79,8 @@ class Attention:
         end = min(lists.segments.stop * per_segment, self.geometry.tiles)
         segment = torch.arange(end - first) // per_segment
         start, count = (x[segment].flatten() for x in (lists.start, lists.count))
+        if self.most is not None and lists.lse is not None:
+            self.most[first:end] = self.bound(lists.lse)[: end - first]
         for units in batches(count):
             places = units + first * self.group.lists
             if self.config.stop == "gain":
@@ -83,6 +89,12 @@ class Attention:
                 self.add(places, *listed(lists, start[units], count[units]), round_up(count[units]))
         if self.config.has_means:
             self.visit_means(lists, segment.repeat_interleave(self.group.lists), first * self.group.lists)
+
+    def bound(self, lse: torch.Tensor) -> torch.Tensor:
+        """What weights may raise logits to [tiles, G, tile], given their guides' log-sum-exps [segments, heads, n]."""
+        most = (lse + math.log(MOST * self.config.threshold)).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        rows = most.repeat_interleave(self.config.pool, 2).expand(-1, self.group.heads, -1)
+        return rows.unflatten(2, (-1, self.config.tile)).transpose(1, 2).flatten(0, 1)
 
     def visit_means(self, lists: Lists, segment: torch.Tensor, first: int) -> None:
         """Let block means stand for the keys left out, in the tiles from `first` on, of these segments [U]."""
@@ -105,17 +117,20 @@ class Attention:
 
     def add(self, places: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """Attend `keys` [U, n] with `bias` [U, n] at (tile, list) pairs `places`; return each row's gain in mass."""
-        query, output, lse, visited = (
-            x.unflatten(1, (self.group.lists, -1)).flatten(0, 1) for x in (self.query, self.output, self.lse, self.keys)
-        )
+        query, output, lse, visited = (self.by_list(x) for x in (self.query, self.output, self.lse, self.keys))
+        most = None if self.most is None else self.by_list(self.most)[places]
         bias = self.mask_listed(bias, places, keys) if self.group.visibility.varies else bias[:, None, None]
-        part, gained = self.gather(query[places], keys, bias)
+        part, gained = self.gather(query[places], keys, bias, most)
         before = lse[places]
         lse[places] = after = torch.logaddexp(before, gained)
         share = (gained - after.masked_fill(after == -math.inf, 0)).exp()
         output[places] = torch.lerp(output[places], part, share[..., None])
         visited[places] += size[:, None]
         return (gained - before).exp()
+
+    def by_list(self, x: torch.Tensor) -> torch.Tensor:
+        """What holds for tiles and heads [tiles, G, ...], by (tile, list) pair [tiles * lists, G / lists, ...]."""
+        return x.unflatten(1, (self.group.lists, -1)).flatten(0, 1)
 
     def mask_listed(self, bias: torch.Tensor, places: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """`mask`, at (tile, list) pairs `places`."""
@@ -128,10 +143,12 @@ class Attention:
         seen = self.group.seen(head[..., None, None], row[:, None, :, None], keys[:, None, None])
         return torch.where(seen, bias[:, None, None], -math.inf)
 
-    def gather(self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend `keys` [U, n] with `bias` as in `flash.attend`, for queries [U, H, R, D]; output and log-sum-exp."""
+    def gather(
+        self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, most: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend `keys` [U, n] with `bias` and `most` as in `flash.attend`, for queries [U, H, R, D]."""
         key, value = (x.index_select(0, keys.flatten()).unflatten(0, keys.shape) for x in (self.key, self.value))
-        return flash.attend(query, key, value, bias, self.group.softcap, self.group.finite)
+        return flash.attend(query, key, value, bias, self.group.softcap, self.group.finite, most)
 
     def write(self, result: AttentionResult) -> None:
         """Fill the group's part of the result: [G, Lq, Dv], [G, Lq] and [G, tiles]."""

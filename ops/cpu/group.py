@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..config import S2OConfig
+from ..contribution import sampled_rows, value_distances
 from ..geometry import Geometry
 from ..guides import pool_guides
 from ..projection import project
@@ -85,6 +86,14 @@ class Group:
         """What keys are scored by: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
         guides, key = project(self.pooled, self.key, self.config.channels)
         return self.guides if key is self.key else self.by_segment(guides), key
+
+    @functools.cached_property
+    def distances(self) -> torch.Tensor:
+        """How far values lie from the outputs, in units of these [Lk]."""
+        rows = sampled_rows(self.geometry.queries, self.heads, self.query.device)
+        head, position = torch.arange(self.heads)[:, None, None], torch.arange(self.geometry.keys)
+        seen = self.seen(head, rows[:, None], position)
+        return value_distances(self.query[:, rows], self.key, self.value, seen, 1.0, self.softcap)
 
     @functools.cached_property
     def real_guides(self) -> torch.Tensor:

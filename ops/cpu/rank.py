@@ -29,7 +29,8 @@ class Lists:
 
     `keys` holds all lists end to end, and one key more, of weight 0; `log_weight` goes with it. List l of segment s
     of the run has `count`[s, l] of them, from `start`[s, l]. `left` [segments, lists, keys] is true for the keys of
-    the history that are not listed.
+    the history that are not listed. `lse` [segments, heads or 1, n] are the guides' log-sum-exps, None where all of a
+    list is visited.
     """
 
     segments: range
@@ -38,6 +39,7 @@ class Lists:
     start: torch.Tensor
     count: torch.Tensor
     left: torch.Tensor
+    lse: torch.Tensor | None
 
     def left_per_block(self) -> torch.Tensor:
         """How many keys of each block are not listed [segments, lists, blocks]."""
@@ -116,12 +118,13 @@ class Ranking:
             keep = keep & self.by_list(run.seen.any(2, keepdim=True)).any(2)
         if config.threshold == 0 or not run.reach:
             return pack(run, keep, keep.nonzero()[:, -1], log_weight)
-        importance = self.importance(run)
+        normaliser = self.normaliser(run)
+        importance = self.importance(run, normaliser)
         if config.stop == "gain":
             ranked = importance.clamp_min(-1e30).masked_fill(~keep, -math.inf)
             order = ranked.argsort(dim=-1, descending=True, stable=True)
             listed = torch.arange(len(run.reach)) < keep.sum(-1, keepdim=True)
-            return pack(run, keep, order[listed], log_weight)
+            return pack(run, keep, order[listed], log_weight, normaliser)
         bar = importance.new_tensor(math.log(config.threshold))
         if config.has_samples:
             segment = torch.arange(segments.start, segments.stop)[:, None]
@@ -129,7 +132,7 @@ class Ranking:
             log_weight = (bar - importance[keep]).clamp_min(0)
         else:
             keep = keep & (importance >= bar)
-        return pack(run, keep, keep.nonzero()[:, -1], log_weight)
+        return pack(run, keep, keep.nonzero()[:, -1], log_weight, normaliser)
 
     def run(self, segments: range) -> Run:
         """What the segments of a run may visit."""
@@ -151,12 +154,16 @@ class Ranking:
         """What holds for heads and guides [segments, heads or 1, n, keys], by list [segments, lists, guides, keys]."""
         return x.expand(-1, self.guides.shape[1], -1, -1).unflatten(1, (self.group.lists, -1)).flatten(2, 3)
 
-    def importance(self, run: Run) -> torch.Tensor:
+    def normaliser(self, run: Run) -> torch.Tensor:
+        """Each guide's log-sum-exp [segments, heads or 1, n]."""
+        part = span(run.segments)
+        normaliser = torch.logaddexp(self.near[part], self.far(run)).clamp_min(-_NEVER)
+        return normaliser.masked_fill(~self.real[part, None], _NEVER)
+
+    def importance(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
         """The log of the importance of the keys in reach [segments, lists, keys]."""
         config, part = self.config, span(run.segments)
         real, guides = self.real[part], self.guides[part]
-        normaliser = torch.logaddexp(self.near[part], self.far(run)).clamp_min(-_NEVER)
-        normaliser = normaliser.masked_fill(~real[:, None], _NEVER)
         surprisal = self.surprisal(guides, normaliser, run.reach)
         if run.seen is not None:
             surprisal.masked_fill_(~run.seen, math.inf)
@@ -170,6 +177,8 @@ class Ranking:
             mean = surprisal.neg().logsumexp(2).to(normaliser.dtype)
             mean = mean - guides_of_list.to(mean.dtype).log()[:, None, None]
             importance = torch.maximum(importance, mean + math.log(config.mean_weight))
+        if config.measure == "output":
+            importance = importance + self.group.distances[span(run.reach)].log()
         importance = importance.masked_fill(importance.isnan(), math.inf)
         importance[..., : max(0, config.first_keys - run.reach.start)] = math.inf
         return importance
@@ -208,7 +217,9 @@ def span(part: range) -> slice:
     return slice(part.start, part.stop)
 
 
-def pack(run: Run, keep: torch.Tensor, places: torch.Tensor, log_weight: torch.Tensor) -> Lists:
+def pack(
+    run: Run, keep: torch.Tensor, places: torch.Tensor, log_weight: torch.Tensor, lse: torch.Tensor | None = None
+) -> Lists:
     """The `places` in reach of lists that `keep` [segments, lists, keys] of the history, end to end."""
     count = keep.sum(-1)
     return Lists(
@@ -218,6 +229,7 @@ def pack(run: Run, keep: torch.Tensor, places: torch.Tensor, log_weight: torch.T
         (count.flatten().cumsum(0) - count.flatten()).view_as(count),
         count,
         run.history[:, None] & ~keep,
+        lse,
     )
 
 

@@ -33,6 +33,7 @@ def _add(
     inside,
     seen,
     bias,
+    most,
     unit,
     softcap,
     KEY_STRIDE: tl.constexpr,
@@ -47,8 +48,9 @@ def _add(
 ):
     """Add the keys and values at `index` [N] that are `inside` to the online softmax of the rows that see them.
 
-    `inside` and `seen` are None where every row sees every key, `bias` [N] where there is none. Logits, the bias and
-    the maximum are in steps of `unit`, a step of log 2, which saves a multiplication for each of them.
+    `inside` and `seen` are None where every row sees every key, `bias` [N] where there is none, `most` [M] where it may
+    raise logits without a bound. Logits, the bias and the maximum are in steps of `unit`, a step of log 2, which saves a
+    multiplication for each of them.
     """
     if VARIES:
         # What a key holds that no row sees does not matter.
@@ -58,7 +60,10 @@ def _add(
     logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION)
     if SOFTCAP:
         logits = cap(logits, softcap)
-    if bias is not None:
+    if bias is not None and most is not None:
+        highest = tl.maximum(logits, most[:, None], propagate_nan=tl.PropagateNan.ALL)
+        logits = tl.minimum(logits + bias[None, :], highest, propagate_nan=tl.PropagateNan.ALL)
+    elif bias is not None:
         logits += bias[None, :]
     if seen is not None:
         logits = tl.where(seen, logits, float("-inf"))
@@ -102,6 +107,7 @@ def attend_kernel(
     count,
     skipped,
     weights,
+    guide_lse,
     mean_key,
     mean_value,
     output,
@@ -137,6 +143,8 @@ def attend_kernel(
     capacity,
     blocks,
     threshold,
+    log2_most,
+    guides_per_head,
     scale,
     softcap,
     SEGMENT: tl.constexpr,
@@ -152,6 +160,9 @@ def attend_kernel(
     SOFTCAP: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     SAMPLED: tl.constexpr,
+    POOL: tl.constexpr,
+    GUIDE_HEADS: tl.constexpr,
+    BOUNDED: tl.constexpr,
     STOP_BY_GAIN: tl.constexpr,
     CHUNK: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
@@ -169,7 +180,7 @@ def attend_kernel(
     Lists as `select_kernel` writes them. Program (tile, latest first; part of the group's heads;
     batch entry and group).
     """
-    scale, threshold = float32(scale), float32(threshold)
+    scale, threshold, log2_most = float32(scale), float32(threshold), float32(log2_most)
     unit = tl.maximum(scale, 1e-30)
     softcap = float32(softcap) / unit
     tiles_per_segment: tl.constexpr = SEGMENT // TILE
@@ -196,6 +207,11 @@ def attend_kernel(
         mask, mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
     )  # fmt: skip
 
+    most = None
+    if BOUNDED:
+        guide_head = (batch * groups + group) * GUIDE_HEADS + (head - group * GROUP if GUIDE_HEADS > 1 else 0)
+        most = tl.load(guide_lse + guide_head * guides_per_head + position // POOL, mask=real, other=0.0) + log2_most
+        most = tl.where(most == most, most / unit, float("inf"))
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -224,7 +240,7 @@ def attend_kernel(
         inside = load_padding(padding, chosen, inside, HAS_PADDING)
         seen = see(terms, head, position, real, chosen, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
         maximum, mass, total = _add(
-            maximum, mass, total, rows, key, value, chosen, inside, seen, bias,
+            maximum, mass, total, rows, key, value, chosen, inside, seen, bias, most,
             unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
     seen_keys = _round_up(end - low)
@@ -240,7 +256,7 @@ def attend_kernel(
                 chosen = tl.load(index + column, mask=inside, other=0)
                 seen = see(terms, head, position, real, chosen, inside, False, WINDOW, DOCUMENTS, MASK)
                 maximum, mass, total = _add(
-                    maximum, mass, total, rows, key, value, chosen, inside, seen, None,
+                    maximum, mass, total, rows, key, value, chosen, inside, seen, None, None,
                     unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
                 )  # fmt: skip
             seen_keys += _round_up(stop - done)
@@ -260,7 +276,7 @@ def attend_kernel(
                 everywhere = lane < BLOCK_N
                 seen = see(terms, head, position, real, chosen, everywhere, False, WINDOW, DOCUMENTS, MASK)
             maximum, mass, total = _add(
-                maximum, mass, total, rows, key, value, chosen, None, seen, bias,
+                maximum, mass, total, rows, key, value, chosen, None, seen, bias, most,
                 unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
         seen_keys += _round_up(listed)
@@ -280,7 +296,7 @@ def attend_kernel(
             inside = left > 0
             bias = tl.log2(tl.maximum(left, 1).to(tl.float32)) / unit
             maximum, mass, total = _add(
-                maximum, mass, total, rows, mean_key, mean_value, column, inside, inside[None, :], bias,
+                maximum, mass, total, rows, mean_key, mean_value, column, inside, inside[None, :], bias, None,
                 unit, softcap, D, DV, False, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
         seen_keys += _round_up(history_blocks)

@@ -11,6 +11,7 @@ import torch
 from triton import next_power_of_2
 
 from ..config import S2OConfig
+from ..contribution import sampled_rows, value_distances
 from ..geometry import BLOCK, Geometry
 from ..visibility import Visibility
 
@@ -60,6 +61,19 @@ class Call:
     def importance_dtype(self) -> torch.dtype:
         """Half precision for inputs in half precision: a key is drawn, and weighs, by its importance as stored."""
         return torch.float32 if self.query.dtype == torch.float32 else torch.float16
+
+    def distances(self) -> torch.Tensor | None:
+        """How far values lie from the outputs [B, Hkv, Lk], float32; None where importance measures mass alone."""
+        if self.config.measure == "mass":
+            return None
+        device = self.query.device
+        rows = sampled_rows(self.geometry.queries, self.group, device)
+        batch, key = (torch.arange(size, device=device) for size in (self.query.shape[0], self.geometry.keys))
+        head = torch.arange(self.query.shape[1], device=device).view(self.groups, self.group, 1, 1)
+        seen = self.visibility.seen(batch[:, None, None, None, None], head, rows[:, None], key)
+        value = self.value if self.valid is None else torch.where(self.valid[..., None], self.value, 0)
+        query = self.query.unflatten(1, (self.groups, self.group))[:, :, :, rows]
+        return value_distances(query, self.key, value, seen, self.scale, self.softcap).contiguous()
 
     def capacity(self, segment: int) -> int:
         """The longest history of the segments up to `segment`."""

@@ -31,6 +31,7 @@ def importance_kernel(
     ranges,
     lse,
     key,
+    distances,
     padding,
     query_documents,
     key_documents,
@@ -82,13 +83,14 @@ def importance_kernel(
     QUANTISED: tl.constexpr,
     HAS_MAX: tl.constexpr,
     HAS_MEAN: tl.constexpr,
+    MEASURES_OUTPUT: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write importance [lists, capacity], in steps of `threshold`; NaN is sure to be visited, -1 is not to be visited.
+    """Write importance [lists, capacity], shares of mass times `distances` [B, groups, Lk], in steps of `threshold`; NaN is sure to be visited, -1 is not to be visited.
 
     Lists stand in the order [batch, group, list, segment], keys from where the segment's history starts. Program
     (`chunk` keys for SEGMENTS consecutive segments, last first; list of the group; batch entry and group). Keys are the
@@ -108,6 +110,7 @@ def importance_kernel(
     first_guide = ((batch * groups + group) * GUIDE_HEADS + first_head) * guides_per_head
     lse += first_guide
     key += batch * key_stride_b + group * key_stride_h
+    distances += tl.program_id(2).to(tl.int64) * keys
     padding += batch * padding_stride_b
     terms = mask_terms(
         batch, offset, window, query_documents, query_documents_stride_b, key_documents, key_documents_stride_b,
@@ -165,6 +168,8 @@ def importance_kernel(
         score = mean * (mean_step / (heads * present))[None, :]
         if HAS_MAX:
             score = _larger(score, tl.exp2(largest) * max_step)
+        if MEASURES_OUTPUT:
+            score *= tl.load(distances + column, mask=column < keys, other=1.0)[:, None]
         score = tl.where((column < first_keys)[:, None], float("inf"), score)
         ranked = load_padding(padding, column, column < keys, HAS_PADDING)[:, None]
         if not CAUSAL:

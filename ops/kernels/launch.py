@@ -13,6 +13,7 @@ from ..config import S2OConfig
 from ..geometry import Geometry
 from ..guides import pool_guides
 from ..result import AttentionResult
+from ..sampling import MOST
 from ..visibility import Visibility
 from .attend import attend_kernel
 from .call import Call, channels
@@ -103,7 +104,7 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     wrap_triton(attend_kernel)[(tiles, parts, call.query.shape[0] * call.groups)](
         call.query, call.key, call.value, *call.masks,
-        lists.index, lists.count, lists.skipped, lists.weights, *means, *result,
+        lists.index, lists.count, lists.skipped, lists.weights, lists.guide_lse, *means, *result,
         *call.query.stride()[:3], *call.key.stride()[:2], *call.value.stride()[:2], *call.mask_strides,
         *result.output.stride()[:3],
         **call.shared,
@@ -115,6 +116,10 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
         capacity=lists.index.shape[-1],
         blocks=call.blocks,
         threshold=config.threshold,
+        log2_most=math.log2(MOST * max(config.threshold, 1e-30)),
+        guides_per_head=-(-geometry.queries // config.pool),
+        POOL=config.pool, GUIDE_HEADS=call.group if config.guides == "head" else 1,
+        BOUNDED=config.bounds_weights,
         TILE=config.tile, GROUP=call.group, LISTS=call.lists, HEADS=heads,
         HAS_MEANS=config.has_means, SAMPLED=config.has_samples,
         STOP_BY_GAIN=config.stop == "gain", CHUNK=config.chunk,

@@ -31,20 +31,23 @@ class Lists:
     count: torch.Tensor
     skipped: torch.Tensor
     weights: torch.Tensor
+    guide_lse: torch.Tensor
 
 
 class Ranking(NamedTuple):
-    """What log-sum-exps are estimated from, and what keys are scored by."""
+    """What log-sum-exps are estimated from, what keys are scored by, and what weighs their shares of mass."""
 
     whole: Operands
     scored: Operands
+    distances: torch.Tensor | None
 
     @classmethod
     def of(cls, call: Call, guides: torch.Tensor) -> Ranking:
         """Of guides [B, Hkv, guide heads, guides, D]."""
         whole = ranking_operands(guides, call.key, call.softcap)
         projected, key = project(guides, call.key, call.config.channels, call.valid)
-        return cls(whole, whole if key is call.key else ranking_operands(projected, key, call.softcap))
+        scored = whole if key is call.key else ranking_operands(projected, key, call.softcap)
+        return cls(whole, scored, call.distances())
 
 
 def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
@@ -54,13 +57,15 @@ def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
     index, count = sorted_history(
         part, call.key, call.visibility, segments, call.geometry, call.scale, call.softcap, call.config
     )
-    return Lists(index.contiguous(), count.contiguous(), count, call.key.new_empty(1))
+    absent = call.key.new_empty(1)
+    return Lists(index.contiguous(), count.contiguous(), count, absent, absent)
 
 
 def select(call: Call, ranking: Ranking, segments: range) -> Lists:
     """The keys that their importance and draws choose."""
     config = call.config
-    importance = score(call, ranking.scored, normalisers(call, ranking.whole, segments), segments)
+    lse = normalisers(call, ranking.whole, segments)
+    importance = score(call, ranking, lse, segments)
     lists, capacity = importance.shape
     index = torch.empty_like(importance, dtype=torch.int32)
     count = index.new_empty(lists)
@@ -75,7 +80,7 @@ def select(call: Call, ranking: Ranking, segments: range) -> Lists:
         HAS_MEANS=config.has_means,
         BLOCK_N=512, num_warps=1, num_stages=2,
     )  # fmt: skip
-    return Lists(index, count, skipped, importance)
+    return Lists(index, count, skipped, importance, lse)
 
 
 def normalisers(call: Call, operands: Operands, segments: range) -> torch.Tensor:
@@ -99,9 +104,10 @@ def normalisers(call: Call, operands: Operands, segments: range) -> torch.Tensor
     return lse
 
 
-def score(call: Call, operands: Operands, lse: torch.Tensor, segments: range) -> torch.Tensor:
+def score(call: Call, ranking: Ranking, lse: torch.Tensor, segments: range) -> torch.Tensor:
     """The importance of the keys of each list's history [lists, keys], in steps of the threshold."""
-    config, guides, key = call.config, operands.guides, operands.key
+    config, operands, distances = call.config, ranking.scored, ranking.distances
+    guides, key = operands.guides, operands.key
     batch = call.query.shape[0] * call.groups
     capacity = call.capacity(segments[-1])
     lists = batch * call.lists * len(segments)
@@ -112,7 +118,7 @@ def score(call: Call, operands: Operands, lse: torch.Tensor, segments: range) ->
     together = tiling.rows // rows
     programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
     wrap_triton(importance_kernel)[(programs, call.lists, batch)](
-        guides, operands.ranges, lse, key, *call.masks, importance,
+        guides, operands.ranges, lse, key, lse if distances is None else distances, *call.masks, importance,
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
         capacity=capacity,
         chunk=CHUNK,
@@ -121,6 +127,7 @@ def score(call: Call, operands: Operands, lse: torch.Tensor, segments: range) ->
         mean_weight=config.mean_weight,
         HAS_MAX=config.max_weight > 0,
         HAS_MEAN=config.mean_weight > 0,
+        MEASURES_OUTPUT=distances is not None,
         LISTS=call.lists, SEGMENTS=together,
         **call.shared, **guide_settings(call, operands, segments), **tiling.arguments,
     )  # fmt: skip

@@ -110,6 +110,7 @@ def configs(draw: st.DrawFn, thresholds: tuple[float, ...] = (0.0, 1e-3, 1e-2, 5
         guides=guides,
         channels=None if stop == "gain" else draw(st.sampled_from([None, None, 5, 16])),
         lists=lists,
+        measure="mass" if stop == "gain" else draw(st.sampled_from(["mass", "output"])),
         max_weight=draw(st.sampled_from([1.0, 0.5, 0.0] if mean_weight else [1.0, 0.5])),
         mean_weight=mean_weight,
         sample=draw(st.sampled_from([1, 4, 16])),
