@@ -71,7 +71,7 @@ class S2OConfig:
     tile: int = 32
     pool: int = 1
     guides: str = "head"
-    channels: int | None = None
+    channels: int | None = 64
     lists: str = "group"
     measure: str = "mass"
     max_weight: float = 1.0
@@ -147,7 +147,7 @@ class S2OConfig:
             **changes: Other fields to set.
         """
         published: dict[str, Any] = {
-            "segment": 512, "tile": 128, "pool": 512, "lists": "head", "sample": 1, "stop": "gain", "chunk": 128,
+            "segment": 512, "tile": 128, "pool": 512, "channels": None, "lists": "head", "sample": 1, "stop": "gain", "chunk": 128,
             "tail": "none", "first_keys": 0, "near_keys": 0, "last_queries": 0,
         }  # fmt: skip
         return cls(threshold=threshold, **(published | changes))
@@ -175,11 +175,13 @@ class S2OConfig:
         """Whether keys below the threshold are sampled."""
         return self.tail == "sampled" and self.threshold > 0
 
-    @property
-    def bounds_weights(self) -> bool:
-        """Whether sampled keys are kept from weighing too much, as rankings other than by every query misjudge some."""
-        exact = self.pool == 1 and self.guides == "head" and self.channels is None
-        return self.has_samples and not exact
+    def projects(self, size: int) -> bool:
+        """Whether keys of `size` channels are scored in fewer."""
+        return self.channels is not None and self.channels < size
+
+    def bounds_weights(self, size: int) -> bool:
+        """Whether sampled keys of `size` channels are kept from weighing too much: where they may be misjudged."""
+        return self.has_samples and (self.pool > 1 or self.guides == "group" or self.projects(size))
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``torch.ops.s2o.attention``: the fields, with the threshold that `error_budget` means.

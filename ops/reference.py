@@ -229,7 +229,7 @@ class Segment:
     def weigh(self, logits: torch.Tensor, log_weight: torch.Tensor, head: int, rows: slice) -> torch.Tensor:
         """Add the log-weights [N] to the logits [R, N] of a head's rows, as far as `sampling.MOST` lets them."""
         weighed = logits + log_weight
-        if not self.config.bounds_weights:
+        if not self.config.bounds_weights(self.key.shape[1]):
             return weighed
         place = torch.arange(rows.start, rows.stop, device=logits.device) - self.rows.start
         lse = self.guide_lse[head % len(self.guide_lse), place // self.config.pool]

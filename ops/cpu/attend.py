@@ -45,7 +45,7 @@ class Attention:
         self.output, self.lse = self.spans(self.query, self.rows, low, end)
         self.keys = round_up(end - low)[:, None].repeat(1, group.heads)
         self.most: torch.Tensor | None = None
-        if self.config.bounds_weights:
+        if self.config.bounds_weights(group.key.shape[1]):
             self.most = torch.full_like(self.lse, math.inf)
 
     def guide_lse(self) -> torch.Tensor:

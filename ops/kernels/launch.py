@@ -119,7 +119,7 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
         log2_most=math.log2(MOST * max(config.threshold, 1e-30)),
         guides_per_head=-(-geometry.queries // config.pool),
         POOL=config.pool, GUIDE_HEADS=call.group if config.guides == "head" else 1,
-        BOUNDED=config.bounds_weights,
+        BOUNDED=config.bounds_weights(call.key.shape[-1]),
         TILE=config.tile, GROUP=call.group, LISTS=call.lists, HEADS=heads,
         HAS_MEANS=config.has_means, SAMPLED=config.has_samples,
         STOP_BY_GAIN=config.stop == "gain", CHUNK=config.chunk,

@@ -31,7 +31,8 @@ def test_products_err_little_more_than_they_must(seed: int, channels: int, decay
     query, key = (spectrum(rows, 32, decay, generator) for rows in (400, 300))
     of_query, of_key = principal_directions(query, key, channels)
     error = ((query @ of_query) @ (key @ of_key).T - query @ key.T).square().mean()
-    assert error <= 2 * best_error(query, key, channels) + 1e-8 * (query @ key.T).square().mean()
+    # Half precision, in which they are multiplied, errs by more than a millionth.
+    assert error <= 2 * best_error(query, key, channels) + 1e-6 * (query @ key.T).square().mean()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 200])
