@@ -156,7 +156,7 @@ def unit_scale(scale, ranges, place, places, QUANTISED: tl.constexpr):
 def draws(keys, segment):
     """`sampling.draws`: numbers between 0 and 1 for key positions [N] and a segment."""
     bits = keys.to(tl.uint32) * KEY_STEP + (tl.zeros_like(keys) + segment).to(tl.uint32) * SEGMENT_STEP
-    return ((bits >> 9).to(tl.float32) + 0.5) * (2.0**-23)
+    return (bits >> 9).to(tl.float32) * (2.0**-23) + 2.0**-24
 
 
 @triton.jit
