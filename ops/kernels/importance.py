@@ -13,6 +13,7 @@ from .helpers import (
     load_padding,
     load_rows,
     mask_terms,
+    place_guides,
     see,
     span,
     unit_scale,
@@ -126,10 +127,8 @@ def importance_kernel(
 
     row = tl.arange(0, BLOCK_M)
     segment, slot = first + row // rows_per_segment, row % rows_per_segment
-    rows, head, guide, real = load_guides(
-        guides, segment, slot, guides_stride_h, guides_stride_n, guides_per_head, heads, per_segment,
-        D, BLOCK_D,
-    )  # fmt: skip
+    head, guide, real = place_guides(segment, slot, guides_per_head, heads, per_segment)
+    rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
     normaliser = tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
     varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
     start_of_chunk = tl.min(begin, 0) + tl.program_id(0) // parts * chunk
@@ -141,10 +140,8 @@ def importance_kernel(
         visible = tl.zeros([BLOCK_N, SEGMENTS], tl.int32)
         for done in tl.static_range(0, total, rows_per_segment):
             if total > rows_per_segment:
-                rows, head, guide, real = load_guides(
-                    guides, segment, done + slot, guides_stride_h, guides_stride_n, guides_per_head, heads,
-                    per_segment, D, BLOCK_D,
-                )  # fmt: skip
+                head, guide, real = place_guides(segment, done + slot, guides_per_head, heads, per_segment)
+                rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
                 normaliser = tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
             logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) - normaliser[None, :]
             if varies:

@@ -11,11 +11,11 @@ from torch.library import triton_op, wrap_triton
 from ..block_means import block_means
 from ..config import S2OConfig
 from ..geometry import Geometry
-from ..guides import pool_guides
 from ..result import AttentionResult
 from ..visibility import Visibility
 from .attend import attend_kernel
 from .call import Call, channels
+from .guides import pool_guides
 from .rank import Lists, Ranking, select, sort
 from .tiling import MAX_ROWS, attend_tiling
 

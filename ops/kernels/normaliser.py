@@ -14,6 +14,7 @@ from .helpers import (
     load_padding,
     load_rows,
     mask_terms,
+    place_guides,
     see,
     span,
     unit_scale,
@@ -114,10 +115,8 @@ def normaliser_kernel(
     row = tl.arange(0, BLOCK_M)
     segment = first_segment + tl.program_id(0) * SEGMENTS + row // rows_per_segment
     slot = tl.program_id(1) * rows_per_segment + row % rows_per_segment
-    rows, head, guide, real = load_guides(
-        guides, segment, slot, guides_stride_h, guides_stride_n, guides_per_head, GUIDE_HEADS, per_segment,
-        D, BLOCK_D,
-    )  # fmt: skip
+    head, guide, real = place_guides(segment, slot, guides_per_head, GUIDE_HEADS, per_segment)
+    rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
     real = real & (segment < first_segment + segments)
     query_head, position = group * GUIDE_HEADS + head, guide * POOL
     begin, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
