@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .helpers import (
+    BEYOND,
     dot_logits,
     finite_or_zero,
     float32,
@@ -22,10 +23,15 @@ from .helpers import (
 
 
 @triton.jit
-def _is_history(column, history):
+def _is_history(column, history, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which of the keys `column` [N] are in the histories of rows [M, N]."""
     begin, low, high, end = history
-    column = column[None, :]
-    return (column >= begin) & (column < end) & ((column < low) | (column >= high))
+    is_history = column[None, :] < end
+    if WINDOW:
+        is_history = is_history & (column[None, :] >= begin)
+    if not CAUSAL:
+        is_history = is_history & ((column[None, :] < low) | (column[None, :] >= high))
+    return is_history
 
 
 @triton.jit
@@ -95,7 +101,8 @@ def normaliser_kernel(
 ):
     """Write lse [B, groups, heads, guides], in units of log 2, for the guides of segments of one KV group.
 
-    Program (SEGMENTS consecutive segments; block of the guides of each over all heads; batch entry and group).
+    Program (SEGMENTS consecutive segments, last first; block of the guides of each over all heads; batch entry and
+    group).
     """
     softcap, log2_sample = float32(softcap), float32(log2_sample)
     scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
@@ -113,7 +120,8 @@ def normaliser_kernel(
     )  # fmt: skip
 
     row = tl.arange(0, BLOCK_M)
-    segment = first_segment + tl.program_id(0) * SEGMENTS + row // rows_per_segment
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    segment = first_segment + part * SEGMENTS + row // rows_per_segment
     slot = tl.program_id(1) * rows_per_segment + row % rows_per_segment
     head, guide, real = place_guides(segment, slot, guides_per_head, GUIDE_HEADS, per_segment)
     rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
@@ -127,22 +135,31 @@ def normaliser_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     history = (begin[:, None], low[:, None], high[:, None], end[:, None])
+    varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
-    for start in range(first // sample * sample + sample // 2, last, BLOCK_N * sample):
+    middle = sample // 2
+    drawn = tl.maximum(first // sample, (tl.minimum(first_keys, last) + sample - 1 - middle) // sample)
+    for start in range(drawn * sample + middle, last, BLOCK_N * sample):
         column = start + tl.arange(0, BLOCK_N) * sample
-        inside = load_padding(padding, column, (column >= first_keys) & (column < last), HAS_PADDING)
+        inside = load_padding(padding, column, column < last, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        seen = see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
+        if HAS_PADDING:
+            column = tl.where(inside, column, BEYOND)
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION) + log2_sample
-        maximum, mass = _add(maximum, mass, logits, seen & _is_history(column, history))
+        seen = _is_history(column, history, CAUSAL, WINDOW)
+        if varies:
+            seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
+        maximum, mass = _add(maximum, mass, logits, seen)
 
     for start in range(first, tl.minimum(first_keys, last), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = load_padding(padding, column, (column < first_keys) & (column < last), HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        seen = see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
+        seen = _is_history(tl.where(inside, column, BEYOND), history, CAUSAL, WINDOW)
+        if varies:
+            seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
-        maximum, mass = _add(maximum, mass, logits, seen & _is_history(column, history))
+        maximum, mass = _add(maximum, mass, logits, seen)
 
     last = tl.max(high, 0)
     for start in range(tl.min(tl.where(is_ranked, low, keys), 0), last, BLOCK_N):
@@ -150,7 +167,9 @@ def normaliser_kernel(
         inside = load_padding(padding, column, column < last, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
         seen = see(terms, query_head, position, real, column, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
-        seen = seen & (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
+        seen = seen & (column[None, :] >= low[:, None])
+        if not CAUSAL:
+            seen = seen & (column[None, :] < high[:, None])
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
         maximum, mass = _add(maximum, mass, logits, seen)
 
