@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 
 import torch
@@ -77,19 +78,29 @@ def sparse_attention(
     return result
 
 
-def runs(call: Call) -> list[range]:
+def runs(call: Call) -> tuple[range, ...]:
     """Consecutive segments whose lists fit into the workspace together."""
     # Importance and index; for a sort scores, weights and its own index too.
+    is_sorted = call.config.stop == "gain"
     per_key = call.query.shape[0] * call.groups * call.lists
-    per_key *= 32 if call.config.stop == "gain" else 4 + call.importance_dtype.itemsize
-    first, end = 0, call.geometry.segments
+    per_key *= 32 if is_sorted else 4 + call.importance_dtype.itemsize
+    return _runs(call.geometry, is_sorted, WORKSPACE // per_key)
+
+
+@functools.lru_cache
+def _runs(geometry: Geometry, is_sorted: bool, room: int) -> tuple[range, ...]:
+    """`runs`, of one list for each segment and so many keys in all; at least one segment each."""
+
+    def size(last: int) -> int:
+        return (last + 1 - first) * (geometry.keys if is_sorted else geometry.longest_history(last))
+
+    first, end = 0, geometry.segments
     found = []
     while first < end:
-        more = range(first + 1, end)
-        fitting = bisect.bisect(more, WORKSPACE, key=lambda last: (last + 1 - first) * per_key * call.capacity(last))
+        fitting = bisect.bisect(range(first + 1, end), room, key=size)
         found.append(range(first, first + 1 + fitting))
         first += 1 + fitting
-    return found
+    return tuple(found)
 
 
 def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: range, result: AttentionResult) -> None:

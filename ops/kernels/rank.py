@@ -16,7 +16,7 @@ from .importance import importance_kernel
 from .normaliser import normaliser_kernel
 from .quantise import Operands, ranking_operands
 from .select import select_kernel
-from .tiling import importance_tiling, normaliser_tiling, rows_per_list
+from .tiling import importance_tiling, normaliser_tiling
 
 _SPAN = ("queries", "keys", "ranked_segments", "offset", "window", "near_keys", "SEGMENT", "CAUSAL", "WINDOW")
 CHUNK = 4096
@@ -84,10 +84,9 @@ def normalisers(call: Call, operands: Operands, segments: range) -> torch.Tensor
     lse = torch.empty(guides.shape[:-1], dtype=torch.float32, device=guides.device)
     total = guides.shape[2] * (config.segment // config.pool)
     tiling = normaliser_tiling(key.shape[-1], key.element_size(), total)
-    rows = rows_per_list(total, tiling.rows)
-    together = tiling.rows // rows
+    together = tiling.segments(total)
     wrap_triton(normaliser_kernel)[
-        (-(-len(segments) // together), -(-total // rows), call.query.shape[0] * call.groups)
+        (-(-len(segments) // together), -(-total * together // tiling.rows), call.query.shape[0] * call.groups)
     ](
         guides, operands.ranges, key, *call.masks, lse,
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
@@ -108,8 +107,7 @@ def score(call: Call, operands: Operands, lse: torch.Tensor, segments: range) ->
     importance = torch.empty(lists, capacity, dtype=call.importance_dtype, device=guides.device)
     total = guides.shape[2] // call.lists * (config.segment // config.pool)
     tiling = importance_tiling(key.shape[-1], key.element_size(), total)
-    rows = rows_per_list(total, tiling.rows)
-    together = tiling.rows // rows
+    together = tiling.segments(total)
     programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
     wrap_triton(importance_kernel)[(programs, call.lists, batch)](
         guides, operands.ranges, lse, key, *call.masks, importance,
