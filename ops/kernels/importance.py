@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .helpers import (
+    KEY_BLOCK,
     dot_logits,
     float32,
     load_guides,
@@ -131,7 +132,8 @@ def importance_kernel(
     rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
     normaliser = tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
     varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
-    start_of_chunk = tl.min(begin, 0) + tl.program_id(0) // parts * chunk
+    # A reduction hides the alignment, without which keys are stored one by one.
+    start_of_chunk = tl.min(begin // KEY_BLOCK, 0) * KEY_BLOCK + tl.program_id(0) // parts * chunk
     for start in range(start_of_chunk, tl.minimum(start_of_chunk + chunk, tl.max(end, 0)), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         block = load_rows(key, column, column < keys, key_stride_n, D, BLOCK_D)
@@ -162,11 +164,14 @@ def importance_kernel(
         score = mean * (mean_step / (heads * present))[None, :]
         if HAS_MAX:
             score = _larger(score, tl.exp2(largest) * max_step)
-        score = tl.where((column < first_keys)[:, None], float("inf"), score)
-        ranked = load_padding(padding, column, column < keys, HAS_PADDING)[:, None]
+        score += tl.where(column < first_keys, float("inf"), 0.0)[:, None]
+        if HAS_PADDING:
+            score = tl.where(load_padding(padding, column, column < keys, True)[:, None], score, -1.0)
         if not CAUSAL:
-            ranked = ranked & ((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]))
+            score = tl.where((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]), score, -1.0)
         if varies:
-            ranked = ranked & (visible > 0)
-        written = (column[:, None] >= begin[None, :]) & (column[:, None] < end[None, :])
-        tl.store(importance[None, :] + column[:, None], tl.where(ranked, score, -1.0), mask=written)
+            score = tl.where(visible > 0, score, -1.0)
+        written = column[:, None] < end[None, :]
+        if WINDOW:
+            written = written & (column[:, None] >= begin[None, :])
+        tl.store(importance[None, :] + column[:, None], score, mask=written)
