@@ -35,8 +35,7 @@ def _is_history(column, history, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _add(maximum, mass, logits, seen):
-    logits = tl.where(seen, logits, float("-inf"))
+def _add(maximum, mass, logits):
     largest = tl.maximum(maximum, tl.max(logits, 1))
     origin = finite_or_zero(largest)
     mass = mass * tl.exp2(maximum - origin) + tl.sum(tl.exp2(logits - origin[:, None]), 1)
@@ -137,6 +136,8 @@ def normaliser_kernel(
     history = (begin[:, None], low[:, None], high[:, None], end[:, None])
     varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
+    # The keys before this are in the history of every row, with nothing to mask.
+    whole = 0 if varies or HAS_PADDING or not CAUSAL else tl.min(tl.where(real, end, keys), 0)
     middle = sample // 2
     drawn = tl.maximum(first // sample, (tl.minimum(first_keys, last) + sample - 1 - middle) // sample)
     for start in range(drawn * sample + middle, last, BLOCK_N * sample):
@@ -146,10 +147,12 @@ def normaliser_kernel(
         if HAS_PADDING:
             column = tl.where(inside, column, BEYOND)
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION) + log2_sample
-        seen = _is_history(column, history, CAUSAL, WINDOW)
-        if varies:
-            seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
-        maximum, mass = _add(maximum, mass, logits, seen)
+        if start + BLOCK_N * sample > whole:
+            seen = _is_history(column, history, CAUSAL, WINDOW)
+            if varies:
+                seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
+            logits = tl.where(seen, logits, float("-inf"))
+        maximum, mass = _add(maximum, mass, logits)
 
     for start in range(first, tl.minimum(first_keys, last), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
@@ -159,7 +162,7 @@ def normaliser_kernel(
         if varies:
             seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
-        maximum, mass = _add(maximum, mass, logits, seen)
+        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
     last = tl.max(high, 0)
     for start in range(tl.min(tl.where(is_ranked, low, keys), 0), last, BLOCK_N):
@@ -171,7 +174,7 @@ def normaliser_kernel(
         if not CAUSAL:
             seen = seen & (column[None, :] < high[:, None])
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
-        maximum, mass = _add(maximum, mass, logits, seen)
+        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
     place = first_guide + head.to(tl.int64) * guides_per_head + guide
     tl.store(lse + place, maximum + tl.log2(mass), mask=real)
