@@ -66,6 +66,7 @@ def attend_tiling(channels: int, itemsize: int, rows: int) -> Tiling:
     return Tiling(rows, keys, 8 if rows > 128 or channels > 128 else 4, 2)
 
 
+@functools.cache
 def rows_per_list(rows: int, most: int) -> int:
     """How many guides of a list a kernel scores at once: the power of two that leaves the fewest places empty."""
     if rows <= most:
