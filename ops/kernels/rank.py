@@ -34,17 +34,18 @@ class Lists:
 
 
 class Ranking(NamedTuple):
-    """What log-sum-exps are estimated from, and what keys are scored by."""
+    """What keys are scored by, and the log-sum-exps of the guides (`normalisers`), from all channels."""
 
-    whole: Operands
     scored: Operands
+    lse: torch.Tensor
 
     @classmethod
     def of(cls, call: Call, guides: torch.Tensor) -> Ranking:
         """Of guides [B, Hkv, guide heads, guides, D]."""
         whole = ranking_operands(guides, call.key, call.softcap)
         projected, key = project(guides, call.key, call.config.channels, call.valid)
-        return cls(whole, whole if key is call.key else ranking_operands(projected, key, call.softcap))
+        scored = whole if key is call.key else ranking_operands(projected, key, call.softcap)
+        return cls(scored, normalisers(call, whole))
 
 
 def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
@@ -60,7 +61,7 @@ def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
 def select(call: Call, ranking: Ranking, segments: range) -> Lists:
     """The keys that their importance and draws choose."""
     config = call.config
-    importance = score(call, ranking.scored, normalisers(call, ranking.whole, segments), segments)
+    importance = score(call, ranking, segments)
     lists, capacity = importance.shape
     index = torch.empty_like(importance, dtype=torch.int32)
     count = index.new_empty(lists)
@@ -78,9 +79,12 @@ def select(call: Call, ranking: Ranking, segments: range) -> Lists:
     return Lists(index, count, skipped, importance)
 
 
-def normalisers(call: Call, operands: Operands, segments: range) -> torch.Tensor:
-    """The log-sum-exp of each guide [B, Hkv, guide heads, guides], in units of log 2; of those of `segments`."""
-    config, guides, key = call.config, operands.guides, operands.key
+def normalisers(call: Call, operands: Operands) -> torch.Tensor:
+    """The log-sum-exp of each guide [B, Hkv, guide heads, guides], in units of log 2.
+
+    Of all segments at once: those of a run are too few to fill a GPU.
+    """
+    config, guides, key, segments = call.config, operands.guides, operands.key, range(call.geometry.segments)
     lse = torch.empty(guides.shape[:-1], dtype=torch.float32, device=guides.device)
     total = guides.shape[2] * (config.segment // config.pool)
     tiling = normaliser_tiling(key.shape[-1], key.element_size(), total)
@@ -98,9 +102,10 @@ def normalisers(call: Call, operands: Operands, segments: range) -> torch.Tensor
     return lse
 
 
-def score(call: Call, operands: Operands, lse: torch.Tensor, segments: range) -> torch.Tensor:
+def score(call: Call, ranking: Ranking, segments: range) -> torch.Tensor:
     """The importance of the keys of each list's history [lists, keys], in steps of the threshold."""
-    config, guides, key = call.config, operands.guides, operands.key
+    config, operands = call.config, ranking.scored
+    guides, key = operands.guides, operands.key
     batch = call.query.shape[0] * call.groups
     capacity = call.capacity(segments[-1])
     lists = batch * call.lists * len(segments)
@@ -110,7 +115,7 @@ def score(call: Call, operands: Operands, lse: torch.Tensor, segments: range) ->
     together = tiling.segments(total)
     programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
     wrap_triton(importance_kernel)[(programs, call.lists, batch)](
-        guides, operands.ranges, lse, key, *call.masks, importance,
+        guides, operands.ranges, ranking.lse, key, *call.masks, importance,
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
         capacity=capacity,
         chunk=CHUNK,
