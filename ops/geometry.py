@@ -101,6 +101,13 @@ class Geometry:
             high = self._clip(end + self.offset)
         return start, low, _clip(high, low, self.keys)
 
+    def longest_history(self, segment: int) -> int:
+        """At least as many keys as the history of any segment up to `segment` has, and at least 1."""
+        if not self.is_causal:
+            return self.keys
+        longest = max(1, self.span(min(segment, self.ranked_segments - 1)).low)
+        return longest if self.window is None else min(longest, self.window + BLOCK)
+
     def history(self, positions: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
         """Which of the key positions [N] are in the histories of segments with these spans [S, 3]: [S, N]."""
         start, low, high = spans[:, :, None].unbind(1)

@@ -26,8 +26,10 @@ from ..timing import (
 )
 from .budget import visited_density, with_density
 
-ATTENTION_KERNELS = re.compile("^(?!triton_).*(flash|fmha|sdpa|importance|normaliser|select_kernel|quantise|attend)")
-"""Names of the kernels that count as attention; what Inductor fuses (triton_...), as guides' pooling, does not."""
+ATTENTION_KERNELS = re.compile(
+    "^(?!triton_).*(flash|fmha|sdpa|pool_kernel|reach_kernel|quantise|normaliser|importance|select_kernel|attend)"
+)
+"""Names of the kernels that count as attention; what Inductor fuses (triton_...), as block means, does not."""
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 

@@ -76,12 +76,8 @@ class Call:
         return value_distances(query, self.key, value, seen, self.scale, self.softcap).contiguous()
 
     def capacity(self, segment: int) -> int:
-        """The longest history of the segments up to `segment`."""
-        geometry = self.geometry
-        if not geometry.is_causal or self.config.stop == "gain":
-            return geometry.keys
-        longest = max(1, geometry.span(min(segment, geometry.ranked_segments - 1)).low)
-        return longest if geometry.window is None else min(longest, geometry.window + BLOCK)
+        """The longest list of the segments up to `segment`."""
+        return self.geometry.keys if self.config.stop == "gain" else self.geometry.longest_history(segment)
 
     @functools.cached_property
     def masks(self) -> tuple[torch.Tensor, ...]:
@@ -91,7 +87,7 @@ class Call:
         mask = self.visibility.mask
         return *(absent if x is None else x.contiguous() for x in rows), absent if mask is None else mask
 
-    @property
+    @functools.cached_property
     def mask_strides(self) -> tuple[int, ...]:
         """The strides of `masks`: of the first three over the batch, of the last in 4 dimensions."""
         *rows, mask = self.masks
@@ -124,6 +120,7 @@ class Call:
         }
 
 
+@functools.cache
 def channels(count: int) -> int:
     """Channels as the kernels hold them."""
     return max(16, next_power_of_2(count))

@@ -130,17 +130,18 @@ def dot_logits(one, other, scale, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def load_guides(
-    guides, segment, slot, stride_h, stride_n, per_head, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The guides at `slot` [M] of each row's segment: rows [M, BLOCK_D], heads, places, and which are real."""
+def place_guides(segment, slot, per_head, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr):
+    """The guides at `slot` [M] of each row's segment: heads, places, and which are real."""
     head, guide = slot // PER_SEGMENT, segment * PER_SEGMENT + slot % PER_SEGMENT
-    real = (head < HEADS) & (guide < per_head)
+    return head, guide, (head < HEADS) & (guide < per_head)
+
+
+@triton.jit
+def load_guides(guides, head, guide, real, stride_h, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows [M, BLOCK_D] of guides."""
     channels = tl.arange(0, BLOCK_D)
     pointers = guides + head.to(tl.int64)[:, None] * stride_h + guide.to(tl.int64)[:, None] * stride_n
-    rows = tl.load(pointers + channels[None, :], mask=real[:, None] & (channels < D)[None, :], other=0.0)
-    return rows, head, guide, real
+    return tl.load(pointers + channels[None, :], mask=real[:, None] & (channels < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -156,7 +157,7 @@ def unit_scale(scale, ranges, place, places, QUANTISED: tl.constexpr):
 def draws(keys, segment):
     """`sampling.draws`: numbers between 0 and 1 for key positions [N] and a segment."""
     bits = keys.to(tl.uint32) * KEY_STEP + (tl.zeros_like(keys) + segment).to(tl.uint32) * SEGMENT_STEP
-    return ((bits >> 9).to(tl.float32) + 0.5) * (2.0**-23)
+    return (bits >> 9).to(tl.float32) * (2.0**-23) + 2.0**-24
 
 
 @triton.jit

@@ -7,12 +7,14 @@ import triton
 import triton.language as tl
 
 from .helpers import (
+    KEY_BLOCK,
     dot_logits,
     float32,
     load_guides,
     load_padding,
     load_rows,
     mask_terms,
+    place_guides,
     see,
     span,
     unit_scale,
@@ -129,13 +131,12 @@ def importance_kernel(
 
     row = tl.arange(0, BLOCK_M)
     segment, slot = first + row // rows_per_segment, row % rows_per_segment
-    rows, head, guide, real = load_guides(
-        guides, segment, slot, guides_stride_h, guides_stride_n, guides_per_head, heads, per_segment,
-        D, BLOCK_D,
-    )  # fmt: skip
+    head, guide, real = place_guides(segment, slot, guides_per_head, heads, per_segment)
+    rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
     normaliser = tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
     varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
-    start_of_chunk = tl.min(begin, 0) + tl.program_id(0) // parts * chunk
+    # A reduction hides the alignment, without which keys are stored one by one.
+    start_of_chunk = tl.min(begin // KEY_BLOCK, 0) * KEY_BLOCK + tl.program_id(0) // parts * chunk
     for start in range(start_of_chunk, tl.minimum(start_of_chunk + chunk, tl.max(end, 0)), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         block = load_rows(key, column, column < keys, key_stride_n, D, BLOCK_D)
@@ -144,10 +145,8 @@ def importance_kernel(
         visible = tl.zeros([BLOCK_N, SEGMENTS], tl.int32)
         for done in tl.static_range(0, total, rows_per_segment):
             if total > rows_per_segment:
-                rows, head, guide, real = load_guides(
-                    guides, segment, done + slot, guides_stride_h, guides_stride_n, guides_per_head, heads,
-                    per_segment, D, BLOCK_D,
-                )  # fmt: skip
+                head, guide, real = place_guides(segment, done + slot, guides_per_head, heads, per_segment)
+                rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
                 normaliser = tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
             logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) - normaliser[None, :]
             if varies:
@@ -170,11 +169,14 @@ def importance_kernel(
             score = _larger(score, tl.exp2(largest) * max_step)
         if MEASURES_OUTPUT:
             score *= tl.load(distances + column, mask=column < keys, other=1.0)[:, None]
-        score = tl.where((column < first_keys)[:, None], float("inf"), score)
-        ranked = load_padding(padding, column, column < keys, HAS_PADDING)[:, None]
+        score += tl.where(column < first_keys, float("inf"), 0.0)[:, None]
+        if HAS_PADDING:
+            score = tl.where(load_padding(padding, column, column < keys, True)[:, None], score, -1.0)
         if not CAUSAL:
-            ranked = ranked & ((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]))
+            score = tl.where((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]), score, -1.0)
         if varies:
-            ranked = ranked & (visible > 0)
-        written = (column[:, None] >= begin[None, :]) & (column[:, None] < end[None, :])
-        tl.store(importance[None, :] + column[:, None], tl.where(ranked, score, -1.0), mask=written)
+            score = tl.where(visible > 0, score, -1.0)
+        written = column[:, None] < end[None, :]
+        if WINDOW:
+            written = written & (column[:, None] >= begin[None, :])
+        tl.store(importance[None, :] + column[:, None], score, mask=written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 
 import torch
@@ -11,12 +12,12 @@ from torch.library import triton_op, wrap_triton
 from ..block_means import block_means
 from ..config import S2OConfig
 from ..geometry import Geometry
-from ..guides import pool_guides
 from ..result import AttentionResult
 from ..sampling import MOST
 from ..visibility import Visibility
 from .attend import attend_kernel
 from .call import Call, channels
+from .guides import pool_guides
 from .rank import Lists, Ranking, select, sort
 from .tiling import MAX_ROWS, attend_tiling
 
@@ -78,19 +79,29 @@ def sparse_attention(
     return result
 
 
-def runs(call: Call) -> list[range]:
+def runs(call: Call) -> tuple[range, ...]:
     """Consecutive segments whose lists fit into the workspace together."""
     # Importance and index; for a sort scores, weights and its own index too.
+    is_sorted = call.config.stop == "gain"
     per_key = call.query.shape[0] * call.groups * call.lists
-    per_key *= 32 if call.config.stop == "gain" else 4 + call.importance_dtype.itemsize
-    first, end = 0, call.geometry.segments
+    per_key *= 32 if is_sorted else 4 + call.importance_dtype.itemsize
+    return _runs(call.geometry, is_sorted, WORKSPACE // per_key)
+
+
+@functools.lru_cache
+def _runs(geometry: Geometry, is_sorted: bool, room: int) -> tuple[range, ...]:
+    """`runs`, of one list for each segment and so many keys in all; at least one segment each."""
+
+    def size(last: int) -> int:
+        return (last + 1 - first) * (geometry.keys if is_sorted else geometry.longest_history(last))
+
+    first, end = 0, geometry.segments
     found = []
     while first < end:
-        more = range(first + 1, end)
-        fitting = bisect.bisect(more, WORKSPACE, key=lambda last: (last + 1 - first) * per_key * call.capacity(last))
+        fitting = bisect.bisect(range(first + 1, end), room, key=size)
         found.append(range(first, first + 1 + fitting))
         first += 1 + fitting
-    return found
+    return tuple(found)
 
 
 def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: range, result: AttentionResult) -> None:

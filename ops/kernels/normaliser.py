@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .helpers import (
+    BEYOND,
     dot_logits,
     finite_or_zero,
     float32,
@@ -14,6 +15,7 @@ from .helpers import (
     load_padding,
     load_rows,
     mask_terms,
+    place_guides,
     see,
     span,
     unit_scale,
@@ -21,15 +23,19 @@ from .helpers import (
 
 
 @triton.jit
-def _is_history(column, history):
+def _is_history(column, history, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Which of the keys `column` [N] are in the histories of rows [M, N]."""
     begin, low, high, end = history
-    column = column[None, :]
-    return (column >= begin) & (column < end) & ((column < low) | (column >= high))
+    is_history = column[None, :] < end
+    if WINDOW:
+        is_history = is_history & (column[None, :] >= begin)
+    if not CAUSAL:
+        is_history = is_history & ((column[None, :] < low) | (column[None, :] >= high))
+    return is_history
 
 
 @triton.jit
-def _add(maximum, mass, logits, seen):
-    logits = tl.where(seen, logits, float("-inf"))
+def _add(maximum, mass, logits):
     largest = tl.maximum(maximum, tl.max(logits, 1))
     origin = finite_or_zero(largest)
     mass = mass * tl.exp2(maximum - origin) + tl.sum(tl.exp2(logits - origin[:, None]), 1)
@@ -94,7 +100,8 @@ def normaliser_kernel(
 ):
     """Write lse [B, groups, heads, guides], in units of log 2, for the guides of segments of one KV group.
 
-    Program (SEGMENTS consecutive segments; block of the guides of each over all heads; batch entry and group).
+    Program (SEGMENTS consecutive segments, last first; block of the guides of each over all heads; batch entry and
+    group).
     """
     softcap, log2_sample = float32(softcap), float32(log2_sample)
     scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
@@ -112,12 +119,11 @@ def normaliser_kernel(
     )  # fmt: skip
 
     row = tl.arange(0, BLOCK_M)
-    segment = first_segment + tl.program_id(0) * SEGMENTS + row // rows_per_segment
+    part = tl.num_programs(0) - 1 - tl.program_id(0)
+    segment = first_segment + part * SEGMENTS + row // rows_per_segment
     slot = tl.program_id(1) * rows_per_segment + row % rows_per_segment
-    rows, head, guide, real = load_guides(
-        guides, segment, slot, guides_stride_h, guides_stride_n, guides_per_head, GUIDE_HEADS, per_segment,
-        D, BLOCK_D,
-    )  # fmt: skip
+    head, guide, real = place_guides(segment, slot, guides_per_head, GUIDE_HEADS, per_segment)
+    rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
     real = real & (segment < first_segment + segments)
     query_head, position = group * GUIDE_HEADS + head, guide * POOL
     begin, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
@@ -128,22 +134,35 @@ def normaliser_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     history = (begin[:, None], low[:, None], high[:, None], end[:, None])
+    varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
-    for start in range(first // sample * sample + sample // 2, last, BLOCK_N * sample):
+    # The keys before this are in the history of every row, with nothing to mask.
+    whole = 0 if varies or HAS_PADDING or not CAUSAL else tl.min(tl.where(real, end, keys), 0)
+    middle = sample // 2
+    drawn = tl.maximum(first // sample, (tl.minimum(first_keys, last) + sample - 1 - middle) // sample)
+    for start in range(drawn * sample + middle, last, BLOCK_N * sample):
         column = start + tl.arange(0, BLOCK_N) * sample
-        inside = load_padding(padding, column, (column >= first_keys) & (column < last), HAS_PADDING)
+        inside = load_padding(padding, column, column < last, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        seen = see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
+        if HAS_PADDING:
+            column = tl.where(inside, column, BEYOND)
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION) + log2_sample
-        maximum, mass = _add(maximum, mass, logits, seen & _is_history(column, history))
+        if start + BLOCK_N * sample > whole:
+            seen = _is_history(column, history, CAUSAL, WINDOW)
+            if varies:
+                seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
+            logits = tl.where(seen, logits, float("-inf"))
+        maximum, mass = _add(maximum, mass, logits)
 
     for start in range(first, tl.minimum(first_keys, last), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = load_padding(padding, column, (column < first_keys) & (column < last), HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        seen = see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
+        seen = _is_history(tl.where(inside, column, BEYOND), history, CAUSAL, WINDOW)
+        if varies:
+            seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
-        maximum, mass = _add(maximum, mass, logits, seen & _is_history(column, history))
+        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
     last = tl.max(high, 0)
     for start in range(tl.min(tl.where(is_ranked, low, keys), 0), last, BLOCK_N):
@@ -151,9 +170,11 @@ def normaliser_kernel(
         inside = load_padding(padding, column, column < last, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
         seen = see(terms, query_head, position, real, column, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
-        seen = seen & (column[None, :] >= low[:, None]) & (column[None, :] < high[:, None])
+        seen = seen & (column[None, :] >= low[:, None])
+        if not CAUSAL:
+            seen = seen & (column[None, :] < high[:, None])
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
-        maximum, mass = _add(maximum, mass, logits, seen)
+        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
     place = first_guide + head.to(tl.int64) * guides_per_head + guide
     tl.store(lse + place, maximum + tl.log2(mass), mask=real)

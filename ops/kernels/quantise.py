@@ -14,7 +14,12 @@ from .call import channels
 from .helpers import FLOAT8_MAX, load_rows
 
 FLOAT8 = torch.float8_e4m3fn
+INFINITY = tl.constexpr(0x7F800000)
+NAN = tl.constexpr(0x7FC00000)
+"""Of float32, as bits."""
 _ROWS = 128
+_SAMPLE = 256
+"""About how many keys the origin of all is the mean of."""
 
 
 class Operands(NamedTuple):
@@ -43,64 +48,143 @@ def ranks_in_float8(guides: torch.Tensor, softcap: float) -> bool:
 
 
 def quantise(guides: torch.Tensor, key: torch.Tensor) -> Operands:
-    """Guides and centred keys in float8.
+    """Guides and keys in float8, each in units of how far they reach; keys from about their mean.
 
-    Taking the mean key from all keys shifts a query's logits by one number, which the softmax does not see; it takes
-    away what large biases of single channels would cost in precision (SageAttention, arXiv 2410.02367).
+    Taking one vector from all keys shifts a query's logits by one number, which the softmax does not see; their mean
+    takes away what large biases of single channels would cost in precision (SageAttention, arXiv 2410.02367). A sample
+    has as good a mean. The middle of each channel's range would be worse, as one outlying key displaces it.
 
     Args:
         guides: [B, Hkv, guide heads, guides, D].
         key: [B, Hkv, Lk, D].
     """
-    mean = key.mean(-2, keepdim=True)
-    least, most = key.aminmax(dim=-2, keepdim=True)
-    furthest = torch.maximum(most - mean, mean - least).amax((2, 3))
-    ranges = torch.stack([torch.linalg.vector_norm(guides, torch.inf, (2, 3, 4)), furthest]).float()
-    origin = torch.zeros_like(mean)
-    return Operands(
-        _to_float8(guides, origin, ranges[0]), _to_float8(key[:, :, None], mean, ranges[1])[:, :, 0], ranges
-    )
-
-
-def _to_float8(x: torch.Tensor, origin: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
-    batch, groups, heads, length, size = x.shape
-    result = torch.empty(x.shape, dtype=FLOAT8, device=x.device)
-    wrap_triton(quantise_kernel)[(-(-length // _ROWS), heads, batch * groups)](
-        x, origin, ranges, result,
-        *x.stride()[:4], groups, length,
-        D=size, BLOCK_D=channels(size), BLOCK_N=_ROWS, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    return result
+    batch, groups, heads, per_head, size = guides.shape
+    total, keys = heads * per_head, key.shape[2]
+    origin = key[:, :, :: -(-keys // _SAMPLE)].mean(2)
+    ranges = torch.zeros(2, batch, groups, dtype=torch.float32, device=key.device)
+    both = torch.empty(batch, groups, total + keys, size, dtype=FLOAT8, device=key.device)
+    grid = (heads * -(-per_head // _ROWS) + -(-keys // _ROWS), batch * groups)
+    operands = (guides, key, origin, *guides.stride()[:4], *key.stride()[:3], groups, heads, per_head, keys)
+    sizes = {"D": size, "BLOCK_D": channels(size), "BLOCK_N": _ROWS, "num_warps": 4, "num_stages": 1}
+    wrap_triton(reach_kernel)[grid](ranges, *operands, **sizes)
+    wrap_triton(quantise_kernel)[grid](ranges, both, *operands, **sizes)
+    return Operands(both[:, :, :total].unflatten(2, (heads, per_head)), both[:, :, total:], ranges)
 
 
 @triton.jit
-def quantise_kernel(
-    x,
+def _place(heads, per_head, keys, BLOCK_N: tl.constexpr):
+    """A program's head, where keys are one more head after the guides'; its rows [BLOCK_N]; and which are real."""
+    blocks = (per_head + BLOCK_N - 1) // BLOCK_N
+    head = tl.minimum(tl.program_id(0) // blocks, heads)
+    row = (tl.program_id(0) - head * blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return head, row, row < tl.where(head < heads, per_head, keys)
+
+
+@triton.jit
+def _load(
+    guides,
+    key,
     origin,
-    ranges,
-    result,
-    stride_b,
-    stride_g,
-    stride_h,
-    stride_n,
+    guides_stride_b,
+    guides_stride_g,
+    guides_stride_h,
+    guides_stride_n,
+    key_stride_b,
+    key_stride_h,
+    key_stride_n,
     groups,
-    length,
+    heads,
+    place,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The guides, or keys from `origin` [B, groups, D], at a `_place`: float32, zeros where there are none."""
+    head, row, real = place
+    batch, group = (tl.program_id(1) // groups).to(tl.int64), (tl.program_id(1) % groups).to(tl.int64)
+    if head < heads:
+        guides += batch * guides_stride_b + group * guides_stride_g + head.to(tl.int64) * guides_stride_h
+        rows = load_rows(guides, row, real, guides_stride_n, D, BLOCK_D).to(tl.float32)
+    else:
+        key += batch * key_stride_b + group * key_stride_h
+        channel = tl.arange(0, BLOCK_D)
+        centre = tl.load(origin + tl.program_id(1) * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+        rows = load_rows(key, row, real, key_stride_n, D, BLOCK_D).to(tl.float32)
+        rows = tl.where(real[:, None], rows - centre[None, :], 0.0)
+    return rows
+
+
+@triton.jit
+def reach_kernel(
+    ranges,
+    guides,
+    key,
+    origin,
+    guides_stride_b,
+    guides_stride_g,
+    guides_stride_h,
+    guides_stride_n,
+    key_stride_b,
+    key_stride_h,
+    key_stride_n,
+    groups,
+    heads,
+    per_head,
+    keys,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write (x - origin) in units of range / FLOAT8_MAX: x [B, groups, heads, length, D], origin [B, groups, D].
+    """Raise `ranges` [2, B, groups] to the largest magnitudes of guides and of keys from `origin`, NaN for infinity.
 
-    Program (block of rows; head; batch entry and group).
+    Program (block of guides or of keys; batch entry and group).
     """
-    batch, group = (tl.program_id(2) // groups).to(tl.int64), (tl.program_id(2) % groups).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    place = _place(heads, per_head, keys, BLOCK_N)
+    rows = _load(
+        guides, key, origin, guides_stride_b, guides_stride_g, guides_stride_h, guides_stride_n,
+        key_stride_b, key_stride_h, key_stride_n, groups, heads, place, D, BLOCK_D,
+    )  # fmt: skip
+    # Magnitudes have the order of their bits, with infinity and NaN above all.
+    furthest = tl.max(tl.max(tl.abs(rows).to(tl.int32, bitcast=True), 1), 0)
+    furthest = tl.where(furthest < INFINITY, furthest, NAN)
+    ranges += (place[0] == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)
+    tl.atomic_max(ranges.to(tl.pointer_type(tl.int32), bitcast=True), furthest, sem="relaxed")
+
+
+@triton.jit
+def quantise_kernel(
+    ranges,
+    result,
+    guides,
+    key,
+    origin,
+    guides_stride_b,
+    guides_stride_g,
+    guides_stride_h,
+    guides_stride_n,
+    key_stride_b,
+    key_stride_h,
+    key_stride_n,
+    groups,
+    heads,
+    per_head,
+    keys,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write guides of all heads, then keys from `origin`, in units of range / FLOAT8_MAX: [B, groups, rows, D].
+
+    Program (block of guides or of keys; batch entry and group).
+    """
+    place = _place(heads, per_head, keys, BLOCK_N)
+    head, row, real = place
+    rows = _load(
+        guides, key, origin, guides_stride_b, guides_stride_g, guides_stride_h, guides_stride_n,
+        key_stride_b, key_stride_h, key_stride_n, groups, heads, place, D, BLOCK_D,
+    )  # fmt: skip
+    ranges += (head == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)
+    rows *= FLOAT8_MAX / tl.maximum(tl.load(ranges), 1e-30)
     channel = tl.arange(0, BLOCK_D)
-    inside = (row < length)[:, None] & (channel < D)[None, :]
-    rows = load_rows(x + batch * stride_b + group * stride_g + head * stride_h, row, row < length, stride_n, D, BLOCK_D)
-    centre = tl.load(origin + tl.program_id(2) * D + channel, mask=channel < D, other=0.0)
-    unit = tl.maximum(tl.load(ranges + tl.program_id(2)), 1e-30) / FLOAT8_MAX
-    rows = (rows.to(tl.float32) - centre.to(tl.float32)[None, :]) / unit
-    place = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + head) * length
-    tl.store(result + (place + row)[:, None] * D + channel[None, :], rows.to(tl.float8e4nv), mask=inside)
+    result += (tl.program_id(1).to(tl.int64) * (heads * per_head + keys) + head * per_head) * D
+    pointers = result + row.to(tl.int64)[:, None] * D + channel[None, :]
+    tl.store(pointers, rows.to(tl.float8e4nv), mask=real[:, None] & (channel < D)[None, :])

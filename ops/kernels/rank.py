@@ -16,7 +16,7 @@ from .importance import importance_kernel
 from .normaliser import normaliser_kernel
 from .quantise import Operands, ranking_operands
 from .select import select_kernel
-from .tiling import importance_tiling, normaliser_tiling, rows_per_list
+from .tiling import importance_tiling, normaliser_tiling
 
 _SPAN = ("queries", "keys", "ranked_segments", "offset", "window", "near_keys", "SEGMENT", "CAUSAL", "WINDOW")
 CHUNK = 4096
@@ -35,10 +35,10 @@ class Lists:
 
 
 class Ranking(NamedTuple):
-    """What log-sum-exps are estimated from, what keys are scored by, and what weighs their shares of mass."""
+    """What keys are scored by, the guides' log-sum-exps from all channels, and what weighs their shares of mass."""
 
-    whole: Operands
     scored: Operands
+    lse: torch.Tensor
     distances: torch.Tensor | None
 
     @classmethod
@@ -47,7 +47,7 @@ class Ranking(NamedTuple):
         whole = ranking_operands(guides, call.key, call.softcap)
         projected, key = project(guides, call.key, call.config.channels, call.valid)
         scored = whole if key is call.key else ranking_operands(projected, key, call.softcap)
-        return cls(whole, scored, call.distances())
+        return cls(scored, normalisers(call, whole), call.distances())
 
 
 def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
@@ -64,8 +64,7 @@ def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
 def select(call: Call, ranking: Ranking, segments: range) -> Lists:
     """The keys that their importance and draws choose."""
     config = call.config
-    lse = normalisers(call, ranking.whole, segments)
-    importance = score(call, ranking, lse, segments)
+    importance = score(call, ranking, segments)
     lists, capacity = importance.shape
     index = torch.empty_like(importance, dtype=torch.int32)
     count = index.new_empty(lists)
@@ -80,19 +79,21 @@ def select(call: Call, ranking: Ranking, segments: range) -> Lists:
         HAS_MEANS=config.has_means,
         BLOCK_N=512, num_warps=1, num_stages=2,
     )  # fmt: skip
-    return Lists(index, count, skipped, importance, lse)
+    return Lists(index, count, skipped, importance, ranking.lse)
 
 
-def normalisers(call: Call, operands: Operands, segments: range) -> torch.Tensor:
-    """The log-sum-exp of each guide [B, Hkv, guide heads, guides], in units of log 2; of those of `segments`."""
-    config, guides, key = call.config, operands.guides, operands.key
+def normalisers(call: Call, operands: Operands) -> torch.Tensor:
+    """The log-sum-exp of each guide [B, Hkv, guide heads, guides], in units of log 2.
+
+    Of all segments at once: those of a run are too few to fill a GPU.
+    """
+    config, guides, key, segments = call.config, operands.guides, operands.key, range(call.geometry.segments)
     lse = torch.empty(guides.shape[:-1], dtype=torch.float32, device=guides.device)
     total = guides.shape[2] * (config.segment // config.pool)
     tiling = normaliser_tiling(key.shape[-1], key.element_size(), total)
-    rows = rows_per_list(total, tiling.rows)
-    together = tiling.rows // rows
+    together = tiling.segments(total)
     wrap_triton(normaliser_kernel)[
-        (-(-len(segments) // together), -(-total // rows), call.query.shape[0] * call.groups)
+        (-(-len(segments) // together), -(-total * together // tiling.rows), call.query.shape[0] * call.groups)
     ](
         guides, operands.ranges, key, *call.masks, lse,
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
@@ -104,7 +105,7 @@ def normalisers(call: Call, operands: Operands, segments: range) -> torch.Tensor
     return lse
 
 
-def score(call: Call, ranking: Ranking, lse: torch.Tensor, segments: range) -> torch.Tensor:
+def score(call: Call, ranking: Ranking, segments: range) -> torch.Tensor:
     """The importance of the keys of each list's history [lists, keys], in steps of the threshold."""
     config, operands, distances = call.config, ranking.scored, ranking.distances
     guides, key = operands.guides, operands.key
@@ -114,11 +115,11 @@ def score(call: Call, ranking: Ranking, lse: torch.Tensor, segments: range) -> t
     importance = torch.empty(lists, capacity, dtype=call.importance_dtype, device=guides.device)
     total = guides.shape[2] // call.lists * (config.segment // config.pool)
     tiling = importance_tiling(key.shape[-1], key.element_size(), total)
-    rows = rows_per_list(total, tiling.rows)
-    together = tiling.rows // rows
+    together = tiling.segments(total)
     programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
     wrap_triton(importance_kernel)[(programs, call.lists, batch)](
-        guides, operands.ranges, lse, key, lse if distances is None else distances, *call.masks, importance,
+        guides, operands.ranges, ranking.lse, key, ranking.lse if distances is None else distances, *call.masks,
+        importance,
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
         capacity=capacity,
         chunk=CHUNK,

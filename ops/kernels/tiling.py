@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from triton import next_power_of_2
@@ -25,6 +26,10 @@ class Tiling(NamedTuple):
         """As arguments of a launch."""
         return {"BLOCK_M": self.rows, "BLOCK_N": self.keys, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
+    def segments(self, guides: int) -> int:
+        """Segments, of so many guides each, whose guides are multiplied at once."""
+        return self.rows // rows_per_list(guides, self.rows)
+
 
 def ranking_tiling(channels: int, itemsize: int) -> Tiling:
     """Of the kernels that multiply guides by keys, for the channels of a key and the bytes of each."""
@@ -33,22 +38,25 @@ def ranking_tiling(channels: int, itemsize: int) -> Tiling:
     return Tiling(64, 64, 4, 2) if channels * itemsize <= 512 else Tiling(32, 32, 4, 2)
 
 
+@functools.cache
 def normaliser_tiling(channels: int, itemsize: int, guides: int) -> Tiling:
     """Of `normaliser_kernel`, for so many guides of a segment: few of them need small blocks to fill the GPU."""
     tiling = ranking_tiling(channels, itemsize)
     return Tiling(64, 128, 4, 3) if itemsize == 1 and channels <= 128 and guides <= 64 else tiling
 
 
+@functools.cache
 def importance_tiling(channels: int, itemsize: int, guides: int) -> Tiling:
     """Of `importance_kernel`, for so many guides of a list; beyond one block they are loaded anew for each of keys."""
     tiling = ranking_tiling(channels, itemsize)
-    rows = rows_per_list(guides, tiling.rows)
+    rows = tiling.rows // tiling.segments(guides)
     if guides <= rows:
         return tiling
     stage = (-(-guides // rows) * rows + tiling.keys) * channels * itemsize
     return tiling._replace(num_stages=max(1, min(tiling.num_stages, SHARED_MEMORY // stage)))
 
 
+@functools.cache
 def attend_tiling(channels: int, itemsize: int, rows: int) -> Tiling:
     """Of `attend_kernel`, for rows of a tile, the channels of the wider of a key and a value, and the bytes of each."""
     rows, row_bytes = max(16, next_power_of_2(rows)), channels * itemsize
@@ -58,6 +66,7 @@ def attend_tiling(channels: int, itemsize: int, rows: int) -> Tiling:
     return Tiling(rows, keys, 8 if rows > 128 or channels > 128 else 4, 2)
 
 
+@functools.cache
 def rows_per_list(rows: int, most: int) -> int:
     """How many guides of a list a kernel scores at once: the power of two that leaves the fewest places empty."""
     if rows <= most:

@@ -17,4 +17,6 @@ def test_kernels_compile_for_gpus(dtype: str) -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     built = run.stdout.split()
-    assert {"normaliser_kernel-80", "importance_kernel-90", "select_kernel-90", "attend_kernel-90"} <= set(built)
+    kernels = {"pool_kernel-80", "normaliser_kernel-80", "importance_kernel-90", "select_kernel-90", "attend_kernel-90"}
+    assert kernels <= set(built)
+    assert ("reach_kernel-90" in built) == ("quantise_kernel-90" in built) == (dtype != "float32")

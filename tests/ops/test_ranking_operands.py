@@ -1,0 +1,79 @@
+"""Guides and keys as the kernels rank them: pooled, and in float8."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2o_compile.ops import S2OConfig, guides
+from s2o_compile.ops.kernels import guides as kernel_guides
+from s2o_compile.ops.kernels.quantise import Operands, quantise
+
+from .comparison import largest_difference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COARSEST = 0.13 if DEVICE == "cuda" else 0.51
+"""Largest share of a number that float8 loses; the interpreter forgets to carry where rounding reaches a power of 2."""
+
+
+def random(*shape: int) -> torch.Tensor:
+    """Numbers in half precision, not contiguous."""
+    return torch.randn(*shape[:-1], shape[-1] + 3, device=DEVICE).half()[..., 1:-2]
+
+
+@settings(max_examples=12)
+@given(
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.sampled_from([1, 3]), st.integers(1, 90)),
+    channels=st.sampled_from([16, 40]),
+    pool=st.sampled_from([1, 2, 8, 32]),
+    per=st.sampled_from(["head", "group"]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+)
+def test_guides_are_pooled_queries(
+    sizes: tuple[int, ...], channels: int, pool: int, per: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(sum(sizes))
+    query, config = random(*sizes, channels).to(dtype), S2OConfig(pool=pool, guides=per)
+    want, got = guides.pool_guides(query.double(), config), kernel_guides.pool_guides(query, config)
+    assert got.dtype == dtype
+    assert got.shape == want.shape
+    assert largest_difference(got, want) <= 2 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def operands(bias: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Guides of 2 heads and 600 keys, with a bias of single channels and a key far from all others."""
+    torch.manual_seed(2)
+    key = random(2, 2, 600, 40) + bias * (torch.arange(40, device=DEVICE) % 8 == 0)
+    key[1, 1, 0] += 60
+    return random(2, 2, 2, 70, 40), key.half()
+
+
+def restored(quantised: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """Guides and centred keys that stand for what was quantised."""
+    of_guides, of_keys = quantised.ranges[..., None, None] / 448
+    return quantised.guides.float() * of_guides[..., None], quantised.key.float() * of_keys
+
+
+@pytest.mark.parametrize("bias", [0.0, 30.0])
+def test_float8_keeps_its_share_of_each_number(bias: float) -> None:
+    """Of keys from their mean: a bias that all share, or one far key, takes no precision from the others."""
+    guides, key = operands(bias)
+    got_guides, got_key = restored(quantise(guides, key))
+    assert ((got_guides - guides).abs() <= COARSEST * guides.abs() + 1e-4).all()
+    centred = key.float() - key.float().mean(2, keepdim=True)
+    shift = (got_key - centred)[:, :, 1:].mean(2, keepdim=True)
+    assert shift.abs().max() <= 1
+    assert ((got_key - centred - shift).abs() <= COARSEST * (centred.abs() + 1)).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_bad_numbers_make_the_logits_of_their_group_nan(bad: float) -> None:
+    """So that all its keys are visited, and none of another group's."""
+    guides, key = operands()
+    key[1, 0, 77, 5] = bad
+    got = quantise(guides, key)
+    logits = got.guides.float() @ got.key.float()[:, :, None].mT * got.ranges.prod(0)[..., None, None, None]
+    assert logits[1, 0].isnan().all()
+    assert logits.isfinite().sum() == logits.numel() * 3 / 4
