@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops.contribution import sampled_rows
 from s2o_compile.ops.density import density, scored_channels
 from s2o_compile.ops.geometry import Geometry
 from s2o_compile.ops.visibility import Visibility
@@ -79,7 +80,7 @@ def operator_attention(config: S2OConfig, layer: Layer) -> tuple[AttentionResult
 
 
 def ranking_flops(layer: Layer, config: S2OConfig) -> float:
-    """FLOPs of the products between guides and keys: the scores, and the sample that estimates log-sum-exps."""
+    """FLOPs that rank keys: the scores, the sample that estimates log-sum-exps, and the one that estimates outputs."""
     if not config.threshold:
         return 0.0  # every key is visited
     geometry = Geometry.of(layer.query[None], layer.key[None], Visibility(is_causal=True), config)
@@ -88,7 +89,11 @@ def ranking_flops(layer: Layer, config: S2OConfig) -> float:
     for segment in range(geometry.ranked_segments):
         queries = min(config.segment, layer.length - segment * config.segment)
         scored += -(-queries // config.pool) * geometry.span(segment).low
-    return 2.0 * heads * scored * scored_channels(config, layer.key.shape[-1])
+    flops = 2.0 * heads * scored * scored_channels(config, layer.key.shape[-1])
+    if config.measure == "output":
+        rows = layer.heads * len(sampled_rows(layer.length, layer.heads // len(layer.key), layer.key.device))
+        flops += 2.0 * rows * layer.length * (layer.key.shape[-1] + layer.value.shape[-1])
+    return flops
 
 
 def rule(function: Rule, dial: str, settings: tuple[float, ...], default: float | None = None) -> Method:
@@ -102,12 +107,15 @@ def operator(config: S2OConfig, settings: tuple[float, ...], default: float | No
 
 
 COVERED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-PACKED_MEANS = S2OConfig(guides="group", pool=8, max_weight=0, mean_weight=1, tail="means", near_keys=128)
+PACKED_MEANS = S2OConfig(
+    guides="group", pool=8, channels=None, max_weight=0, mean_weight=1, tail="means", near_keys=128
+)
+LEAST_WORK = S2OConfig(pool=4, lists="head", sample=64, measure="output")
 
 METHODS: dict[str, Method] = {
     "s2o": operator(S2OConfig(), (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128), S2OConfig().threshold),
     "s2o, packed": operator(PACKED_MEANS, (1e-5, 2e-5, 4e-5, 1e-4, 3e-4, 1e-3)),
-    "s2o, pool 4": operator(S2OConfig(pool=4), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+    "s2o, least work": operator(LEAST_WORK, (2e-3, 4e-3, 6e-3, 8e-3, 1.6e-2, 3.2e-2)),
     "S2O as published": operator(S2OConfig.paper(), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), S2OConfig.paper().threshold),
     "PBS-Attn": rule(pbs.pbs, "covers", COVERED, pbs.THRESHOLD),
     "XAttention, stride 8": rule(xattention.xattention, "covers", COVERED, xattention.THRESHOLD),

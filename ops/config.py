@@ -33,9 +33,9 @@ class S2OConfig:
         channels: Keys are scored in so many directions of the head dimension, those that carry most of the products of
             this call's queries and keys (`ops.projection`); None for all channels.
         lists: "group" for one list of keys per KV group, "head" for one per query head.
-        measure: What importance measures: "mass", the share of a query's softmax mass that a key holds; or "output", that
-            share times how far the key's value lies from the group's outputs, in units of these (`ops.contribution`),
-            so that equal thresholds mean errors of like size in layers that differ in their values.
+        measure: What importance measures: "mass", the share of a query's softmax mass that a key holds; or "output",
+            that share times how far the key's value lies from the group's outputs, in units of these
+            (`ops.contribution`), so that equal thresholds mean errors of like size in layers of unlike values.
         max_weight: Weight of the largest probability that a guide gives a key, in the key's importance.
         mean_weight: Weight of the mean probability over all guides of a list; importance is the larger term.
         sample: A guide's log-sum-exp is estimated from its dense span and every `sample`-th key of the history;
@@ -53,9 +53,10 @@ class S2OConfig:
         last_queries: The last queries of a call, attended densely (rounded up to whole segments).
         error_budget: The relative squared error that a call of attention may have,
             `sum |o - o_dense|^2 / sum |o_dense|^2` over all its queries, heads and sequences, against dense attention.
-            Above 0 and below 1; it decides `threshold`, which is then the budget itself. That is a rule of thumb, not a
-            bound: the error stayed below the threshold in all layers of real models that were measured, far below it in
-            most, and rose to 2.6 times it on made-up inputs of 131,072 positions (benchmarks/FINDINGS.md).
+            Above 0 and below 1; it decides `threshold`, which is then the budget itself, and `measure`, which is then
+            "output". That is a rule of thumb, not a bound: the error stayed below the threshold in all layers of real
+            models that were measured, far below it in most, and rose to 2.6 times it on made-up inputs of 131,072
+            positions (benchmarks/FINDINGS.md).
             ``s2o_compile.calibrate`` measures instead.
         calibration: The path of a file by ``s2o_compile.calibrate``: each attention site gets the threshold that kept
             the file's error budget, and the settings with which it did.
@@ -147,8 +148,8 @@ class S2OConfig:
             **changes: Other fields to set.
         """
         published: dict[str, Any] = {
-            "segment": 512, "tile": 128, "pool": 512, "channels": None, "lists": "head", "sample": 1, "stop": "gain", "chunk": 128,
-            "tail": "none", "first_keys": 0, "near_keys": 0, "last_queries": 0,
+            "segment": 512, "tile": 128, "pool": 512, "channels": None, "lists": "head", "sample": 1, "stop": "gain",
+            "chunk": 128, "tail": "none", "first_keys": 0, "near_keys": 0, "last_queries": 0,
         }  # fmt: skip
         return cls(threshold=threshold, **(published | changes))
 
@@ -184,14 +185,14 @@ class S2OConfig:
         return self.has_samples and (self.pool > 1 or self.guides == "group" or self.projects(size))
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``torch.ops.s2o.attention``: the fields, with the threshold that `error_budget` means.
+        """Keyword arguments of ``torch.ops.s2o.attention``: the fields, with those that `error_budget` decides.
 
         Raises:
             ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
         """
         _check(self, "calibration", self.calibration is None, "None where no attention site of a model is known")
         found = {field.name: getattr(self, field.name) for field in operator_fields()}
-        return found if self.error_budget is None else found | {"threshold": self.error_budget}
+        return found if self.error_budget is None else found | {"threshold": self.error_budget, "measure": "output"}
 
     @functools.cached_property
     def as_json(self) -> str:

@@ -1,8 +1,8 @@
 """What leaving a key out does to the output: how far its value lies from the outputs, in their own units.
 
 A row that gives key j a share p of its mass errs by p (v_j - o) without it. The outputs o are not known before, but
-their mean square over the queries of a KV group can be estimated from a few of them, and values far from the mean output
-are about orthogonal to it, so that |v_j - o|^2 is about |v_j|^2 + |o|^2. Visiting keys with a probability in proportion
+their mean square over the queries of a KV group can be estimated from a few of them, and values that are far away are
+about orthogonal to them, so that |v_j - o|^2 is about |v_j|^2 + |o|^2. Visiting keys with a probability in proportion
 to the size of what they add (Neyman allocation, Cochran, Sampling Techniques, 5.5) gives the least error for the work.
 """
 
@@ -36,8 +36,8 @@ def value_distances(
         softcap: Bound of the logits, 0 for none.
 
     Returns:
-        [..., Lk], float32 or float64; ones where no row has an output other than zero. Rows whose output is not finite do
-        not count.
+        [..., Lk], float32 or float64; ones where no row has an output other than zero. Rows whose output is not finite
+        do not count.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
     logits = (query.flatten(-3, -2) @ key.mT).to(dtype).unflatten(-2, query.shape[-3:-1])

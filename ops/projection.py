@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 _ROWS = 2**13
@@ -40,8 +38,8 @@ def principal_directions(query: torch.Tensor, key: torch.Tensor, channels: int) 
 
     With second moments Q of queries and K of keys, the best subspace for keys is that of the largest eigenvalues of
     K Q, found by subspace iteration (Golub and Van Loan, Matrix Computations, 8.2) from the channels that carry most of
-    the products; with a basis Y of it, k's projection is Y (Y' Q Y)^-1 Y' Q k, which errs least in the mean square of its
-    products with queries. All of it are matrix products and factorisations that need no synchronisation.
+    the products; with a basis Y of it, k's projection is Y (Y' Q Y)^-1 Y' Q k, which errs least in the mean square of
+    its products with queries. All of it are matrix products and factorisations that need no synchronisation.
 
     Args:
         query: [..., n, D].
@@ -66,7 +64,7 @@ def _orthonormal(x: torch.Tensor) -> torch.Tensor:
 
 
 def _root(gram: torch.Tensor) -> torch.Tensor:
-    """The Cholesky factor of a Gram matrix, which fewer rows than channels leave singular but for what is added here."""
+    """The Cholesky factor of a Gram matrix, which fewer rows than channels leave singular but for what is added."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     slack = diagonal.mean(-1, keepdim=True) * (10 * torch.finfo(gram.dtype).eps) + _TINY
     return torch.linalg.cholesky_ex(gram + torch.diag_embed(slack.expand_as(diagonal)))[0]

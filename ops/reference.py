@@ -233,7 +233,9 @@ class Segment:
             return weighed
         place = torch.arange(rows.start, rows.stop, device=logits.device) - self.rows.start
         lse = self.guide_lse[head % len(self.guide_lse), place // self.config.pool]
-        most = (lse + math.log(MOST * self.config.threshold)).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        most = (lse + math.log(MOST * self.config.threshold)).nan_to_num(
+            nan=math.inf, posinf=math.inf, neginf=-math.inf
+        )
         return torch.minimum(weighed, torch.maximum(logits, most[:, None]))
 
     def means(self, query: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

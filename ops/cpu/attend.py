@@ -92,7 +92,9 @@ class Attention:
 
     def bound(self, lse: torch.Tensor) -> torch.Tensor:
         """What weights may raise logits to [tiles, G, tile], given their guides' log-sum-exps [segments, heads, n]."""
-        most = (lse + math.log(MOST * self.config.threshold)).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        most = (lse + math.log(MOST * self.config.threshold)).nan_to_num(
+            nan=math.inf, posinf=math.inf, neginf=-math.inf
+        )
         rows = most.repeat_interleave(self.config.pool, 2).expand(-1, self.group.heads, -1)
         return rows.unflatten(2, (-1, self.config.tile)).transpose(1, 2).flatten(0, 1)
 

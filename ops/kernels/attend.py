@@ -49,8 +49,7 @@ def _add(
     """Add the keys and values at `index` [N] that are `inside` to the online softmax of the rows that see them.
 
     `inside` and `seen` are None where every row sees every key, `bias` [N] where there is none, `most` [M] where it may
-    raise logits without a bound. Logits, the bias and the maximum are in steps of `unit`, a step of log 2, which saves a
-    multiplication for each of them.
+    raise logits without a bound. All of them are in steps of `unit`, a step of log 2, which saves a multiplication.
     """
     if VARIES:
         # What a key holds that no row sees does not matter.

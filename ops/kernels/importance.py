@@ -92,8 +92,9 @@ def importance_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write importance [lists, capacity], shares of mass times `distances` [B, groups, Lk], in steps of `threshold`; NaN is sure to be visited, -1 is not to be visited.
+    """Write importance [lists, capacity], in steps of `threshold`; NaN is sure to be visited, -1 is not to be visited.
 
+    With MEASURES_OUTPUT the shares of mass are multiplied by `distances` [B, groups, Lk].
     Lists stand in the order [batch, group, list, segment], keys from where the segment's history starts. Program
     (`chunk` keys for SEGMENTS consecutive segments, last first; list of the group; batch entry and group). Keys are the
     rows of the product, so that the maximum over guides stays within a warp.
