@@ -26,7 +26,7 @@ from rich.table import Table
 
 from s2o_compile import Calibration, S2OConfig, calibrate
 from s2o_compile.calibration.sites import SiteCall, call_sites
-from s2o_compile.cli.options import Device
+from s2o_compile.cli.options import Device, Json
 from s2o_compile.demo.document import build_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model
@@ -173,7 +173,7 @@ def main(
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Calibrate a model on one text and measure its errors on others."""
     place, progress = choose_device(device), Progress()

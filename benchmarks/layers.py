@@ -23,7 +23,7 @@ from rich.table import Table
 
 from s2o_compile.calls import AttentionCalls, Call
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, read_config
+from s2o_compile.cli.options import Device, Json, read_config
 from s2o_compile.demo.document import build_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model
@@ -96,7 +96,7 @@ def main(
     option: Annotated[list[str] | None, typer.Option(help="A field of S2OConfig, NAME=VALUE.")] = None,
     device: Device = "auto",
     repetitions: Annotated[int, typer.Option(help="Runs of each contender per layer.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time the operator and SDPA on each layer of a model that prefills a document."""
     place = choose_device(device)

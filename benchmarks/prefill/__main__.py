@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, DType, make_folder, read_config
+from s2o_compile.cli.options import Device, DType, Json, make_folder, read_config
 from s2o_compile.demo.model import choose_device, choose_dtype
 
 from ..command import run, wide_console
@@ -46,7 +46,7 @@ def main(
     device: Device = "auto",
     dtype: DType = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for prefill.json.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time whole prefills with and without sparse attention."""
     place = choose_device(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,15 +63,19 @@ def _read_option(text: str) -> tuple[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder where it is missing.
+    """Make a folder where it is missing, and refuse one that could not be written into at the end of the work.
 
     Raises:
-        UsageError: It cannot be made.
+        UsageError: It cannot be made, or not be written into.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"The folder {folder} cannot be written into: {error.strerror}.") from error
 
 
 def check_file(path: Path) -> None:
