@@ -27,7 +27,7 @@ from rich.table import Table
 from s2o_compile import Calibration, S2OConfig, calibrate
 from s2o_compile.calibration.sites import SiteCall, call_sites
 from s2o_compile.cli.options import Device, Json
-from s2o_compile.demo.document import build_document, read_texts
+from s2o_compile.demo.document import build_document, check_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model
 from s2o_compile.demo.progress import Progress
@@ -177,6 +177,7 @@ def main(
 ) -> None:
     """Calibrate a model on one text and measure its errors on others."""
     place, progress = choose_device(device), Progress()
+    check_document(document, min(length, held_out_length or length))
     loaded, tokenizer = load_model(model, place, choose_dtype("auto", place))
     pieces = read_texts(document)
     lengths = [length] + [held_out_length or length] * texts

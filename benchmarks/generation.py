@@ -26,7 +26,7 @@ from rich.table import Table
 import s2o_compile
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import Device, Json, make_folder, read_config
-from s2o_compile.demo.document import build_document, read_texts
+from s2o_compile.demo.document import build_document, check_document, read_texts
 from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.choice import DEFAULT_MIN_LENGTH
@@ -188,6 +188,7 @@ def main(
     if output:
         make_folder(output)
     place = choose_device(device)
+    check_document(document, length)
     least, note = None, ""
     if length < DEFAULT_MIN_LENGTH[place.type]:
         least, note = 1, f"min_length=1: by default prompts of {length:,} tokens run dense."

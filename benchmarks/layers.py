@@ -24,7 +24,7 @@ from rich.table import Table
 from s2o_compile.calls import AttentionCalls, Call
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import Device, Json, read_config
-from s2o_compile.demo.document import build_document, read_texts
+from s2o_compile.demo.document import build_document, check_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model
 from s2o_compile.ops import AttentionResult, S2OConfig
@@ -100,6 +100,7 @@ def main(
 ) -> None:
     """Time the operator and SDPA on each layer of a model that prefills a document."""
     place = choose_device(device)
+    check_document(document, length)
     loaded, tokenizer = load_model(model, place, choose_dtype("auto", place))
     text = build_document(tokenizer, read_texts(document), length)
     config = read_config(None, 0, option or [])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -123,7 +123,7 @@ def describe(model: Any, name: str, settings: Settings) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu",
         "dtype": str(weight.dtype).removeprefix("torch."),
         "rope": getattr(config, "rope_parameters", None),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "versions": f"torch {torch.__version__}, transformers {version('transformers')}",
         "s2o": S2OConfig().arguments(),
         "documents": asdict(settings) | {"text": str(settings.text or "Python's standard library")},
     }
