@@ -95,7 +95,7 @@ def main(
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="A field of S2OConfig, NAME=VALUE.")] = None,
     device: Device = "auto",
-    repetitions: Annotated[int, typer.Option(help="Runs of each contender per layer.")] = 3,
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs of each contender per layer.")] = 3,
     as_json: Json = False,
 ) -> None:
     """Time the operator and SDPA on each layer of a model that prefills a document."""

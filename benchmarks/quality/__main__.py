@@ -40,7 +40,7 @@ def choose(names: list[str], variants: list[str]) -> dict[str, Attention]:
     """
     _check_names("--method", names, METHODS)
     chosen = {name: METHODS[name] for name in names}
-    return chosen | {f"s2o, {text}": operator(read_config(None, 0, text.split())) for text in variants}
+    return chosen | {f"s2o, {text}": operator(read_config(None, 0, text.split(), "--s2o")) for text in variants}
 
 
 def choose_tasks(names: list[str] | None, settings: Settings) -> list[str]:

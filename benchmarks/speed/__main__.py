@@ -96,7 +96,7 @@ def choose(
     lengths = lengths or list(LENGTHS[device.type])
     densities = densities or [DENSITY]
     if len(densities) not in (1, len(lengths)) or not all(0 < one < 1 for one in densities):
-        raise UsageError(f"--density must be given once or {len(lengths)} times, between 0 and 1, not as {densities}.")
+        raise UsageError(f"--density must be given once, or once a length, between 0 and 1, not as {densities}.")
     configs = {text: read_setting(text) for text in settings or PRESETS}
     dense = dense or (["flash"] if device.type == "cpu" else list(DENSE))
     contenders = tuple(name for name in _known("--dense", dense, [*DENSE, "none"]) if name != "none")
