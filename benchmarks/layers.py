@@ -101,9 +101,9 @@ def main(
     """Time the operator and SDPA on each layer of a model that prefills a document."""
     place = choose_device(device)
     check_document(document, length)
+    config = read_config(None, 0, option or [])
     loaded, tokenizer = load_model(model, place, choose_dtype("auto", place))
     text = build_document(tokenizer, read_texts(document), length)
-    config = read_config(None, 0, option or [])
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.no_grad():
         task = progress.add_task("Prefill", total=loaded.config.num_hidden_layers)
         rows: list[Row] = []
