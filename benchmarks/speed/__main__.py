@@ -43,7 +43,7 @@ def main(
         typer.Option(help=f"{', '.join(PRESETS)}, or fields of S2OConfig, NAME=VALUE ...; repeatable."),
     ] = None,
     dense: Annotated[list[str] | None, typer.Option(help=f"{', '.join(DENSE)} or none; repeatable.")] = None,
-    dense_up_to: Annotated[int, typer.Option(help="Positions up to which dense attention runs.")] = 262_144,
+    dense_up_to: Annotated[int, typer.Option(min=0, help="Positions up to which dense attention runs.")] = 262_144,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 5,
     device: Device = "auto",
     dtype: DType = "auto",
