@@ -26,8 +26,8 @@ from rich.table import Table
 
 from s2o_compile import Calibration, S2OConfig, calibrate
 from s2o_compile.calibration.sites import SiteCall, call_sites
-from s2o_compile.cli.options import Device
-from s2o_compile.demo.document import build_document, read_texts
+from s2o_compile.cli.options import Device, Json, read_config
+from s2o_compile.demo.document import build_document, check_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model
 from s2o_compile.demo.progress import Progress
@@ -173,16 +173,19 @@ def main(
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Calibrate a model on one text and measure its errors on others."""
     place, progress = choose_device(device), Progress()
+    budgets = budget or [1e-3, 3e-3, 1e-2]
+    for one in budgets:
+        read_config(None, None, [f"error_budget={one}"])
+    check_document(document, min(length, held_out_length or length))
     loaded, tokenizer = load_model(model, place, choose_dtype("auto", place))
     pieces = read_texts(document)
     lengths = [length] + [held_out_length or length] * texts
     documents = [build_document(tokenizer, pieces, tokens, seed) for seed, tokens in enumerate(lengths)]
     seen, *others = (prefill_inputs(text, place) for text in documents)
-    budgets = budget or [1e-3, 3e-3, 1e-2]
     calibrations = [calibrate(loaded, seen, error_budget=one, output=None) for one in budgets]
     calls: list[HeldOut] = []
     with progress.step("Other texts") as update:

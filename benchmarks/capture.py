@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -23,7 +23,7 @@ from rich.progress import Progress
 from s2o_compile.calls import AttentionCalls, Call
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import Device, DType, make_folder
-from s2o_compile.demo.document import build_document, read_texts
+from s2o_compile.demo.document import build_document, check_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model, model_name
 
@@ -87,7 +87,7 @@ def describe(model: Any, name: str | None, text: str, tokens: list[int]) -> dict
         "tokens": " ".join(map(str, tokens)),
         "tokens_sha256": hashlib.sha256(torch.tensor(tokens, dtype=torch.int32).numpy().tobytes()).hexdigest(),
         "positions": str(len(tokens)),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "versions": f"torch {torch.__version__}, transformers {version('transformers')}",
     }
 
 
@@ -102,6 +102,7 @@ def main(
 ) -> None:
     """Record the attention inputs of a model that prefills a document."""
     place = choose_device(device)
+    check_document(document, length)
     make_folder(output)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Loading the model", total=None)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from s2o_compile.cli.errors import UsageError
 
@@ -58,6 +56,8 @@ class Layer:
 
 def save_layer(layer: Layer, path: Path) -> None:
     """Write a layer and its facts."""
+    from safetensors.torch import save_file
+
     facts = layer.facts | {"scale": repr(layer.scale)}
     tensors = {"q": layer.query, "k": layer.key, "v": layer.value}
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, facts)
@@ -69,6 +69,8 @@ def load_layer(path: Path, device: torch.device | str = "cpu") -> Layer:
     Raises:
         UsageError: The file cannot be read or does not hold attention inputs.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt", str(device)) as file:
             facts, names = file.metadata() or {}, set(file.keys())

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import typer
 from rich.console import Console
 
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.demo.errors import DemoError
+from s2o_compile.cli.app import run as run_command_line
 
 
 def run(main: Callable[..., None]) -> None:
     """Run `main` on the process's arguments; what the user did wrong is one sentence on stderr and exit code 2."""
-    try:
-        typer.run(main)
-    except (DemoError, UsageError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    benchmark = typer.Typer(add_completion=False)
+    benchmark.command()(main)
+    run_command_line(benchmark)
 
 
 def wide_console() -> Console:

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from s2o_compile.cli.options import check_file
+from s2o_compile.cli.options import Json
 from s2o_compile.ops import S2OConfig
 from s2o_compile.passes import rewrite
 
@@ -103,16 +102,15 @@ def render(rows: list[Row]) -> Table:
 def main(
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 32,
     length: Annotated[int, typer.Option(min=16, help="Tokens of its input.")] = 256,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the rows there.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Time the graph passes within whole compilations."""
-    if as_json:
-        check_file(as_json)
     console = Console(stderr=True)
     rows = [measure(layers, length, *call) for call in track(CALLS, "Compile", transient=True, console=console)]
-    Console().print(render(rows))
     if as_json:
-        as_json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    else:
+        Console().print(render(rows))
 
 
 if __name__ == "__main__":

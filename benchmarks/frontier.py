@@ -62,7 +62,7 @@ def choose(names: list[str] | None, variants: list[str], thresholds: list[float]
 
 def _variant(text: str, dial: tuple[float, ...]) -> Method:
     """The operator with the options of a text, NAME=VALUE each, at thresholds that it allows."""
-    configs = [read_config(threshold, 0, text.split()) for threshold in dial]
+    configs = [read_config(threshold, 0, text.split(), "--s2o") for threshold in dial]
     return operator(configs[0], dial)
 
 
@@ -113,7 +113,7 @@ def _targets(errors: list[float], captures: list[Path]) -> dict[str, float]:
     if len({path.stem for path in captures}) < len(captures):
         raise UsageError("Captures are told apart by their file names, of which two are the same: rename one.")
     if len(errors) not in (1, len(captures)) or min(errors) <= 0:
-        raise UsageError(f"--target must be given once or {len(captures)} times, above 0, not as {errors}.")
+        raise UsageError(f"--target must be given once, or once a capture, above 0, not as {errors}.")
     return {path.stem: errors[place % len(errors)] for place, path in enumerate(captures)}
 
 

@@ -25,8 +25,8 @@ from rich.table import Table
 
 import s2o_compile
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, check_file, read_config
-from s2o_compile.demo.document import build_document, read_texts
+from s2o_compile.cli.options import Device, Json, make_folder, read_config
+from s2o_compile.demo.document import build_document, check_document, read_texts
 from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.choice import DEFAULT_MIN_LENGTH
@@ -180,13 +180,15 @@ def main(
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the rows there, after each way.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for generation.json.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Compare the tokens that a model generates with sparse and with dense attention."""
     ways = choose_ways(only or [])
-    if as_json:
-        check_file(as_json)
+    if output:
+        make_folder(output)
     place = choose_device(device)
+    check_document(document, length)
     least, note = None, ""
     if length < DEFAULT_MIN_LENGTH[place.type]:
         least, note = 1, f"min_length=1: by default prompts of {length:,} tokens run dense."
@@ -200,9 +202,13 @@ def main(
         for way in ways:
             progress.update(task, description=way.name)
             rows += measure(loaded, texts, way, configs, new, lambda: progress.advance(task))
-            if as_json:
-                as_json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
-    Console().print(table(rows, new, note))
+            found = json.dumps([dataclasses.asdict(row) for row in rows], indent=2)
+            if output:
+                (output / "generation.json").write_text(found + "\n", encoding="utf-8")
+    if as_json:
+        print(found)
+    else:
+        Console().print(table(rows, new, note))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from rich.table import Table
 
 from s2o_compile.calls import AttentionCalls, Call
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, read_config
-from s2o_compile.demo.document import build_document, read_texts
+from s2o_compile.cli.options import Device, Json, read_config
+from s2o_compile.demo.document import build_document, check_document, read_texts
 from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model
 from s2o_compile.ops import AttentionResult, S2OConfig
@@ -95,14 +95,15 @@ def main(
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="A field of S2OConfig, NAME=VALUE.")] = None,
     device: Device = "auto",
-    repetitions: Annotated[int, typer.Option(help="Runs of each contender per layer.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    repetitions: Annotated[int, typer.Option(min=1, help="Runs of each contender per layer.")] = 3,
+    as_json: Json = False,
 ) -> None:
     """Time the operator and SDPA on each layer of a model that prefills a document."""
     place = choose_device(device)
+    check_document(document, length)
+    config = read_config(None, 0, option or [])
     loaded, tokenizer = load_model(model, place, choose_dtype("auto", place))
     text = build_document(tokenizer, read_texts(document), length)
-    config = read_config(None, 0, option or [])
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.no_grad():
         task = progress.add_task("Prefill", total=loaded.config.num_hidden_layers)
         rows: list[Row] = []

@@ -159,6 +159,8 @@ class Prover:
         if self._is_changed(mask):
             writers = self._writes.to(mask.node)
             if writers and (tensor.dtype != torch.bool or any(mask.user < writer for writer in writers)):
+                if mask.keep is None and not writers[0] < mask.user:
+                    _where_nothing_is_added(mask, expression)
                 raise NotProven(f"the mask {_origin(mask.node)} is changed in place; build it without that")
             expression = self._careful.read(mask.node).expression
         if mask.keep is None:

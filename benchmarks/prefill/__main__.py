@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, DType, make_folder, read_config
+from s2o_compile.cli.options import Device, DType, Json, make_folder, read_config
+from s2o_compile.demo.document import check_document
 from s2o_compile.demo.model import choose_device, choose_dtype
 
 from ..command import run, wide_console
@@ -46,19 +47,21 @@ def main(
     device: Device = "auto",
     dtype: DType = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for prefill.json.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time whole prefills with and without sparse attention."""
     place = choose_device(device)
-    config = read_config(None, None, s2o.split())
+    config = read_config(None, None, s2o.split(), "--s2o")
     if density is None and model == RANDOM_LLAMA:
         density = DENSITY
     if density is not None and not 0 < density < 1:
         raise UsageError(f"--density must be between 0 and 1, not {density}.")
+    lengths = length or LENGTHS[place.type]
+    if model != RANDOM_LLAMA:
+        check_document(document, min(lengths))
     if output:
         make_folder(output)
     rows: list[Row] = []
-    lengths = length or LENGTHS[place.type]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Loading the model", total=len(lengths))
         subject = load(model, layers, place, choose_dtype(dtype, place))

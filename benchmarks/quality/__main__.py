@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,7 +40,7 @@ def choose(names: list[str], variants: list[str]) -> dict[str, Attention]:
     """
     _check_names("--method", names, METHODS)
     chosen = {name: METHODS[name] for name in names}
-    return chosen | {f"s2o, {text}": operator(read_config(None, 0, text.split())) for text in variants}
+    return chosen | {f"s2o, {text}": operator(read_config(None, 0, text.split(), "--s2o")) for text in variants}
 
 
 def choose_tasks(names: list[str] | None, settings: Settings) -> list[str]:
@@ -123,7 +123,7 @@ def describe(model: Any, name: str, settings: Settings) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu",
         "dtype": str(weight.dtype).removeprefix("torch."),
         "rope": getattr(config, "rope_parameters", None),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "versions": f"torch {torch.__version__}, transformers {version('transformers')}",
         "s2o": S2OConfig().arguments(),
         "documents": asdict(settings) | {"text": str(settings.text or "Python's standard library")},
     }

@@ -43,7 +43,7 @@ def main(
         typer.Option(help=f"{', '.join(PRESETS)}, or fields of S2OConfig, NAME=VALUE ...; repeatable."),
     ] = None,
     dense: Annotated[list[str] | None, typer.Option(help=f"{', '.join(DENSE)} or none; repeatable.")] = None,
-    dense_up_to: Annotated[int, typer.Option(help="Positions up to which dense attention runs.")] = 262_144,
+    dense_up_to: Annotated[int, typer.Option(min=0, help="Positions up to which dense attention runs.")] = 262_144,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 5,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -96,7 +96,7 @@ def choose(
     lengths = lengths or list(LENGTHS[device.type])
     densities = densities or [DENSITY]
     if len(densities) not in (1, len(lengths)) or not all(0 < one < 1 for one in densities):
-        raise UsageError(f"--density must be given once or {len(lengths)} times, between 0 and 1, not as {densities}.")
+        raise UsageError(f"--density must be given once, or once a length, between 0 and 1, not as {densities}.")
     configs = {text: read_setting(text) for text in settings or PRESETS}
     dense = dense or (["flash"] if device.type == "cpu" else list(DENSE))
     contenders = tuple(name for name in _known("--dense", dense, [*DENSE, "none"]) if name != "none")

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from s2o_compile.cli.options import check_file
+from s2o_compile.cli.errors import UsageError
+from s2o_compile.cli.options import Json, check_file
 
 from ..command import run
 from . import report
@@ -33,22 +34,23 @@ def row(name: str, implementation: str, scenario: str) -> report.Row:
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help="An architecture; repeatable, all by default.")] = None,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write the rows there.")] = None,
-    as_markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write a Markdown table there.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="A file for the table as Markdown, too.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Compile tiny models of many architectures and report what happens to their attention."""
     unknown = set(only or ()) - set(ARCHITECTURES)
     if unknown:
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}; known are {', '.join(ARCHITECTURES)}")
-    for path in filter(None, (as_json, as_markdown)):
-        check_file(path)
+        raise UsageError(f"--only must be one of {', '.join(ARCHITECTURES)}, not {sorted(unknown)[0]!r}.")
+    if markdown:
+        check_file(markdown)
     pending = list(calls(only or ARCHITECTURES))
     rows = [row(*call) for call in track(pending, "Compile", transient=True, console=Console(stderr=True))]
-    Console().print(report.table(rows), report.totals(rows))
+    if markdown:
+        markdown.write_text(report.markdown(rows), encoding="utf-8")
     if as_json:
-        as_json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
-    if as_markdown:
-        as_markdown.write_text(report.markdown(rows))
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    else:
+        Console().print(report.table(rows), report.totals(rows))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ from __future__ import annotations
 PHRASES = {
     "additive bias": "additive bias with content",
     "scale per head": "scaled by a tensor with content",
-    "changed in place": "changed in place",
 }
 """Kinds of refusals, and what their reasons say; the first that fits counts."""
 
 EXPECTED: dict[str, set[str]] = {
     "beit": {"additive bias"},
     "bloom": {"additive bias"},
-    "deberta_v2": {"additive bias", "changed in place"},
+    "deberta_v2": {"additive bias"},
     "falcon_alibi": {"additive bias"},
     "mpnet": {"additive bias"},
     "mpt": {"additive bias"},

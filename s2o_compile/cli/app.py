@@ -32,18 +32,30 @@ def group(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; what the user did wrong is one sentence on stderr and exit code 2.
+    """Run the command line ``s2o``.
 
     Args:
         arguments: Instead of the process's own.
     """
+    run(app, "s2o", arguments)
+
+
+def run(command: typer.Typer, name: str | None = None, arguments: list[str] | None = None) -> None:
+    """Run a command line; what the user did wrong is one sentence on stderr and exit code 2.
+
+    Args:
+        command: What to run.
+        name: What it is called, which such a sentence begins with; None for what the process was started as, which it
+            does not begin with.
+        arguments: Instead of the process's own.
+    """
     try:
-        code = app(arguments, prog_name="s2o", standalone_mode=False)
+        code = command(arguments, prog_name=name, standalone_mode=False)
     except Exception as error:
         message = _user_message(error)
         if message is None:
             raise
-        print(f"s2o: {message}", file=sys.stderr)
+        print(f"{name}: {message}" if name else message, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,15 +34,17 @@ DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-def read_config(threshold: float | None, min_length: int | None, options: list[str]) -> S2OConfig:
-    """The settings that a command line asks for; `options` are NAME=VALUE.
+def read_config(
+    threshold: float | None, min_length: int | None, options: list[str], given_by: str = "--option"
+) -> S2OConfig:
+    """The settings that a command line asks for; `options` are NAME=VALUE, given by the option of that name.
 
     Raises:
         UsageError: An option is unknown or has a value that is not allowed.
     """
     from ..ops.config import S2OConfig
 
-    fields = dict(map(_read_option, options))
+    fields = dict(_read_option(text, given_by) for text in options)
     fields |= {
         name: value for name, value in (("threshold", threshold), ("min_length", min_length)) if value is not None
     }
@@ -51,10 +54,10 @@ def read_config(threshold: float | None, min_length: int | None, options: list[s
         raise UsageError(f"{error}.") from error
 
 
-def _read_option(text: str) -> tuple[str, Any]:
+def _read_option(text: str, given_by: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise UsageError(f"--option takes NAME=VALUE, not {text!r}.")
+        raise UsageError(f"{given_by} takes NAME=VALUE, not {text!r}.")
     try:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
@@ -62,15 +65,19 @@ def _read_option(text: str) -> tuple[str, Any]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder where it is missing.
+    """Make a folder where it is missing, and refuse one that could not be written into at the end of the work.
 
     Raises:
-        UsageError: It cannot be made.
+        UsageError: It cannot be made, or not be written into.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"The folder {folder} cannot be made: {error.strerror}.") from error
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"The folder {folder} cannot be written into: {error.strerror}.") from error
 
 
 def check_file(path: Path) -> None:

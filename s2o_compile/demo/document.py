@@ -77,8 +77,7 @@ def build_document(tokenizer: Any, texts: Iterable[str], length: int, seed: int 
     Raises:
         DemoError: `length` is too small, the text is too short or the tokenizer gives no offsets.
     """
-    if length < LEAST_LENGTH:
-        raise DemoError(f"The length must be at least {LEAST_LENGTH:,} tokens, not {length:,}.")
+    check_document(None, length)
     rng = random.Random(seed)
     count = min(len(WORDS), length // 256)
     lines = [_encode_line(tokenizer, name, random_value(rng)) for name in rng.sample(WORDS, count)]
@@ -96,6 +95,18 @@ def build_document(tokenizer: Any, texts: Iterable[str], length: int, seed: int 
     scored = range(len(tokens) - min(SCORED_TOKENS, len(text) - split), len(tokens))
     end = _ask(tokens, recap, rng.sample(lines[1::2], len(lines[1::2])))
     return Document(tokens, middle, end, scored)
+
+
+def check_document(path: Path | None, length: int) -> None:
+    """Refuse what no document can be built from, before a model is loaded for it.
+
+    Raises:
+        DemoError: `length` is too small, or the file cannot be read as UTF-8 text.
+    """
+    if length < LEAST_LENGTH:
+        raise DemoError(f"--length must be at least {LEAST_LENGTH:,} tokens, not {length:,}.")
+    if path is not None:
+        next(read_texts(path), None)
 
 
 def read_texts(path: Path | None) -> Iterator[str]:

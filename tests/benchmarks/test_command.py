@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,49 +11,67 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from benchmarks import capture, compile_cost, generation
+from benchmarks import capture, generation
 from benchmarks.command import run
 from benchmarks.zoo import __main__ as zoo
 from s2o_compile import cli
 from s2o_compile.cli.options import check_file
 
 
-@pytest.mark.parametrize(
-    ("main", "option"),
-    [
-        (zoo.main, "--json"),
-        (zoo.main, "--markdown"),
-        (compile_cost.main, "--json"),
-        (generation.main, "--json"),
-    ],
-    ids=lambda value: getattr(value, "__module__", value),
-)
-def test_files_of_benchmarks(
-    main: Callable[..., None],
-    option: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command line of a benchmark, which must end with exit code 2; gives what it printed on stderr."""
+
+    def call(main: Callable[..., None], *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            run(main)
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and not captured.out
+        return captured.err
+
+    return call
+
+
+def test_the_table_of_the_zoo(tmp_path: Path, fail: Callable[..., str]) -> None:
     path = tmp_path / "missing" / "file"
-    monkeypatch.setattr(sys, "argv", ["benchmark", option, str(path)])
-    with pytest.raises(SystemExit) as stop:
-        run(main)
-    captured = capsys.readouterr()
-    assert stop.value.code == 2 and not captured.out
-    assert captured.err == f"The file {path} cannot be written: No such file or directory.\n"
+    printed = fail(zoo.main, "--markdown", str(path))
+    assert printed == f"The file {path} cannot be written: No such file or directory.\n"
 
 
-def test_the_folder_of_captures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("main", "option"), [(capture.main, []), (generation.main, ["--output"])])
+def test_folders_of_benchmarks(
+    main: Callable[..., None], option: list[str], tmp_path: Path, fail: Callable[..., str]
 ) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    monkeypatch.setattr(sys, "argv", ["capture", str(file / "folder")])
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "folder"
+    assert fail(main, *option, str(folder)) == f"The folder {folder} cannot be made: Not a directory.\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write into")
+def test_a_folder_that_cannot_be_written_into(fail: Callable[..., str]) -> None:
+    assert "The folder /proc/self cannot be written into: " in fail(generation.main, "--output", "/proc/self")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "lama"], "--only must be one of biogpt, "),
+        (["--nonsense"], "No such option: --nonsense\n"),
+        (["--json", "extra"], "unexpected extra argument"),
+    ],
+)
+def test_bad_options_are_one_sentence(arguments: list[str], message: str, fail: Callable[..., str]) -> None:
+    printed = fail(zoo.main, *arguments)
+    assert message in printed and printed.count("\n") == 1
+
+
+def test_the_zoo_gives_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["zoo", "--only", "vit", "--json"])
     with pytest.raises(SystemExit) as stop:
-        run(capture.main)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"The folder {file / 'folder'} cannot be made: Not a directory.\n"
+        run(zoo.main)
+    assert stop.value.code == 0
+    assert {row["architecture"] for row in json.loads(capsys.readouterr().out)} == {"vit"}
 
 
 @pytest.mark.parametrize("command", ["calibrate", "view"])

@@ -144,7 +144,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert all(
         (tmp_path / "out" / f"frontier-{against}.png").stat().st_size > 10_000 for against in ("work", "density")
     )
-    with pytest.raises(UsageError, match="--target must be given once or 1 times"):
+    with pytest.raises(UsageError, match="--target must be given once, or once a capture"):
         main([path], names, [], None, [0.01, 0.02], 1, None, "cpu", None, False)
     with pytest.raises(UsageError, match="two are the same"):
         main([path, path], names, [], None, [0.01], 1, None, "cpu", None, False)

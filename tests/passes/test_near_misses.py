@@ -60,6 +60,12 @@ def with_table(scores: Tensor) -> Tensor:
     return scores + PER_DISTANCE[:, (j() - i()) % 5]
 
 
+def bias_summed_in_place(scores: Tensor) -> Tensor:
+    bias = 0 + PER_PAIR
+    bias += PER_QUERY
+    return scores + bias
+
+
 def filled_by_index(scores: Tensor) -> Tensor:
     scores[..., j() > i()] = -math.inf
     return scores
@@ -127,6 +133,7 @@ REFUSED: dict[str, tuple[Attend, str]] = {
     "alibi": (scored(alibi), "additive bias with content"),
     "table of distances": (scored(with_table), "additive bias with content"),
     "bias": (scored(lambda scores: scores + PER_PAIR), "additive bias with content"),
+    "bias summed in place": (scored(bias_summed_in_place), "additive bias with content"),
     "zero times infinity": (
         scored(lambda scores: scores + torch.ones(QUERIES, KEYS).triu(1) * -math.inf),
         "additive bias with content",

@@ -323,6 +323,7 @@ def test_the_command(
 ) -> None:
     texts = [Document(tokens(200, 1)[0].tolist(), middle=[], end=[], scored=range(100, 200)) for _ in range(2)]
     monkeypatch.setattr(prepare, "load_model", lambda *_: (sharp(), object()))
+    monkeypatch.setattr(prepare, "check_document", lambda *_: None)
     monkeypatch.setattr(prepare, "build_document", lambda *arguments: texts[arguments[-1]])
     path = tmp_path / "new" / "file.json"
     options = ["--error-budget", "0.03", "--length", "200", "--texts", "2"]

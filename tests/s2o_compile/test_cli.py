@@ -50,8 +50,10 @@ def test_help_does_not_import_torch() -> None:
         (["nonsense"], "No such command"),
         (["demo", "--nonsense"], "No such option"),
         (["demo", "--length", "many"], "'--length'"),
-        (["demo", "--length", "10"], "--length must be at least 1024"),
-        (["demo", "--repeats", "0"], "--repeats at least 1"),
+        (["demo", "--length", "10"], "--length must be at least 1,024 tokens, not 10."),
+        (["view", "--length", "10"], "--length must be at least 1,024 tokens, not 10."),
+        (["calibrate", "--document", "no/such/file"], "The document no/such/file cannot be read: No such file"),
+        (["demo", "--repeats", "0"], "--repeats must be at least 1, not 0."),
         (["demo", "--threshold", "3"], "threshold must be a number from 0 to below 1, not 3.0"),
         (["demo", "--option", "segment"], "--option takes NAME=VALUE"),
         (["demo", "--option", "segment=33"], "segment must be a power of two"),
@@ -65,9 +67,15 @@ def test_help_does_not_import_torch() -> None:
         (["demo", "--dtype", "int8"], "--dtype must be auto, float16"),
     ],
 )
-def test_bad_options(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = ["--output", str(tmp_path)] if arguments[0] == "demo" else []
-    assert message in fail(capsys, *arguments, *output)
+def test_bad_options(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in fail(capsys, *arguments)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +105,15 @@ def test_errors_of_the_demo(
     assert message in fail(capsys, "demo", "--output", str(tmp_path))
 
 
+def test_a_path_that_leads_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["explain", str(tmp_path / "model")])
+    assert stop.value.code == 2
+    message = f"s2o: The model {tmp_path / 'model'} cannot be loaded: there is no such file or folder."
+    assert capsys.readouterr().err.splitlines()[-1] == message
+
+
 def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(SystemExit) as stop:
@@ -110,6 +127,7 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_explain(json_only: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     text = Document(tokens=tokens(200)[0].tolist(), middle=[], end=[], scored=range(100, 200))
     monkeypatch.setattr(prepare, "load_model", lambda *_: (tiny("llama"), object()))
+    monkeypatch.setattr(prepare, "check_document", lambda *_: None)
     monkeypatch.setattr(prepare, "build_document", lambda *_: text)
     with pytest.raises(SystemExit) as stop:
         cli.main(["explain", "any", "--length", "200", "--measure", "--min-length", "0", *["--json"] * json_only])

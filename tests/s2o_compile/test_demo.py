@@ -136,7 +136,8 @@ class TestChecks:
 
         for name in ("AutoModelForCausalLM", "AutoTokenizer"):
             monkeypatch.setattr(getattr(transformers, name), "from_pretrained", from_pretrained)
-        model_module.load_model(str(tmp_path / "model.gguf"), torch.device("cpu"), torch.float32)
+        (file := tmp_path / "model.gguf").touch()
+        model_module.load_model(str(file), torch.device("cpu"), torch.float32)
         assert calls == [(tmp_path, "model.gguf")] * 2
 
     def test_missing_smollm2(self, monkeypatch: pytest.MonkeyPatch) -> None:

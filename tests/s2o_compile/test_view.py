@@ -189,6 +189,7 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let commands read 200 tokens with a tiny Llama."""
     text = Document(tokens=tokens(200)[0].tolist(), middle=[], end=[], scored=range(100, 200))
     monkeypatch.setattr(prepare, "load_model", lambda *_: (tiny("llama"), object()))
+    monkeypatch.setattr(prepare, "check_document", lambda *_: None)
     monkeypatch.setattr(prepare, "build_document", lambda *_: text)
 
 
