@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pools of 4": {"pool": 4},
     "guides per group": {"guides": "group", "pool": 8, "mean_weight": 1.0, "max_weight": 0.0},
     "16 channels": {"channels": 16},
+    "output": {"measure": "output"},
     "exact": {"threshold": 0.0},
     "the paper's": S2OConfig.paper(min_length=0).arguments(),
 }
