@@ -49,8 +49,8 @@ def principal_directions(query: torch.Tensor, key: torch.Tensor, channels: int) 
     queries, keys = _second_moments(query), _second_moments(key)
     energies = (queries * keys).diagonal(dim1=-2, dim2=-1)
     strongest = energies.topk(channels, -1).indices
-    basis = torch.zeros_like(keys[..., :channels]).scatter_(-2, strongest[..., None, :], 1)
-    for _ in range(_STEPS):
+    basis = keys @ torch.gather(queries, -1, strongest[..., None, :].expand(*queries.shape[:-1], -1))
+    for _ in range(_STEPS - 1):
         basis = keys @ (queries @ _orthonormal(basis))
     dual = queries @ basis
     root = _root(basis.mT @ dual)
