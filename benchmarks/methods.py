@@ -107,7 +107,9 @@ def operator(config: S2OConfig, settings: tuple[float, ...], default: float | No
 
 
 COVERED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-PACKED_MEANS = S2OConfig(guides="group", pool=8, max_weight=0, mean_weight=1, tail="means", near_keys=128)
+PACKED_MEANS = S2OConfig(
+    guides="group", pool=8, channels=None, max_weight=0, mean_weight=1, tail="means", near_keys=128
+)
 LEAST_WORK = S2OConfig(pool=4, channels=64, lists="head", sample=64, measure="output")
 
 METHODS: dict[str, Method] = {

@@ -31,8 +31,8 @@ class S2OConfig:
         pool: Consecutive queries averaged into one guide; a power of two, at most `segment`. 1 scores every query.
         guides: "head" for guides of each query head, "group" for guides averaged over the heads of a KV group.
         channels: Keys are scored in so many directions of the head dimension, those that carry most of the products of
-            this call's queries and keys (`ops.projection`); None for all channels. Half of 128 cost real models little
-            (benchmarks/FINDINGS.md), but inputs that spread over all directions a lot.
+            this call's queries and keys (`ops.projection`); None for all channels, as more than there are stand for.
+            Where these directions miss much of the products, more keys are visited.
         lists: "group" for one list of keys per KV group, "head" for one per query head.
         measure: What importance measures: "mass", the share of a query's softmax mass that a key holds; or "output",
             that share times how far the key's value lies from the group's outputs, in units of these
@@ -73,7 +73,7 @@ class S2OConfig:
     tile: int = 32
     pool: int = 1
     guides: str = "head"
-    channels: int | None = None
+    channels: int | None = 64
     lists: str = "group"
     measure: str = "mass"
     max_weight: float = 1.0
@@ -149,7 +149,7 @@ class S2OConfig:
             **changes: Other fields to set.
         """
         published: dict[str, Any] = {
-            "segment": 512, "tile": 128, "pool": 512, "lists": "head", "sample": 1, "stop": "gain",
+            "segment": 512, "tile": 128, "pool": 512, "channels": None, "lists": "head", "sample": 1, "stop": "gain",
             "chunk": 128, "tail": "none", "first_keys": 0, "near_keys": 0, "last_queries": 0,
         }  # fmt: skip
         return cls(threshold=threshold, **(published | changes))

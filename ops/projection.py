@@ -1,66 +1,88 @@
-"""Ranking in fewer channels: guides and keys in the directions that carry most of their products."""
+"""Ranking in fewer channels: guides and keys in the directions that carry most of their products.
+
+Of half the channels or more, those with the most energy do as well as any directions; of fewer, they do not.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-_ROWS = 2**13
+_ROWS = 2**11
 """About how many guides and keys the directions are found from."""
-_STEPS = 3
-"""From the strongest channels on. Without any, half of the channels are as good, but not a quarter of them."""
 _TINY = 1e-60
 """Keeps matrices of zeros from being divided by zero."""
 
 
+class Projected(NamedTuple):
+    """Guides [..., G, n, channels] and keys [..., Lk, channels], and how much their products miss.
+
+    `neglected` [...] is the variance over keys of what a product lacks of that in all channels, in the mean over
+    guides, float64; None where nothing is missing. Where scores are off by a normal variable of variance s, a key is taken
+    for too small as often as for too large, and the former costs more: importance is multiplied by e^s to make up for
+    it. As measured, errors are then at most those of all channels at the same threshold, and density pays for what is
+    neglected (benchmarks/FINDINGS.md).
+    """
+
+    guides: torch.Tensor
+    key: torch.Tensor
+    neglected: torch.Tensor | None
+
+
 def project(
     guides: torch.Tensor, key: torch.Tensor, channels: int | None, valid: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Projected:
     """Guides and keys in `channels` channels, whose products are close to those in all of them.
 
     Args:
         guides: [..., G, n, D].
         key: [..., Lk, D].
-        channels: How many; None for all.
+        channels: How many; None for all, as more than D are.
         valid: [..., Lk], False for keys that do not count; None for none of these.
-
-    Returns:
-        Guides [..., G, n, `channels`] and keys [..., Lk, `channels`], or both as they are where that is not fewer.
     """
     if channels is None or channels >= key.shape[-1]:
-        return guides, key
+        return Projected(guides, key, None)
     counted = key if valid is None else torch.where(valid[..., None], key, 0)
-    of_guides, of_keys = principal_directions(guides.flatten(-3, -2), counted, channels)
-    return guides @ of_guides[..., None, :, :], counted @ of_keys
+    of_guides, of_keys, neglected = principal_directions(guides.flatten(-3, -2), counted, channels)
+    return Projected(guides @ of_guides[..., None, :, :], counted @ of_keys, neglected)
 
 
-def principal_directions(query: torch.Tensor, key: torch.Tensor, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Matrices A and B [..., D, channels] such that (q A) (k B)^T is close to q k^T for such queries and keys.
+def principal_directions(
+    query: torch.Tensor, key: torch.Tensor, channels: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Matrices A and B [..., D, channels] such that (q A) (k B)^T is close to q k^T, and `Projected.neglected`.
 
-    With second moments Q of queries and K of keys, the best subspace for keys is that of the largest eigenvalues of
-    K Q, found by subspace iteration (Golub and Van Loan, Matrix Computations, 8.2) from the channels that carry most of
-    the products; with a basis Y of it, k's projection is Y (Y' Q Y)^-1 Y' Q k, which errs least in the mean square of
-    its products with queries. All of it are matrix products and factorisations that need no synchronisation.
+    Both pick the channels that carry most of the products where these are half of all or more. Fewer start a step of
+    subspace iteration (Golub and Van Loan, Matrix Computations, 8.2): with second moments Q of queries and K of keys,
+    the best subspace for keys is that of the largest eigenvalues of K Q. With a basis Y, k's projection is
+    Y (Y' Q Y)^-1 Y' Q k, which errs least in the mean square of its products with queries. Nothing waits for a GPU.
 
     Args:
         query: [..., n, D].
         key: [..., Lk, D].
         channels: At most D.
     """
-    queries, keys = _second_moments(query), _second_moments(key)
-    energies = (queries * keys).diagonal(dim1=-2, dim2=-1)
-    strongest = energies.topk(channels, -1).indices
-    basis = keys @ torch.gather(queries, -1, strongest[..., None, :].expand(*queries.shape[:-1], -1))
-    for _ in range(_STEPS - 1):
-        basis = keys @ (queries @ _orthonormal(basis))
+    queries, _ = _moments(query)
+    keys, mean = _moments(key)
+    strongest = (queries * keys).diagonal(dim1=-2, dim2=-1).topk(channels, -1).indices
+    of_queries = of_keys = torch.zeros_like(keys[..., :channels]).scatter_(-2, strongest[..., None, :], 1)
+    if 2 * channels < key.shape[-1]:
+        of_queries, of_keys = _improved(of_keys, queries, keys)
+    missing = torch.eye(key.shape[-1], dtype=keys.dtype, device=key.device) - of_queries @ of_keys.mT
+    spread = keys - mean[..., :, None] * mean[..., None, :]
+    neglected = ((queries @ missing) * (missing @ spread)).sum((-2, -1)).clamp_min(0)
+    return of_queries.to(query.dtype), of_keys.to(key.dtype), neglected
+
+
+def _improved(basis: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of subspace iteration, and the matrices of the subspace that it gives."""
+    basis = keys @ (queries @ basis)
+    basis = basis / torch.linalg.vector_norm(basis, dim=-2, keepdim=True).clamp_min(_TINY)
     dual = queries @ basis
-    root = _root(basis.mT @ dual)
-    return _solve(root, basis).to(query.dtype), _solve(root, dual).to(key.dtype)
-
-
-def _orthonormal(x: torch.Tensor) -> torch.Tensor:
-    """A basis of what the columns of X span."""
-    x = x / torch.linalg.vector_norm(x, dim=-2, keepdim=True).clamp_min(_TINY)
-    return _solve(_root(x.mT @ x), x)
+    both = torch.linalg.solve_triangular(_root(basis.mT @ dual), torch.cat([basis, dual], -2).mT, upper=False).mT
+    of_queries, of_keys = both.chunk(2, -2)
+    return of_queries, of_keys
 
 
 def _root(gram: torch.Tensor) -> torch.Tensor:
@@ -70,14 +92,8 @@ def _root(gram: torch.Tensor) -> torch.Tensor:
     return torch.linalg.cholesky_ex(gram + torch.diag_embed(slack.expand_as(diagonal)))[0]
 
 
-def _solve(root: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """X R^-T for a Cholesky factor R."""
-    return torch.linalg.solve_triangular(root, x.mT, upper=False).mT
-
-
-def _second_moments(x: torch.Tensor) -> torch.Tensor:
-    """X' X of some rows of X [..., n, D], in units of its trace, float64; what is not finite counts as 0."""
+def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Second moments and mean of some rows of X [..., n, D], float64; what is not finite counts as 0."""
     rows = x[..., :: max(1, x.shape[-2] // _ROWS), :]
     rows = rows.to(torch.promote_types(x.dtype, torch.float32)).nan_to_num(0, 0, 0)
-    moments = (rows.mT @ rows).double()
-    return moments / moments.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(_TINY)
+    return (rows.mT @ rows).double() / rows.shape[-2], rows.mean(-2).double()

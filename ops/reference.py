@@ -28,7 +28,7 @@ from .config import S2OConfig
 from .contribution import sampled_rows, value_distances
 from .geometry import BLOCK, Geometry, round_up
 from .guides import pool_guides
-from .projection import project
+from .projection import Projected, project
 from .result import AttentionResult
 from .sampling import MOST, draws
 from .softmax import OnlineSoftmax, soft_cap
@@ -83,7 +83,7 @@ def reference_attention(
                 )
             for segment in range(geometry.segments):
                 site = Segment(
-                    query[b, members], key[b, g], value[b, g], *scored, distances, seen[members], segment, geometry,
+                    query[b, members], key[b, g], value[b, g], scored, distances, seen[members], segment, geometry,
                     config, scale, softcap,
                 )  # fmt: skip
                 for tile in site.tiles():
@@ -102,8 +102,8 @@ class Segment:
     """One segment of one KV group: its ranking, and the attention of its tiles.
 
     `query` is [G, Lq, D], of the G heads of the group; `key` [Lk, D]; `value` [Lk, Dv]; `seen` [G, Lq, Lk];
-    `scored_guides` [G or 1, n, channels] and `scored_key` [Lk, channels] are what keys are scored by; `distances` [Lk]
-    weigh shares of mass, None for none.
+    `scored` [G or 1, n, channels] and [Lk, channels] is what keys are scored by; `distances` [Lk] weigh shares of mass,
+    None for none.
     """
 
     def __init__(
@@ -111,8 +111,7 @@ class Segment:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scored_guides: torch.Tensor,
-        scored_key: torch.Tensor,
+        scored: Projected,
         distances: torch.Tensor | None,
         seen: torch.Tensor,
         index: int,
@@ -125,8 +124,8 @@ class Segment:
         self.geometry, self.config, self.scale, self.softcap = geometry, config, scale, softcap
         self.index = index
         per_segment = config.segment // config.pool
-        self.scored_guides = scored_guides[:, index * per_segment : (index + 1) * per_segment]
-        self.scored_key, self.distances = scored_key, distances
+        part = slice(index * per_segment, (index + 1) * per_segment)
+        self.scored, self.distances = scored._replace(guides=scored.guides[:, part]), distances
         self.rows = range(index * config.segment, min((index + 1) * config.segment, geometry.queries))
         span = geometry.span(index)
         _, self.low, self.high = span
@@ -172,7 +171,9 @@ class Segment:
         NaN becomes inf: where a guide tells nothing, every key it sees is visited.
         """
         config = self.config
-        logits = self.logits(self.scored_guides, self.scored_key)
+        logits = self.logits(self.scored.guides, self.scored.key)
+        if self.scored.neglected is not None:
+            logits = logits + self.scored.neglected * self.scale**2
         probability = (logits - self.guide_lse[..., None]).exp().masked_fill(~self.seen_by_guides, 0)
         if config.lists == "group":
             probability = probability.flatten(0, 1)[None]

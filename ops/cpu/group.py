@@ -13,7 +13,7 @@ from ..config import S2OConfig
 from ..contribution import sampled_rows, value_distances
 from ..geometry import Geometry
 from ..guides import pool_guides
-from ..projection import project
+from ..projection import Projected, project
 from ..visibility import Visibility
 
 
@@ -82,10 +82,10 @@ class Group:
         return self.by_segment(self.pooled)
 
     @functools.cached_property
-    def scored(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def scored(self) -> Projected:
         """What keys are scored by: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
-        guides, key = project(self.pooled, self.key, self.config.channels)
-        return self.guides if key is self.key else self.by_segment(guides), key
+        scored = project(self.pooled, self.key, self.config.channels)
+        return scored._replace(guides=self.by_segment(scored.guides))
 
     @functools.cached_property
     def distances(self) -> torch.Tensor:

@@ -76,7 +76,7 @@ class Ranking:
         fast = exact == torch.float32 and not group.softcap and _has_fast_bfloat16()
         dtype = torch.bfloat16 if fast else exact
         self.comparable = dtype == torch.bfloat16 and group.finite
-        guides, key = group.scored
+        guides, key, self.neglected = group.scored
         self.guides = pad(guides.transpose(0, 1), (0, _MORE)).to(dtype)
         self.key = pad(-key, (0, _MORE)).to(dtype)
         self.whole_guides = self.guides[..., :-_MORE]
@@ -164,7 +164,8 @@ class Ranking:
         """The log of the importance of the keys in reach [segments, lists, keys]."""
         config, part = self.config, span(run.segments)
         real, guides = self.real[part], self.guides[part]
-        surprisal = self.surprisal(guides, normaliser, run.reach)
+        origin = normaliser if self.neglected is None else normaliser - self.neglected.to(normaliser.dtype)
+        surprisal = self.surprisal(guides, origin, run.reach)
         if run.seen is not None:
             surprisal.masked_fill_(~run.seen, math.inf)
         surprisal = self.by_list(surprisal)

@@ -35,19 +35,27 @@ class Lists:
 
 
 class Ranking(NamedTuple):
-    """What keys are scored by, the guides' log-sum-exps from all channels, and what weighs their shares of mass."""
+    """What keys are scored by, and the guides' log-sum-exps (`normalisers`), from all channels.
+
+    `origin` is what scores are relative to: the log-sum-exps, less what makes up for channels left out; `distances`
+    [B, Hkv, Lk] weigh shares of mass, None for none.
+    """
 
     scored: Operands
     lse: torch.Tensor
+    origin: torch.Tensor
     distances: torch.Tensor | None
 
     @classmethod
     def of(cls, call: Call, guides: torch.Tensor) -> Ranking:
         """Of guides [B, Hkv, guide heads, guides, D]."""
         whole = ranking_operands(guides, call.key, call.softcap)
-        projected, key = project(guides, call.key, call.config.channels, call.valid)
-        scored = whole if key is call.key else ranking_operands(projected, key, call.softcap)
-        return cls(scored, normalisers(call, whole), call.distances())
+        projected, key, neglected = project(guides, call.key, call.config.channels, call.valid)
+        lse = normalisers(call, whole)
+        if neglected is None:
+            return cls(whole, lse, lse, call.distances())
+        origin = lse - (neglected * call.shared["scale"] * call.scale)[..., None, None].to(lse.dtype)
+        return cls(ranking_operands(projected, key, call.softcap), lse, origin, call.distances())
 
 
 def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
@@ -118,7 +126,7 @@ def score(call: Call, ranking: Ranking, segments: range) -> torch.Tensor:
     together = tiling.segments(total)
     programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
     wrap_triton(importance_kernel)[(programs, call.lists, batch)](
-        guides, operands.ranges, ranking.lse, key, ranking.lse if distances is None else distances, *call.masks,
+        guides, operands.ranges, ranking.origin, key, ranking.lse if distances is None else distances, *call.masks,
         importance,
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
         capacity=capacity,

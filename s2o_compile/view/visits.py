@@ -70,7 +70,8 @@ def visits(
         before = attention.keys[:, member].clone()
         attention.visit(lists)
         walked = attention.keys[:, member] - before
-        importance = ranking.importance(ranking.run(segments))
+        run = ranking.run(segments)
+        importance = ranking.importance(run, ranking.normaliser(run))
         which = member if config.lists == "head" else 0
         for place, segment in enumerate(segments):
             yield _visit(geometry, config, segment, _listed(lists, place, which), importance[place, which], walked)

@@ -32,7 +32,8 @@ LENGTH = 250
 ANY_LENGTH: dict[str, Any] = {"min_length": 0, "near_keys": 0}
 RULES = {
     "default": S2OConfig(threshold=0.02, **ANY_LENGTH),
-    "per head": S2OConfig(threshold=0.01, lists="head", pool=4, last_queries=40, **ANY_LENGTH),
+    "per head": S2OConfig(threshold=0.01, lists="head", measure="output", last_queries=40, **ANY_LENGTH),
+    "pooled": S2OConfig(threshold=0.01, lists="head", pool=4, tail="none", **ANY_LENGTH),
     "none": S2OConfig(threshold=0.02, tail="none", **ANY_LENGTH),
     "dense": S2OConfig(threshold=0, **ANY_LENGTH),
     "paper": S2OConfig.paper(0.2, segment=64, tile=32, pool=64, chunk=64, min_length=0),
@@ -74,8 +75,9 @@ def test_keys_are_ordered_as_the_reference_ranks_them() -> None:
     geometry = reference.Geometry.of(call.query, call.key, reference.Visibility(True), config)
     seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, -1, -1)
     query, key = call.query[0, 2:], call.key[0, 1]
-    scored = reference.pool_guides(query, config), key
-    site = reference.Segment(query, key, call.value[0, 1], *scored, seen, segment, geometry, config, call.scale, 0.0)
+    scored = reference.project(reference.pool_guides(query, config), key, config.channels)
+    value = call.value[0, 1]
+    site = reference.Segment(query, key, value, scored, None, seen, segment, geometry, config, call.scale, 0.0)
     visit = list(visits(call.query, call.key, call.value, 3, True, call.scale, config))[segment]
     listed = visit.order[visit.dense : visit.sure].tolist()
     # Keys may change places where the scores that rank them are in bfloat16.
