@@ -19,10 +19,10 @@ class Projected(NamedTuple):
     """Guides [..., G, n, channels] and keys [..., Lk, channels], and how much their products miss.
 
     `neglected` [...] is the variance over keys of what a product lacks of that in all channels, in the mean over
-    guides, float64; None where nothing is missing. Where scores are off by a normal variable of variance s, a key is taken
-    for too small as often as for too large, and the former costs more: importance is multiplied by e^s to make up for
-    it. As measured, errors are then at most those of all channels at the same threshold, and density pays for what is
-    neglected (benchmarks/FINDINGS.md).
+    guides, float64; None where nothing is missing. Where scores are off by a normal variable of variance s, a key is
+    taken for too small as often as for too large, and the former costs more: importance is multiplied by e^s to make up
+    for it. As measured, errors are then at most those of all channels at the same threshold, and density pays for what
+    is neglected (benchmarks/FINDINGS.md).
     """
 
     guides: torch.Tensor
