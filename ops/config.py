@@ -177,13 +177,10 @@ class S2OConfig:
         """Whether keys below the threshold are sampled."""
         return self.tail == "sampled" and self.threshold > 0
 
-    def projects(self, size: int) -> bool:
-        """Whether keys of `size` channels are scored in fewer."""
-        return self.channels is not None and self.channels < size
-
     def bounds_weights(self, size: int) -> bool:
-        """Whether sampled keys of `size` channels are kept from weighing too much: where they may be misjudged."""
-        return self.has_samples and (self.pool > 1 or self.guides == "group" or self.projects(size))
+        """Whether sampled keys of `size` channels are kept from weighing too much: where they may be misjudged far."""
+        scored = size if self.channels is None else self.channels
+        return self.has_samples and (self.pool > 1 or self.guides == "group" or 2 * scored < size)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``torch.ops.s2o.attention``: the fields, with those that `error_budget` decides.

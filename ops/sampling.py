@@ -2,7 +2,7 @@
 
 A key of importance p below the threshold t is visited with probability p / t and weighs t / p, so that softmax sums
 stay unbiased (Horvitz and Thompson, 1952). If the importance bounds a row's share of mass in the key, the variance of
-that row's mass is at most t times the mass of its tail. Where keys are ranked by pooled queries or in fewer channels, a
+that row's mass is at most t times the mass of its tail. Where keys are ranked by pooled queries or in few channels, a
 row may give a key far more than its importance: weighed by t / p it could outweigh all the rest of the row. Such a key
 adds at most `MOST` times t of the row's mass, as its guide estimates it, or its own mass if that is more; a little bias
 for much variance, as in truncated importance sampling (Ionides, 2008). Draws are a function of position and segment
