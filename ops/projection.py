@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from .visibility import masked
+
 _ROWS = 2**11
 """About how many guides and keys the directions are found from."""
 _TINY = 1e-60
@@ -43,7 +45,7 @@ def project(
     """
     if channels is None or channels >= key.shape[-1]:
         return Projected(guides, key, None)
-    counted = key if valid is None else torch.where(valid[..., None], key, 0)
+    counted = masked(key, valid)
     of_guides, of_keys, neglected = principal_directions(guides.flatten(-3, -2), counted, channels)
     return Projected(guides @ of_guides[..., None, :, :], counted @ of_keys, neglected)
 

@@ -30,9 +30,9 @@ from .geometry import BLOCK, Geometry, round_up
 from .guides import pool_guides
 from .projection import Projected, project
 from .result import AttentionResult
-from .sampling import MOST, draws
+from .sampling import draws, most_logits
 from .softmax import OnlineSoftmax, soft_cap
-from .visibility import Visibility
+from .visibility import Visibility, masked
 
 
 def reference_attention(
@@ -77,7 +77,7 @@ def reference_attention(
             distances = None
             if config.measure == "output":
                 rows = sampled_rows(length, group, query.device)
-                held = value[b, g] if valid is None else torch.where(valid[:, None], value[b, g], 0)
+                held = masked(value[b, g], valid)
                 distances = value_distances(
                     query[b, members][:, rows], key[b, g], held, seen[members][:, rows], scale, softcap
                 )
@@ -234,9 +234,7 @@ class Segment:
             return weighed
         place = torch.arange(rows.start, rows.stop, device=logits.device) - self.rows.start
         lse = self.guide_lse[head % len(self.guide_lse), place // self.config.pool]
-        most = (lse + math.log(MOST * self.config.threshold)).nan_to_num(
-            nan=math.inf, posinf=math.inf, neginf=-math.inf
-        )
+        most = most_logits(lse, self.config.threshold)
         return torch.minimum(weighed, torch.maximum(logits, most[:, None]))
 
     def means(self, query: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,8 @@ alone, so that results repeat.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 KEY_STEP = 2654435769
@@ -26,3 +28,11 @@ def draws(keys: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     """Numbers between 0 and 1, float32, for key positions and segment indices (integers, broadcast together)."""
     bits = (keys * KEY_STEP + segments * SEGMENT_STEP) & 0xFFFFFFFF
     return ((bits >> 9).float() + 0.5) * 2.0**-23
+
+
+def most_logits(lse: torch.Tensor, threshold: float) -> torch.Tensor:
+    """What its weight may raise a sampled key's logit to, for rows whose guides have these log-sum-exps.
+
+    Without a bound where a guide tells nothing.
+    """
+    return (lse + math.log(MOST * threshold)).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)

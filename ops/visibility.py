@@ -90,3 +90,8 @@ class Visibility(NamedTuple):
         if self.varies and config.tail == "means":
             config = dataclasses.replace(config, tail="sampled")
         return config
+
+
+def masked(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Keys or values [..., Lk, D] with those that are not `valid` [..., Lk] set to zero, whatever they hold."""
+    return x if valid is None else torch.where(valid[..., None], x, 0)

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from ..block_means import block_means
 from ..geometry import round_up
 from ..result import AttentionResult
-from ..sampling import MOST
+from ..sampling import most_logits
 from . import flash
 from .group import Group
 from .rank import Lists
@@ -92,9 +92,7 @@ class Attention:
 
     def bound(self, lse: torch.Tensor) -> torch.Tensor:
         """What weights may raise logits to [tiles, G, tile], given their guides' log-sum-exps [segments, heads, n]."""
-        most = (lse + math.log(MOST * self.config.threshold)).nan_to_num(
-            nan=math.inf, posinf=math.inf, neginf=-math.inf
-        )
+        most = most_logits(lse, self.config.threshold)
         rows = most.repeat_interleave(self.config.pool, 2).expand(-1, self.group.heads, -1)
         return rows.unflatten(2, (-1, self.config.tile)).transpose(1, 2).flatten(0, 1)
 

@@ -14,7 +14,7 @@ from ..contribution import sampled_rows, value_distances
 from ..geometry import Geometry
 from ..guides import pool_guides
 from ..projection import Projected, project
-from ..visibility import Visibility
+from ..visibility import Visibility, masked
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,16 @@ class Group:
     def scored(self) -> Projected:
         """What keys are scored by: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
         scored = project(self.pooled, self.key, self.config.channels)
-        return scored._replace(guides=self.by_segment(scored.guides))
+        whole = scored.neglected is None
+        return scored._replace(guides=self.guides if whole else self.by_segment(scored.guides))
 
     @functools.cached_property
-    def distances(self) -> torch.Tensor:
-        """How far values lie from the outputs, in units of these [Lk]."""
+    def log_distances(self) -> torch.Tensor:
+        """The logs of how far values lie from the outputs, in units of these [Lk]."""
         rows = sampled_rows(self.geometry.queries, self.heads, self.query.device)
         head, position = torch.arange(self.heads)[:, None, None], torch.arange(self.geometry.keys)
         seen = self.seen(head, rows[:, None], position)
-        return value_distances(self.query[:, rows], self.key, self.value, seen, 1.0, self.softcap)
+        return value_distances(self.query[:, rows], self.key, self.value, seen, 1.0, self.softcap).log()
 
     @functools.cached_property
     def real_guides(self) -> torch.Tensor:
@@ -115,8 +116,3 @@ class Group:
         """`Visibility.seen`, for heads of the group; rows past the end see what the last one sees."""
         row = row.clamp_max(self.geometry.queries - 1)
         return self.visibility.seen(self.batch, self.first_head + head, row, key)
-
-
-def masked(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """`x` [Lk, D] with the rows of padding set to zero, whatever they hold."""
-    return x if valid is None else torch.where(valid[:, None], x, 0)

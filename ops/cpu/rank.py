@@ -179,7 +179,7 @@ class Ranking:
             mean = mean - guides_of_list.to(mean.dtype).log()[:, None, None]
             importance = torch.maximum(importance, mean + math.log(config.mean_weight))
         if config.measure == "output":
-            importance = importance + self.group.distances[span(run.reach)].log()
+            importance = importance + self.group.log_distances[span(run.reach)]
         importance = importance.masked_fill(importance.isnan(), math.inf)
         importance[..., : max(0, config.first_keys - run.reach.start)] = math.inf
         return importance

@@ -13,7 +13,7 @@ from triton import next_power_of_2
 from ..config import S2OConfig
 from ..contribution import sampled_rows, value_distances
 from ..geometry import BLOCK, Geometry
-from ..visibility import Visibility
+from ..visibility import Visibility, masked
 
 _LOG2_E = math.log2(math.e)
 
@@ -71,9 +71,10 @@ class Call:
         batch, key = (torch.arange(size, device=device) for size in (self.query.shape[0], self.geometry.keys))
         head = torch.arange(self.query.shape[1], device=device).view(self.groups, self.group, 1, 1)
         seen = self.visibility.seen(batch[:, None, None, None, None], head, rows[:, None], key)
-        value = self.value if self.valid is None else torch.where(self.valid[..., None], self.value, 0)
         query = self.query.unflatten(1, (self.groups, self.group))[:, :, :, rows]
-        return value_distances(query, self.key, value, seen, self.scale, self.softcap).contiguous()
+        return value_distances(
+            query, self.key, masked(self.value, self.valid), seen, self.scale, self.softcap
+        ).contiguous()
 
     def capacity(self, segment: int) -> int:
         """The longest list of the segments up to `segment`."""
