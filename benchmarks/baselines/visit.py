@@ -28,10 +28,12 @@ class Visit:
     ranking: float
     order: torch.Tensor | None = None
 
-    def seen(self, tile: int, length: int) -> torch.Tensor:
-        """Which of `length` positions a tile visits: [length] boolean."""
-        places = self.mask[tile].repeat_interleave(self.block)[:length]
-        return places if self.order is None else torch.empty_like(places).scatter_(0, self.order, places)
+    def seen(self, tile: int | slice, length: int) -> torch.Tensor:
+        """Which of `length` positions a tile visits: [length] boolean; for a slice of tiles [tiles, length]."""
+        places = self.mask[tile].repeat_interleave(self.block, dim=-1)[..., :length]
+        if self.order is None:
+            return places
+        return torch.empty_like(places).scatter_(-1, self.order.expand_as(places), places)
 
     def keys(self, tile: int, length: int) -> torch.Tensor:
         """The positions, of `length`, that a tile visits."""

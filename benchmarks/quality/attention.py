@@ -49,7 +49,7 @@ def attend_by_operator(config: S2OConfig, layer: Layer) -> Attended:
 
 
 def attend_by_rule(rule: Rule, setting: float, layer: Layer) -> Attended:
-    """A rule of others at one setting of its dial, applied exactly and in float32: every other key is masked."""
+    """A rule of others at one setting of its dial, choosing in float32 and applied exactly: other keys are masked."""
     query, key, value = (x.float() for x in (layer.query, layer.key, layer.value))
     exact = Layer(layer.name, query, key, value, layer.scale)
     visits: list[Visit] = []
@@ -57,21 +57,25 @@ def attend_by_rule(rule: Rule, setting: float, layer: Layer) -> Attended:
         visits += rule(*exact.head(head)[:2], layer.scale, (setting,))
     densities = [visit.density(layer.length) for visit in visits]
     ranking = sum(visit.ranking for visit in visits)
-    output = attend_visits(exact, visits).to(layer.query.dtype)
-    return Attended(output, sum(densities) / len(densities), ranking / dense_flops(layer))
+    return Attended(attend_visits(layer, visits), sum(densities) / len(densities), ranking / dense_flops(layer))
 
 
-def attend_visits(layer: Layer, visits: list[Visit]) -> torch.Tensor:
-    """Attention over what each head visits, one tile of all heads at a time: [Hq, L, Dv].
+def attend_visits(layer: Layer, visits: list[Visit], room: int = 2**30) -> torch.Tensor:
+    """Attention over what each head visits: [Hq, L, Dv].
 
-    No mask is larger than [Hq, tile, L]; the tile is that of the rule, the same for all heads.
+    Some tiles of all heads at a time, so many that masks have no more than `room` elements; the tile is that of the
+    rule, the same for all heads.
     """
+    size = visits[0].tile
+    tiles = max(1, room // (layer.heads * size * layer.length))
     positions = torch.arange(layer.length, device=layer.key.device)
     outputs = []
-    for tile, rows in enumerate(positions.split(visits[0].tile)):
-        first, end = tile * visits[0].tile, tile * visits[0].tile + len(rows)
-        seen = torch.stack([visit.seen(tile, layer.length)[:end] for visit in visits])
-        mask = seen[:, None] & (positions[:end] <= rows[:, None])
+    for first in range(0, layer.length, tiles * size):
+        rows = positions[first : first + tiles * size]
+        end = first + len(rows)
+        some = slice(first // size, first // size + tiles)
+        seen = torch.stack([visit.seen(some, layer.length)[:, :end] for visit in visits])
+        mask = seen.repeat_interleave(size, dim=1)[:, : len(rows)] & (positions[:end] <= rows[:, None])
         query, key, value = layer.query[:, first:end], layer.key[:, :end], layer.value[:, :end]
         outputs.append(
             scaled_dot_product_attention(

@@ -155,7 +155,7 @@ class TestAttention:
         visits = [
             visit for head in range(some.heads) for visit in function(*some.head(head)[:2], some.scale, dials[:1])
         ]
-        output = attend_visits(some, visits)
+        output = attend_visits(some, visits, room=2 * some.heads * visits[0].tile * some.length)
         for head, visit in enumerate(visits):
             torch.testing.assert_close(output[head], judge.attend(head, visit)[0], atol=1e-5, rtol=1e-4)
         assert (output - judge.output).abs().max() > 1e-3
@@ -179,7 +179,9 @@ class TestAttention:
         dense, sparse = attend_densely(some).output, METHODS[name](some)
         assert sparse.output.shape == dense.shape and sparse.output.dtype == dense.dtype
         error = (sparse.output - dense).square().sum() / dense.square().sum()
-        assert 0 < error < 0.5 and 0.05 < sparse.density < 1.2 and sparse.ranking >= 0
+        assert error < 0.5 and 0.05 < sparse.density < 1.2 and sparse.ranking >= 0
+        # Its budget is larger than so short a text.
+        assert error > 0 or name == "vertical-slash"
 
     def test_half_precision_stays(self) -> None:
         some = layer(300)
