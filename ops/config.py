@@ -32,7 +32,8 @@ class S2OConfig:
         guides: "head" for guides of each query head, "group" for guides averaged over the heads of a KV group.
         channels: Keys are scored in so many directions of the head dimension, those that carry most of the products of
             this call's queries and keys (`ops.projection`); None for all channels, as more than there are stand for.
-            Where these directions miss much of the products, more keys are visited.
+            Where these directions miss some of the products more keys are visited; KV groups of which they miss much
+            are scored in all channels.
         lists: "group" for one list of keys per KV group, "head" for one per query head.
         measure: What importance measures: "mass", the share of a query's softmax mass that a key holds; or "output",
             that share times how far the key's value lies from the group's outputs, in units of these

@@ -11,6 +11,8 @@ import torch
 
 from .visibility import masked
 
+MOST_NEGLECTED = 2.0
+"""The variance of logits that may be left out; beyond it all channels cost less than the keys that make up for it."""
 _ROWS = 2**11
 """About how many guides and keys the directions are found from."""
 _TINY = 1e-60
@@ -20,11 +22,11 @@ _TINY = 1e-60
 class Projected(NamedTuple):
     """Guides [..., G, n, channels] and keys [..., Lk, channels], and how much their products miss.
 
-    `neglected` [...] is the variance over keys of what a product lacks of that in all channels, in the mean over
-    guides, float64; None where nothing is missing. Where scores are off by a normal variable of variance s, a key is
-    taken for too small as often as for too large, and the former costs more: importance is multiplied by e^s to make up
-    for it. As measured, errors are then at most those of all channels at the same threshold, and density pays for what
-    is neglected (benchmarks/FINDINGS.md).
+    `neglected` [...] is the variance over keys of what a logit lacks of that in all channels, in the mean over guides,
+    float64; None where nothing is missing. Where logits are off by a normal variable of variance s, a key is taken for
+    too small as often as for too large, and the former costs more: importance is multiplied by e^s to make up for it.
+    As measured, errors are then at most those of all channels at the same threshold, and density pays for what is
+    neglected (benchmarks/FINDINGS.md). Where that is more than `MOST_NEGLECTED`, all channels are scored instead.
     """
 
     guides: torch.Tensor
@@ -33,21 +35,34 @@ class Projected(NamedTuple):
 
 
 def project(
-    guides: torch.Tensor, key: torch.Tensor, channels: int | None, valid: torch.Tensor | None = None
+    guides: torch.Tensor, key: torch.Tensor, channels: int | None, scale: float, valid: torch.Tensor | None = None
 ) -> Projected:
     """Guides and keys in `channels` channels, whose products are close to those in all of them.
+
+    For each KV group alike, also where it neglects too much.
 
     Args:
         guides: [..., G, n, D].
         key: [..., Lk, D].
         channels: How many; None for all, as more than D are.
+        scale: Factor of the logits.
         valid: [..., Lk], False for keys that do not count; None for none of these.
     """
     if channels is None or channels >= key.shape[-1]:
         return Projected(guides, key, None)
     counted = masked(key, valid)
     of_guides, of_keys, neglected = principal_directions(guides.flatten(-3, -2), counted, channels)
-    return Projected(guides @ of_guides[..., None, :, :], counted @ of_keys, neglected)
+    return Projected(guides @ of_guides[..., None, :, :], counted @ of_keys, neglected * scale**2)
+
+
+def project_group(
+    guides: torch.Tensor, key: torch.Tensor, channels: int | None, scale: float, valid: torch.Tensor | None = None
+) -> Projected:
+    """`project` of one KV group, guides [G, n, D] and keys [Lk, D]; all channels where fewer neglect too much."""
+    projected = project(guides, key, channels, scale, valid)
+    if projected.neglected is not None and projected.neglected > MOST_NEGLECTED:
+        return Projected(guides, key, None)
+    return projected
 
 
 def principal_directions(

@@ -28,7 +28,7 @@ from .config import S2OConfig
 from .contribution import sampled_rows, value_distances
 from .geometry import BLOCK, Geometry, round_up
 from .guides import pool_guides
-from .projection import Projected, project
+from .projection import Projected, project_group
 from .result import AttentionResult
 from .sampling import draws, most_logits
 from .softmax import OnlineSoftmax, soft_cap
@@ -73,7 +73,8 @@ def reference_attention(
         for g in range(groups):
             members = slice(g * group, (g + 1) * group)
             valid = None if visibility.key_padding is None else visibility.key_padding[b]
-            scored = project(pool_guides(query[b, members], config), key[b, g], config.channels, valid)
+            guides = pool_guides(query[b, members], config)
+            scored = project_group(guides, key[b, g], config.channels, scale, valid)
             distances = None
             if config.measure == "output":
                 rows = sampled_rows(length, group, query.device)
@@ -173,7 +174,7 @@ class Segment:
         config = self.config
         logits = self.logits(self.scored.guides, self.scored.key)
         if self.scored.neglected is not None:
-            logits = logits + self.scored.neglected * self.scale**2
+            logits = logits + self.scored.neglected
         probability = (logits - self.guide_lse[..., None]).exp().masked_fill(~self.seen_by_guides, 0)
         if config.lists == "group":
             probability = probability.flatten(0, 1)[None]

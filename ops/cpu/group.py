@@ -13,7 +13,7 @@ from ..config import S2OConfig
 from ..contribution import sampled_rows, value_distances
 from ..geometry import Geometry
 from ..guides import pool_guides
-from ..projection import Projected, project
+from ..projection import Projected, project_group
 from ..visibility import Visibility, masked
 
 
@@ -84,7 +84,7 @@ class Group:
     @functools.cached_property
     def scored(self) -> Projected:
         """What keys are scored by: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
-        scored = project(self.pooled, self.key, self.config.channels)
+        scored = project_group(self.pooled, self.key, self.config.channels, 1.0)
         whole = scored.neglected is None
         return scored._replace(guides=self.guides if whole else self.by_segment(scored.guides))
 

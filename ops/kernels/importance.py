@@ -34,6 +34,7 @@ def importance_kernel(
     lse,
     key,
     distances,
+    chosen,
     padding,
     query_documents,
     key_documents,
@@ -86,6 +87,7 @@ def importance_kernel(
     HAS_MAX: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     MEASURES_OUTPUT: tl.constexpr,
+    CHOOSES: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -94,11 +96,15 @@ def importance_kernel(
 ):
     """Write importance [lists, capacity], in steps of `threshold`; NaN is sure to be visited, -1 is not to be visited.
 
-    With MEASURES_OUTPUT the shares of mass are multiplied by `distances` [B, groups, Lk].
+    With MEASURES_OUTPUT the shares of mass are multiplied by `distances` [B, groups, Lk]; with CHOOSES only groups that
+    are `chosen` [B, groups] are written.
     Lists stand in the order [batch, group, list, segment], keys from where the segment's history starts. Program
     (`chunk` keys for SEGMENTS consecutive segments, last first; list of the group; batch entry and group). Keys are the
     rows of the product, so that the maximum over guides stays within a warp.
     """
+    if CHOOSES:  # noqa: SIM102 (known when compiling)
+        if tl.load(chosen + tl.program_id(2)) == 0:
+            return
     softcap = float32(softcap)
     scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
     max_step, mean_step = float32(max_weight) / float32(threshold), float32(mean_weight) / float32(threshold)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import wrap_triton
 
-from ..projection import project
+from ..projection import MOST_NEGLECTED, project
 from ..ranking import sorted_history
 from .call import Call, channels
 from .importance import importance_kernel
@@ -34,28 +34,40 @@ class Lists:
     guide_lse: torch.Tensor
 
 
+class Scoring(NamedTuple):
+    """What keys of some KV groups are scored by.
+
+    `origin` is what scores are relative to: the guides' log-sum-exps, less what makes up for channels left out;
+    `chosen` [B, Hkv] are the groups, None for all.
+    """
+
+    operands: Operands
+    origin: torch.Tensor
+    chosen: torch.Tensor | None
+
+
 class Ranking(NamedTuple):
     """What keys are scored by, and the guides' log-sum-exps (`normalisers`), from all channels.
 
-    `origin` is what scores are relative to: the log-sum-exps, less what makes up for channels left out; `distances`
-    [B, Hkv, Lk] weigh shares of mass, None for none.
+    `distances` [B, Hkv, Lk] weigh shares of mass, None for none.
     """
 
-    scored: Operands
+    scorings: tuple[Scoring, ...]
     lse: torch.Tensor
-    origin: torch.Tensor
     distances: torch.Tensor | None
 
     @classmethod
     def of(cls, call: Call, guides: torch.Tensor) -> Ranking:
         """Of guides [B, Hkv, guide heads, guides, D]."""
         whole = ranking_operands(guides, call.key, call.softcap)
-        projected, key, neglected = project(guides, call.key, call.config.channels, call.valid)
+        projected, key, neglected = project(guides, call.key, call.config.channels, call.scale, call.valid)
         lse = normalisers(call, whole)
         if neglected is None:
-            return cls(whole, lse, lse, call.distances())
-        origin = lse - (neglected * call.shared["scale"] * call.scale)[..., None, None].to(lse.dtype)
-        return cls(ranking_operands(projected, key, call.softcap), lse, origin, call.distances())
+            return cls((Scoring(whole, lse, None),), lse, call.distances())
+        origin = lse - (neglected * math.log2(math.e))[..., None, None].to(lse.dtype)
+        lacking = neglected > MOST_NEGLECTED
+        in_few = Scoring(ranking_operands(projected, key, call.softcap), origin, ~lacking)
+        return cls((in_few, Scoring(whole, lse, lacking)), lse, call.distances())
 
 
 def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
@@ -115,19 +127,26 @@ def normalisers(call: Call, operands: Operands) -> torch.Tensor:
 
 def score(call: Call, ranking: Ranking, segments: range) -> torch.Tensor:
     """The importance of the keys of each list's history [lists, keys], in steps of the threshold."""
-    config, operands, distances = call.config, ranking.scored, ranking.distances
-    guides, key = operands.guides, operands.key
-    batch = call.query.shape[0] * call.groups
+    lists = call.query.shape[0] * call.groups * call.lists * len(segments)
     capacity = call.capacity(segments[-1])
-    lists = batch * call.lists * len(segments)
-    importance = torch.empty(lists, capacity, dtype=call.importance_dtype, device=guides.device)
+    importance = torch.empty(lists, capacity, dtype=call.importance_dtype, device=call.key.device)
+    for scoring in ranking.scorings:
+        score_groups(call, scoring, ranking, segments, importance)
+    return importance
+
+
+def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range, importance: torch.Tensor) -> None:
+    """Write the importance of the keys of some KV groups."""
+    config, operands, distances = call.config, scoring.operands, ranking.distances
+    guides, key = operands.guides, operands.key
+    capacity = importance.shape[-1]
     total = guides.shape[2] // call.lists * (config.segment // config.pool)
     tiling = importance_tiling(key.shape[-1], key.element_size(), total)
     together = tiling.segments(total)
     programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
-    wrap_triton(importance_kernel)[(programs, call.lists, batch)](
-        guides, operands.ranges, ranking.origin, key, ranking.lse if distances is None else distances, *call.masks,
-        importance,
+    wrap_triton(importance_kernel)[(programs, call.lists, call.query.shape[0] * call.groups)](
+        guides, operands.ranges, scoring.origin, key, ranking.lse if distances is None else distances,
+        ranking.lse if scoring.chosen is None else scoring.chosen, *call.masks, importance,
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
         capacity=capacity,
         chunk=CHUNK,
@@ -136,11 +155,10 @@ def score(call: Call, ranking: Ranking, segments: range) -> torch.Tensor:
         mean_weight=config.mean_weight,
         HAS_MAX=config.max_weight > 0,
         HAS_MEAN=config.mean_weight > 0,
-        MEASURES_OUTPUT=distances is not None,
+        MEASURES_OUTPUT=distances is not None, CHOOSES=scoring.chosen is not None,
         LISTS=call.lists, SEGMENTS=together,
         **call.shared, **guide_settings(call, operands, segments), **tiling.arguments,
     )  # fmt: skip
-    return importance
 
 
 def guide_settings(call: Call, operands: Operands, segments: range) -> dict[str, Any]:

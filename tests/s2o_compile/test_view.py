@@ -75,7 +75,7 @@ def test_keys_are_ordered_as_the_reference_ranks_them() -> None:
     geometry = reference.Geometry.of(call.query, call.key, reference.Visibility(True), config)
     seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, -1, -1)
     query, key = call.query[0, 2:], call.key[0, 1]
-    scored = reference.project(reference.pool_guides(query, config), key, config.channels)
+    scored = reference.project_group(reference.pool_guides(query, config), key, config.channels, call.scale)
     value = call.value[0, 1]
     site = reference.Segment(query, key, value, scored, None, seen, segment, geometry, config, call.scale, 0.0)
     visit = list(visits(call.query, call.key, call.value, 3, True, call.scale, config))[segment]
