@@ -78,6 +78,14 @@ def test_bad_options(
     assert message in fail(capsys, *arguments)
 
 
+def test_one_sentence_without_numpy() -> None:
+    """PyTorch does not need it, and warns."""
+    code = "import sys; sys.modules['numpy'] = None; from s2o_compile.cli import main; main(['explain', '--length=1'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["s2o: --length must be at least 1,024 tokens, not 1."]
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert "cannot be made" in fail(capsys, "demo", "--output", str(tmp_path / "file" / "folder"))
