@@ -156,6 +156,17 @@ class S2OConfig:
         return cls(threshold=threshold, **(published | changes))
 
     @classmethod
+    def of(cls, config: S2OConfig | None) -> S2OConfig:
+        """The settings given as an argument, by default ``S2OConfig()``.
+
+        Raises:
+            TypeError: `config` is something else, such as a dictionary of options.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(f"config must be an S2OConfig or None, not {config!r}")
+        return config or cls()
+
+    @classmethod
     def from_options(cls, options: dict[str, Any]) -> S2OConfig:
         """Build a configuration from option names and values, as given to ``torch.compile``.
 

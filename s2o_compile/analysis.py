@@ -37,8 +37,11 @@ def explain(
         measure: Whether to count the pairs that each rewritten site visits, also where it would run dense.
         progress: Called with a site's decision each time it was measured.
         **kwargs: The model's keyword arguments.
+
+    Raises:
+        TypeError: `config` has the wrong type.
     """
-    analysis = _Analysis(config or S2OConfig(), measure, progress)
+    analysis = _Analysis(S2OConfig.of(config), measure, progress)
     call_once(model, analysis, *args, **kwargs)
     return analysis.report
 

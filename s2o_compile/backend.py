@@ -31,8 +31,15 @@ class S2OBackend:
     config: S2OConfig = field(default_factory=S2OConfig)
     __name__ = "s2o"
 
+    def __post_init__(self) -> None:
+        self.config = S2OConfig.of(self.config)
+
     def with_config(self, config: S2OConfig) -> S2OBackend:
-        """This backend with other settings."""
+        """This backend with other settings.
+
+        Raises:
+            TypeError: They are no `S2OConfig`.
+        """
         return dataclasses.replace(self, config=config)
 
     def __call__(

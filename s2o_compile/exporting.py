@@ -39,14 +39,15 @@ def export(
         strict: Whether Dynamo traces the model.
 
     Raises:
+        TypeError: `config` has the wrong type.
         ValueError: No attention site was rewritten; the message says why for the first of them. Or the calibration is
             not a file for this model.
     """
+    config = S2OConfig.of(config)
     with torch.no_grad():
         dense = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict).module()
         assert isinstance(dense, torch.fx.GraphModule)
         _prepare(dense)
-        config = config or S2OConfig()
         report = Report(rewrite(dense, config, site_settings(config, dense, ())))
         log.info("%d of %d attention sites rewritten", report.rewritten, len(report.decisions))
         for decision in report.decisions:

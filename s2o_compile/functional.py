@@ -94,11 +94,11 @@ def attention(
         The output [B, Hq, Lq, Dv]; with `return_stats` an `AttentionResult` of output, lse and visited.
 
     Raises:
-        TypeError: A dtype is not supported.
+        TypeError: A dtype is not supported, or `config` has the wrong type.
         ValueError: Shapes, devices or a number do not fit, or a gradient is asked for.
     """
     operator = torch.ops.s2o.attention_stats if return_stats else torch.ops.s2o.attention
-    fields = (config or S2OConfig()).arguments()
+    fields = S2OConfig.of(config).arguments()
     result = operator(
         query, key, value, is_causal, causal_offset, key_padding, scale, window, query_documents, key_documents, mask,
         softcap, sinks, **fields,

@@ -70,7 +70,7 @@ def calibrate(
     if output is not None:
         with one_sentence(output):
             check_writable(output)
-    config = config or S2OConfig()
+    config = S2OConfig.of(config)
     settings = {name: value for name, value in config.arguments().items() if name not in ("threshold", "min_length")}
     search = _Search(error_budget, config)
     with Progress(progress).step("Calibrating") as update:

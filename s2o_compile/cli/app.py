@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib.metadata import version
 from typing import Annotated
 
@@ -49,6 +50,7 @@ def run(command: typer.Typer, name: str | None = None, arguments: list[str] | No
             does not begin with.
         arguments: Instead of the process's own.
     """
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch's, and no command needs it
     try:
         code = command(arguments, prog_name=name, standalone_mode=False)
     except Exception as error:

@@ -40,8 +40,9 @@ def read_config(
     """The settings that a command line asks for; `options` are NAME=VALUE, given by the option of that name.
 
     Raises:
-        UsageError: An option is unknown or has a value that is not allowed.
+        UsageError: An option is unknown or has a value that is not allowed, or a calibration's file cannot be read.
     """
+    from ..calibration.file import Calibration
     from ..ops.config import S2OConfig
 
     fields = dict(_read_option(text, given_by) for text in options)
@@ -49,9 +50,12 @@ def read_config(
         name: value for name, value in (("threshold", threshold), ("min_length", min_length)) if value is not None
     }
     try:
-        return S2OConfig.from_options(fields)
+        config = S2OConfig.from_options(fields)
+        if config.calibration is not None:
+            Calibration.load(config.calibration)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{error}.") from error
+    return config
 
 
 def _read_option(text: str, given_by: str) -> tuple[str, Any]:

@@ -189,8 +189,8 @@ def take_tokens(tokenizer: Any, texts: Iterable[str], wanted: int, length: int) 
         if len(tokens) >= wanted:
             return tokens[:wanted]
     raise DemoError(
-        f"The document has only {len(tokens):,} tokens and --length {length} needs {wanted:,}: "
-        "give a longer document or a smaller length."
+        f"There are only {len(tokens):,} tokens of text left and --length {length} needs {wanted:,}: "
+        "give a longer document, a smaller length, or ask for fewer documents."
     )
 
 

@@ -30,9 +30,10 @@ def configure(model: torch.nn.Module, config: S2OConfig) -> None:
 
     Raises:
         CalibrationError: The calibration is not a file for this model.
+        TypeError: `config` has the wrong type.
         ValueError: No part of the model runs with this attention.
     """
-    model = getattr(model, "_orig_mod", model)
+    config, model = S2OConfig.of(config), getattr(model, "_orig_mod", model)
     found: dict[int, Any] = {
         id(module.config): module.config for module in model.modules() if hasattr(module, "config")
     }

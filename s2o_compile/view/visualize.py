@@ -52,6 +52,7 @@ def visualize(
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
+        TypeError: `config` has the wrong type.
         ViewError: There is no such layer or head, its attention cannot be viewed, or a file cannot be written.
     """
     from .figures import figures
@@ -61,7 +62,7 @@ def visualize(
         if value < 0:
             raise ViewError(f"{argument} must be at least 0, not {value}")
     inner = getattr(model, "_orig_mod", model)
-    visitor = _Visitor(layer, head, _sparse(config or S2OConfig()), progress)
+    visitor = _Visitor(layer, head, _sparse(S2OConfig.of(config)), progress)
     with torch.no_grad(), AttentionCalls(visitor) as calls:
         inner(*args, **kwargs)
     if visitor.head_view is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.generation import FIRST, WAYS, Row, choose_ways, compare, generate, measure
+from benchmarks.generation import CACHES, FIRST, WAYS, Row, choose_ways, compare, generate, measure
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.ops import S2OConfig
 
@@ -14,12 +14,15 @@ from ..passes.models import tiny, tokens
 EXACT = S2OConfig(threshold=0, min_length=1)
 """Sparse where queries are many, as in real use."""
 NEW = 6
+COMPILED = ["dynamic compiled", "static padded compiled", "chunks beams compiled"]
+"""Each cache once, and each kind of batch."""
 
 
-@pytest.mark.parametrize("name", [name for name in WAYS if "compiled" not in name] + ["static padded compiled"])
+@pytest.mark.parametrize("name", [*(name for name in WAYS if "compiled" not in name), *COMPILED])
 def test_threshold_zero_generates_what_dense_attention_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What Inductor makes of graphs is not looked at here, and takes it a minute.
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: module.forward)
+    monkeypatch.setitem(CACHES, "chunks", {"prefill_chunk_size": 50})
     model, done = tiny("llama", layers=1), []
     for parameter in model.parameters():
         # Larger than what models start with, so that what is generated depends on attention.

@@ -137,7 +137,7 @@ class TestCases:
             build_case(Characters(), "multikey", 300, 0, Settings())
         path = tmp_path / "text"
         path.write_text("short " * 20)
-        with pytest.raises(DemoError, match="only 120 tokens and --length 5000 needs"):
+        with pytest.raises(DemoError, match="only 120 tokens of text left and --length 5000 needs"):
             build_case(Characters(), "niah", 5000, 0, Settings(text=path))
 
 

@@ -71,6 +71,24 @@ def test_with_config(sparse_calls: list[float]) -> None:
     assert backend.__name__ == "s2o"
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda config: s2o.with_config(config),
+        lambda config: s2o_compile.attention(*inputs(), config=config),
+        lambda config: s2o_compile.calibrate(tiny("llama"), tokens(40), error_budget=0.01, config=config),
+        lambda config: s2o_compile.configure(tiny("llama"), config),
+        lambda config: s2o_compile.explain(causal, *inputs(), config=config),
+        lambda config: s2o_compile.export(tiny("llama"), (tokens(40),), config=config),
+        lambda config: s2o_compile.visualize(tiny("llama"), tokens(40), config=config),
+    ],
+    ids=["with_config", "attention", "calibrate", "configure", "explain", "export", "visualize"],
+)
+def test_settings_of_the_wrong_type(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match=r"^config must be an S2OConfig or None, not \{'threshold': 0.1\}$"):
+        call({"threshold": 0.1})
+
+
 def test_options_of_inductor_pass_through() -> None:
     config, patches = s2o.split_options(
         {"threshold": 0.1, "max-autotune": False, "triton.cudagraphs": False}, "max-autotune-no-cudagraphs"

@@ -335,6 +335,9 @@ def test_the_command(
     assert Calibration.load(path).lengths == [200, 200]
     assert json.loads(out) == json.loads(path.read_text()) if json_only else "2 of 2" in out and "0.03" in out
 
+    code, out, err = run(capsys, "calibrate", "any", "--option", f"calibration={path}")
+    assert code == 2 and not out and "calibration must be None where no attention site of a model is known" in err
+
     changed = sharp()
     changed.model.layers[0].self_attn.q_proj.weight.data *= 2
     monkeypatch.setattr(prepare, "load_model", lambda *_: (changed, object()))
@@ -349,7 +352,7 @@ def test_the_command(
     [
         (["--error-budget", "2"], "error_budget must be None or between 0 and 1, not 2.0"),
         (["--texts", "0"], "--texts"),
-        (["--option", "calibration=x"], "calibration must be None where no attention site of a model is known"),
+        (["--option", "calibration=x"], "calibration 'x' cannot be read: No such file or directory."),
     ],
 )
 def test_bad_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,8 @@ def test_help_does_not_import_torch() -> None:
         (["demo", "--option", "segment=33"], "segment must be a power of two"),
         (["demo", "--option", "segmnt=32"], "unknown option 'segmnt'; the options of s2o are threshold"),
         (["demo", "--option", "tail=maybe"], "tail must be 'sampled' or 'means' or 'none'"),
+        (["demo", "--option", "calibration=no/such/file"], "calibration 'no/such/file' cannot be read: No such file"),
+        (["explain", "--option", "calibration=file"], "calibration 'file' must be a file that s2o_compile.calibrate"),
         (["demo", "--device", "tpu"], "--device must be auto, cpu or cuda"),
         (["explain", "--threshold", "3"], "threshold must be a number from 0 to below 1, not 3.0"),
         (["explain", "--device", "tpu"], "--device must be auto, cpu or cuda"),
@@ -75,7 +77,16 @@ def test_bad_options(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("file").write_text("{}")
     assert message in fail(capsys, *arguments)
+
+
+def test_one_sentence_without_numpy() -> None:
+    """PyTorch does not need it, and warns."""
+    code = "import sys; sys.modules['numpy'] = None; from s2o_compile.cli import main; main(['explain', '--length=1'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["s2o: --length must be at least 1,024 tokens, not 1."]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ class TestDocument:
         assert first == same != other
 
     def test_too_short(self) -> None:
-        with pytest.raises(DemoError, match=r"only 50 tokens and --length 5000 needs"):
+        with pytest.raises(DemoError, match=r"only 50 tokens of text left and --length 5000 needs"):
             build_document(Characters(), ["text "] * 10, 5000)
 
     def test_a_tokenizer_without_offsets(self) -> None:
