@@ -14,7 +14,6 @@ import bisect
 import dataclasses
 import functools
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from .command import run, wide_console
 
 GRID = tuple(2.0**power for power in range(-9, -2))
 """Thresholds for all sites."""
+DENSE = Measurement(threshold=0.0, density=1.0, error=0.0)
 WITHIN = 1.5
 
 
@@ -107,7 +107,7 @@ def measure_texts(
 def as_calibrated(call: SiteCall, calibration: Calibration) -> Measurement:
     """A call at the threshold of its site; dense ones have no error."""
     site = calibration.sites[call.site]
-    return Measurement(0.0, 1.0, 0.0) if site.dense else call.measure(site.threshold or 0.0)
+    return DENSE if site.dense else call.measure(site.threshold or 0.0)
 
 
 def with_budget(call: SiteCall, budget: float) -> Measurement:
@@ -130,18 +130,17 @@ def rows(calls: Sequence[HeldOut], budgets: Sequence[float]) -> list[Row]:
 
 
 def one_threshold(curves: Sequence[Sequence[Measurement]], target: float) -> list[Measurement]:
-    """Each call at the threshold for all that has a mean error, between two of the grid or beyond its ends."""
-    means = [statistics.mean(point.error for point in points) for points in zip(*curves, strict=True)]
-    high = min(max(bisect.bisect(means, target), 1), len(means) - 1)
-    share = math.log(target / means[high - 1]) / math.log(means[high] / means[high - 1])
-    return [_between(curve[high - 1], curve[high], share) for curve in curves]
+    """Each call at the threshold for all that has a mean error, interpolated on the grid from dense attention on."""
+    points = [[DENSE, *curve] for curve in curves]
+    means = [statistics.mean(point.error for point in each) for each in zip(*points, strict=True)]
+    high = min(bisect.bisect(means, target), len(GRID))
+    share = (target - means[high - 1]) / (means[high] - means[high - 1])
+    return [_between(curve[high - 1], curve[high], share) for curve in points]
 
 
 def _between(low: Measurement, high: Measurement, share: float) -> Measurement:
-    """Thresholds and errors are interpolated in their logarithms."""
-    threshold = low.threshold * (high.threshold / low.threshold) ** share
-    density = low.density + share * (high.density - low.density)
-    return Measurement(threshold, density, low.error * (high.error / low.error) ** share)
+    pairs = zip(dataclasses.astuple(low), dataclasses.astuple(high), strict=True)
+    return Measurement(*(start + share * (end - start) for start, end in pairs))
 
 
 def table(found: Sequence[Row]) -> Table:

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from benchmarks.calibration import GRID, HeldOut, calibrate_each, measure_texts, one_threshold, rows
+from benchmarks.calibration import DENSE, GRID, HeldOut, calibrate_each, measure_texts, one_threshold, rows
 from s2o_compile import S2OConfig, attention
 from s2o_compile.calibration.sites import Measurement, SiteCall, call_sites
 
@@ -28,7 +28,7 @@ def held_out(error: float, density: float = 0.1) -> HeldOut:
 def test_one_threshold_for_all() -> None:
     curves = [curve(0.1), curve(0.3)]
     assert [point.threshold for point in one_threshold(curves, 0.2 * GRID[3])] == pytest.approx([GRID[3]] * 2)
-    for target in (0.3 * GRID[2], 10 * GRID[-1]):
+    for target in (0.1 * GRID[0], 0.3 * GRID[2], 10 * GRID[-1]):
         found = one_threshold(curves, target)
         assert statistics.mean(point.error for point in found) == pytest.approx(target)
         assert found[1].error == pytest.approx(3 * found[0].error)
@@ -49,14 +49,14 @@ def test_no_threshold_for_all_has_no_error() -> None:
 
 
 def test_calls_of_texts() -> None:
-    model, seen, unseen = tiny("llama"), {"input_ids": tokens(250)}, {"input_ids": tokens(250)}
+    model, seen, unseen = tiny("llama"), {"input_ids": tokens(250, 1)}, {"input_ids": tokens(250, 1)}
     calibrations = calibrate_each(model, seen, [BUDGET])
     for (found,) in calibrations.values():  # so short a call saves nothing: the first layer stays dense
         first, second = found.sites
         found.sites[second] = dataclasses.replace(found.sites[second], dense="")
     calls = measure_texts(model, [seen, unseen], calibrations, [BUDGET])
     assert [(call.text, call.site) for call in calls] == [(1, first), (1, second), (2, first), (2, second)]
-    assert calls[0].rules["calibrated"] == calls[2].rules["calibrated"] == [Measurement(0.0, 1.0, 0.0)]
+    assert calls[0].rules["calibrated"] == calls[2].rules["calibrated"] == [DENSE]
     for rule, (found,) in calibrations.items():
         site, (measured,) = found.sites[second], calls[1].rules[rule]
         assert dataclasses.astuple(measured) == pytest.approx((site.threshold, site.density, site.error), rel=1e-3)
