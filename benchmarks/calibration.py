@@ -150,8 +150,8 @@ def table(found: Sequence[Row]) -> Table:
         shown.add_row(
             f"{row.budget:g}",
             row.rule,
-            f"{row.median:.2f}",
-            f"{row.worst:.2f}",
+            f"{row.median:.3g}",
+            f"{row.worst:.3g}",
             row.worst_at,
             f"{row.kept:.0%}",
             f"{row.within:.0%}",
