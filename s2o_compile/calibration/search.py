@@ -9,9 +9,9 @@ from .sites import Measurement
 
 LARGEST = 0.5
 """No threshold above this is tried."""
-_FIRST = 4.0
+_FIRST = 8.0
 """The first try, in budgets."""
-_EXPONENT = 1.25
+_EXPONENT = 1.4
 """The error grows about as the threshold to this power."""
 _AIM, _LEAST = 0.9, 0.8
 """The share of the budget to aim at, and that from which the search is over."""

@@ -1,44 +1,73 @@
-"""How the benchmark of calibrations sums up what it measured."""
+"""The benchmark of calibrations: what it measures of calls, and how it sums that up."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 import pytest
 
-from benchmarks.calibration import GRID, HeldOut, Point, Row, by_group, one_threshold, rows
+from benchmarks.calibration import DENSE, GRID, HeldOut, calibrate_each, measure_texts, one_threshold, rows
+from s2o_compile import S2OConfig, attention
+from s2o_compile.calibration.sites import Measurement, SiteCall, call_sites
+
+from ..passes.models import tiny, tokens
+
+BUDGET = 0.01
 
 
-def curve(*factors: float) -> list[Point]:
-    """A call whose groups have errors of these factors times the threshold, and densities that fall with it."""
-    return [Point([factor * 0.01 / t**0.5 for factor in factors], [factor * t for factor in factors]) for t in GRID]
+def curve(factor: float) -> list[Measurement]:
+    """A call whose errors are this factor times the threshold, and whose density falls with it."""
+    return [Measurement(threshold, 0.01 / threshold**0.5, factor * threshold) for threshold in GRID]
+
+
+def held_out(error: float, density: float = 0.1) -> HeldOut:
+    return HeldOut(1, f"layer {error}", {"calibrated": [Measurement(0.1, density, error)]}, curve(0.1))
 
 
 def test_one_threshold_for_all() -> None:
-    curves = [curve(0.1, 0.1), curve(0.3, 0.1)]
-    target = statistics.mean(sum(points[3].error) for points in curves)
-    for found, points in zip(one_threshold(curves, target), curves, strict=True):
-        assert found == pytest.approx(points[3].all)
-    between = one_threshold(curves, target * 1.2)
-    assert statistics.mean(error for _, error in between) == pytest.approx(target * 1.2)
-
-
-def test_thresholds_by_group_save_where_groups_differ() -> None:
-    assert by_group(curve(0.2, 0.2), 0.01) == pytest.approx(1, abs=0.01)
-    steep = [Point([0.5, 0.5 - place / 20], [10 * t, 1e-4 * t]) for place, t in enumerate(GRID)]
-    assert by_group(steep, 0.05) < 0.8
-    assert by_group(curve(9.0), 1e-9) == 1
+    curves = [curve(0.1), curve(0.3)]
+    assert [point.threshold for point in one_threshold(curves, 0.2 * GRID[3])] == pytest.approx([GRID[3]] * 2)
+    for target in (0.1 * GRID[0], 0.3 * GRID[2], 10 * GRID[-1]):
+        found = one_threshold(curves, target)
+        assert statistics.mean(point.error for point in found) == pytest.approx(target)
+        assert found[1].error == pytest.approx(3 * found[0].error)
 
 
 def test_rows_count_what_is_within() -> None:
-    row = Row.of(0.01, "rule", [(0.1, 0.005), (0.2, 0.015), (0.3, 0.03)])
-    assert (row.median, row.worst, row.density) == pytest.approx((1.5, 3, 0.2))
-    assert row.within == pytest.approx(2 / 3)
+    calls = [held_out(0.005, 0.1), held_out(0.015, 0.2), held_out(0.03, 0.3), held_out(0.01, 0.4)]
+    row, same = rows(calls, [BUDGET])
+    assert (row.median, row.worst, row.density) == pytest.approx((1.25, 3, 0.25))
+    assert (row.worst_at, row.kept, row.within) == ("layer 0.03, text 1", 0.5, 0.75)
+    assert (same.median, same.worst) == pytest.approx((1.5, 1.5))
 
 
 def test_no_threshold_for_all_has_no_error() -> None:
     """Where a calibration leaves every site dense, there is no mean error to compare at."""
-    dense, points = Point([1.0], [0.0]), curve(0.1)
-    found = {row.rule: row for row in rows([HeldOut("site", {0.01: dense}, {0.01: points[2]}, points)], 0.01)}
-    assert found.keys() == {"calibrated", "the budget as threshold"}
-    assert (found["calibrated"].worst, found["calibrated"].density) == (0, 1)
+    (row,) = rows([held_out(0.0, 1.0)], [BUDGET])
+    assert (row.rule, row.worst, row.density) == ("calibrated", 0, 1)
+
+
+def test_calls_of_texts() -> None:
+    model, seen, unseen = tiny("llama"), {"input_ids": tokens(250, 1)}, {"input_ids": tokens(250, 1)}
+    calibrations = calibrate_each(model, seen, [BUDGET])
+    for (found,) in calibrations.values():  # so short a call saves nothing: the first layer stays dense
+        first, second = found.sites
+        found.sites[second] = dataclasses.replace(found.sites[second], dense="")
+    calls = measure_texts(model, [seen, unseen], calibrations, [BUDGET])
+    assert [(call.text, call.site) for call in calls] == [(1, first), (1, second), (2, first), (2, second)]
+    assert calls[0].rules["calibrated"] == calls[2].rules["calibrated"] == [DENSE]
+    for rule, (found,) in calibrations.items():
+        site, (measured,) = found.sites[second], calls[1].rules[rule]
+        assert dataclasses.astuple(measured) == pytest.approx((site.threshold, site.density, site.error), rel=1e-3)
+    assert calls[1].rules["calibrated"][0].error < calls[1].rules["calibrated to the whole budget"][0].error <= BUDGET
+
+    direct: list[float] = []
+
+    def handle(call: SiteCall) -> None:
+        config = S2OConfig(error_budget=BUDGET, min_length=0)
+        output = attention(call.query, call.key, call.value, is_causal=True, config=config)
+        direct.append(float((output - call.dense).square().sum() / call.dense.square().sum()))
+
+    call_sites(model, unseen, S2OConfig(), handle, lambda decisions: None)
+    assert [call.rules["budget alone"][0].error for call in calls[2:]] == pytest.approx(direct, rel=1e-3)

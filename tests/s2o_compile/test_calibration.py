@@ -88,7 +88,8 @@ def test_every_call_of_every_input_is_within_the_budget(side: str | None) -> Non
     assert found.lengths == [250, 180] and len(calls) == 4
     for name, site in found.sites.items():
         errors = [measured.error for where, measured in calls if where == name]
-        assert site.error == pytest.approx(max(errors), rel=1e-3) and 0.5 * BUDGET < max(errors) <= MARGIN * BUDGET
+        assert site.error == pytest.approx(max(errors), rel=1e-3)
+        assert 0.6 * MARGIN * BUDGET < max(errors) <= MARGIN * BUDGET
 
 
 def test_diffuse_layers_stay_dense(tmp_path: Path) -> None:
