@@ -17,8 +17,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from s2o_compile.calls import AttentionCalls, Call
 from s2o_compile.cli.errors import UsageError
@@ -28,7 +26,7 @@ from s2o_compile.demo.measure import prefill_inputs
 from s2o_compile.demo.model import choose_device, choose_dtype, load_model, model_name
 
 from .captured import Layer, save_layer
-from .command import run
+from .command import progress_bars, run
 
 
 def capture(model: Any, inputs: dict[str, Any], keep: Callable[[Layer], None], layers: set[int] | None = None) -> None:
@@ -104,7 +102,7 @@ def main(
     place = choose_device(device)
     check_document(document, length)
     make_folder(output)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bars() as progress:
         task = progress.add_task("Loading the model", total=None)
         loaded, tokenizer = load_model(model, place, choose_dtype(dtype, place))
         count = loaded.config.get_text_config().num_hidden_layers

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import typer
 from rich.console import Console
+from rich.progress import Progress, ProgressColumn
 
 from s2o_compile.cli.app import run as run_command_line
 
@@ -21,3 +22,9 @@ def wide_console() -> Console:
     """A console for stdout that has room for wide tables where it is not a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
+
+
+def progress_bars(*columns: ProgressColumn) -> Progress:
+    """Progress bars on stderr, those of rich's usual columns without others; none where it is not a terminal."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -22,7 +22,7 @@ from s2o_compile.cli.options import Device, Json, make_folder, read_config
 from s2o_compile.demo.model import choose_device
 
 from .captured import Layer, load_layer
-from .command import run
+from .command import progress_bars, run
 from .frontier_report import AXES, Point, as_dict, equal_error, points_table, save_plot, targets_table
 from .judge import STRIP, Judge
 from .methods import METHODS, Method, operator
@@ -85,7 +85,7 @@ def main(
         make_folder(output)
     rows = "every row" if every == 1 else f"SAMPLED: one strip of {STRIP} rows in {every}"
     points: list[Point] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bars() as progress:
         for path in captures:
             layer = load_layer(path, choose_device(device)).first(length or 2**62)
             points += measure(layer, methods, every, progress)

@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import s2o_compile
@@ -31,7 +30,7 @@ from s2o_compile.demo.model import check_length, choose_device, choose_dtype, lo
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.choice import DEFAULT_MIN_LENGTH
 
-from .command import run
+from .command import progress_bars, run
 
 FIRST = 16
 """How many of the first tokens are compared on their own."""
@@ -197,7 +196,7 @@ def main(
     check_length(loaded, model_name(loaded, model), length + new)
     texts = read_prompts(tokenizer, document, length, range(first, first + prompts))
     rows: list[Row] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress, torch.no_grad():
+    with progress_bars() as progress, torch.no_grad():
         task = progress.add_task("", total=len(ways) * (1 + len(configs)) * prompts)
         for way in ways:
             progress.update(task, description=way.name)

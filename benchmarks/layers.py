@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from s2o_compile.calls import AttentionCalls, Call
@@ -30,7 +29,7 @@ from s2o_compile.demo.model import choose_device, choose_dtype, load_model
 from s2o_compile.ops import AttentionResult, S2OConfig
 from s2o_compile.ops.density import density
 
-from .command import run
+from .command import progress_bars, run
 
 
 @dataclasses.dataclass
@@ -104,7 +103,7 @@ def main(
     config = read_config(None, 0, option or [])
     loaded, tokenizer = load_model(model, place, choose_dtype("auto", place))
     text = build_document(tokenizer, read_texts(document), length)
-    with Progress(console=Console(stderr=True), transient=True) as progress, torch.no_grad():
+    with progress_bars() as progress, torch.no_grad():
         task = progress.add_task("Prefill", total=loaded.config.num_hidden_layers)
         rows: list[Row] = []
 

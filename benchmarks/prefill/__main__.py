@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import Device, DType, Json, make_folder, read_config
 from s2o_compile.demo.document import check_document
 from s2o_compile.demo.model import choose_device, choose_dtype
 
-from ..command import run, wide_console
+from ..command import progress_bars, run, wide_console
 from .measure import Row, measure
 from .models import RANDOM_LLAMA, SMOLLM2, load
 from .report import as_dict, describe, table
@@ -62,7 +60,7 @@ def main(
     if output:
         make_folder(output)
     rows: list[Row] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bars() as progress:
         task = progress.add_task("Loading the model", total=len(lengths))
         subject = load(model, layers, place, choose_dtype(dtype, place))
         note = describe(subject, density)

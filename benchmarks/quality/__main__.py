@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import Device, DType, Json, Model, make_folder, read_config
@@ -19,7 +19,7 @@ from s2o_compile.demo.memory import check_memory
 from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.ops import S2OConfig
 
-from ..command import run
+from ..command import progress_bars, run
 from .attention import COMPARED, METHODS, Attention, operator
 from .cases import Settings, build_case, count_cases
 from .filler import FILLERS
@@ -88,7 +88,7 @@ def main(
         make_folder(output)
     outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bars(*columns) as progress:
         bar = progress.add_task("Loading the model")
         loaded, tokenizer = load_model(model, place, choose_dtype(dtype, place))
         if yarn is not None:

@@ -15,15 +15,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import Device, DType, Json, make_folder, read_config
 from s2o_compile.demo.model import choose_device, choose_dtype
 from s2o_compile.ops import S2OConfig
 
-from ..command import run, wide_console
+from ..command import progress_bars, run, wide_console
 from .contenders import DENSE, PRESETS
 from .measure import Case, Row, measure
 from .report import as_dict, save_plot, table
@@ -69,7 +67,7 @@ def main(
 
 def watched(case: Case, repetitions: int) -> list[Row]:
     """The rows of a case, with the steps to them shown."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress_bars() as progress:
         task = progress.add_task("", total=None)
         return measure(
             case,
