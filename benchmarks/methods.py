@@ -14,7 +14,7 @@ from s2o_compile.ops.contribution import sampled_rows
 from s2o_compile.ops.density import density, scored_channels
 from s2o_compile.ops.geometry import Geometry
 from s2o_compile.ops.guides import pool_guides
-from s2o_compile.ops.projection import MOST_NEGLECTED, project
+from s2o_compile.ops.projection import project
 from s2o_compile.ops.visibility import Visibility
 
 from .baselines import flexprefill, pbs, streaming, vertical_slash, xattention
@@ -102,8 +102,7 @@ def ranking_flops(layer: Layer, config: S2OConfig) -> float:
 def share_in_all_channels(layer: Layer, config: S2OConfig) -> float:
     """The share of KV groups whose keys are scored in all channels, as fewer neglect too much."""
     guides = pool_guides(layer.query.unflatten(0, (len(layer.key), -1)), config)
-    neglected = project(guides, layer.key, config.channels, layer.scale).neglected
-    return 0.0 if neglected is None else float((neglected > MOST_NEGLECTED).double().mean())
+    return float(project(guides, layer.key, config.channels, layer.scale).lacks.double().mean())
 
 
 def rule(function: Rule, dial: str, settings: tuple[float, ...], default: float | None = None) -> Method:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .geometry import BLOCK
+from .visibility import masked
 
 
 def block_means(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -17,11 +18,11 @@ def block_means(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     Returns:
         [..., ceil(Lk / BLOCK), D]; zeros for a block without valid keys.
     """
-    length = x.shape[-2]
+    length, x = x.shape[-2], masked(x, valid)
     if valid is None:
         valid = torch.ones(length, dtype=torch.bool, device=x.device)
     padding = -length % BLOCK
-    x = torch.where(valid[..., None], x, 0).float() if x.dtype != torch.float64 else torch.where(valid[..., None], x, 0)
+    x = x if x.dtype == torch.float64 else x.float()
     blocks = torch.nn.functional.pad(x, (0, 0, 0, padding)).unflatten(-2, (-1, BLOCK)).sum(-2)
     count = torch.nn.functional.pad(valid, (0, padding)).unflatten(-1, (-1, BLOCK)).sum(-1)
     return blocks / count.clamp_min(1)[..., None]

@@ -33,6 +33,13 @@ class Projected(NamedTuple):
     key: torch.Tensor
     neglected: torch.Tensor | None
 
+    @property
+    def lacks(self) -> torch.Tensor:
+        """Whether too much is `neglected`: [...] boolean."""
+        if self.neglected is None:
+            return torch.zeros(self.key.shape[:-2], dtype=torch.bool, device=self.key.device)
+        return self.neglected > MOST_NEGLECTED
+
 
 def project(
     guides: torch.Tensor, key: torch.Tensor, channels: int | None, scale: float, valid: torch.Tensor | None = None
@@ -60,9 +67,7 @@ def project_group(
 ) -> Projected:
     """`project` of one KV group, guides [G, n, D] and keys [Lk, D]; all channels where fewer neglect too much."""
     projected = project(guides, key, channels, scale, valid)
-    if projected.neglected is not None and projected.neglected > MOST_NEGLECTED:
-        return Projected(guides, key, None)
-    return projected
+    return Projected(guides, key, None) if projected.lacks else projected
 
 
 def principal_directions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -50,8 +51,7 @@ def attend_by_operator(config: S2OConfig, layer: Layer) -> Attended:
 
 def attend_by_rule(rule: Rule, setting: float, layer: Layer) -> Attended:
     """A rule of others at one setting of its dial, choosing in float32 and applied exactly: other keys are masked."""
-    query, key, value = (x.float() for x in (layer.query, layer.key, layer.value))
-    exact = Layer(layer.name, query, key, value, layer.scale)
+    exact = dataclasses.replace(layer, query=layer.query.float(), key=layer.key.float())
     visits: list[Visit] = []
     for head in range(layer.heads):
         visits += rule(*exact.head(head)[:2], layer.scale, (setting,))

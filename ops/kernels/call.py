@@ -15,7 +15,7 @@ from ..contribution import sampled_rows, value_distances
 from ..geometry import BLOCK, Geometry
 from ..visibility import Visibility, masked
 
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 
 
 @dataclass
@@ -108,8 +108,8 @@ class Call:
             "window": visibility.window or 0,
             "near_keys": self.geometry.near_keys,
             "groups": self.groups,
-            "scale": self.scale * _LOG2_E,
-            "softcap": self.softcap * _LOG2_E,
+            "scale": self.scale * LOG2_E,
+            "softcap": self.softcap * LOG2_E,
             "SEGMENT": self.config.segment,
             "CAUSAL": visibility.is_causal,
             "HAS_PADDING": visibility.key_padding is not None,

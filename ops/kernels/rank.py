@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import wrap_triton
 
-from ..projection import MOST_NEGLECTED, project
+from ..projection import project
 from ..ranking import sorted_history
-from .call import Call, channels
+from .call import LOG2_E, Call, channels
 from .importance import importance_kernel
 from .normaliser import normaliser_kernel
 from .quantise import Operands, ranking_operands
@@ -60,14 +60,14 @@ class Ranking(NamedTuple):
     def of(cls, call: Call, guides: torch.Tensor) -> Ranking:
         """Of guides [B, Hkv, guide heads, guides, D]."""
         whole = ranking_operands(guides, call.key, call.softcap)
-        projected, key, neglected = project(guides, call.key, call.config.channels, call.scale, call.valid)
+        projected = project(guides, call.key, call.config.channels, call.scale, call.valid)
         lse = normalisers(call, whole)
-        if neglected is None:
+        if projected.neglected is None:
             return cls((Scoring(whole, lse, None),), lse, call.distances())
-        origin = lse - (neglected * math.log2(math.e))[..., None, None].to(lse.dtype)
-        lacking = neglected > MOST_NEGLECTED
-        in_few = Scoring(ranking_operands(projected, key, call.softcap), origin, ~lacking)
-        return cls((in_few, Scoring(whole, lse, lacking)), lse, call.distances())
+        origin = lse - (projected.neglected * LOG2_E)[..., None, None].to(lse.dtype)
+        few = ranking_operands(projected.guides, projected.key, call.softcap)
+        scorings = Scoring(few, origin, ~projected.lacks), Scoring(whole, lse, projected.lacks)
+        return cls(scorings, lse, call.distances())
 
 
 def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:

@@ -42,7 +42,6 @@ def read_config(
     Raises:
         UsageError: An option is unknown or has a value that is not allowed, or a calibration's file cannot be read.
     """
-    from ..calibration.file import Calibration
     from ..ops.config import S2OConfig
 
     fields = dict(_read_option(text, given_by) for text in options)
@@ -52,6 +51,8 @@ def read_config(
     try:
         config = S2OConfig.from_options(fields)
         if config.calibration is not None:
+            from ..calibration.file import Calibration
+
             Calibration.load(config.calibration)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{error}.") from error
