@@ -88,7 +88,8 @@ def principal_directions(
     queries, _ = _moments(query)
     keys, mean = _moments(key)
     strongest = (queries * keys).diagonal(dim1=-2, dim2=-1).topk(channels, -1).indices
-    of_queries = of_keys = torch.zeros_like(keys[..., :channels]).scatter_(-2, strongest[..., None, :], 1)
+    channel = torch.arange(key.shape[-1], device=key.device)
+    of_queries = of_keys = (channel[:, None] == strongest[..., None, :]).to(keys.dtype)
     if 2 * channels < key.shape[-1]:
         of_queries, of_keys = _improved(of_keys, queries, keys)
     missing = torch.eye(key.shape[-1], dtype=keys.dtype, device=key.device) - of_queries @ of_keys.mT
