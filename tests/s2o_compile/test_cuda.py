@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,50 +106,37 @@ assert "s2o_compile" not in sys.modules
 """
 
 
-class Attention(torch.nn.Module):
-    """PyTorch's own attention and nothing else."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
-
-
-class Crashed(Exception):
-    """A process was ended by a signal."""
-
-
-def run_package(program: torch.export.ExportedProgram, inputs: tuple[torch.Tensor, ...], folder: Path) -> torch.Tensor:
-    """What the package of a program computes in a process of its own.
-
-    Raises:
-        Crashed: That process did.
-    """
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
-    files = [package, str(folder / "inputs.pt"), str(folder / "output.pt")]
-    torch.save(inputs, files[1])
-    done = subprocess.run([sys.executable, "-c", RUN, *files], capture_output=True, text=True)
-    if done.returncode < 0:
-        raise Crashed(signal.Signals(-done.returncode).name)
-    assert done.returncode == 0, done.stderr
-    return torch.load(files[2])
+BOUND_COMPILER = """#!/bin/sh
+case " $* " in *" -shared "*) set -- "$@" -Wl,-Bsymbolic ;; esac
+exec g++ "$@"
+"""
 
 
 @pytest.fixture
-def packages_run(tmp_path: Path) -> None:
-    """Skips where PyTorch does not run a package of its own attention either: torch 2.11 on an H200."""
-    x = torch.randn(1, 2, 64, 32, device="cuda")
-    program = torch.export.export(Attention(), (x,))
-    (folder := tmp_path / "plain").mkdir()
-    try:
-        got = run_package(program, (x,), folder)
-    except Crashed as crash:
-        pytest.skip(f"a package of nothing but PyTorch's attention ends the process that loads it, too: {crash}")
-    torch.testing.assert_close(got, Attention()(x), atol=1e-3, rtol=1e-3)
+def bound_symbols(tmp_path: Path) -> Iterator[None]:
+    """Packages call their own copy of std::regex; cuFile, which PyTorch loads for all, exports that of an older GCC."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(BOUND_COMPILER)
+    compiler.chmod(0o755)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler))}):
+        yield
 
 
-@pytest.mark.usefixtures("packages_run")
-def test_a_package_carries_its_kernels(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("bound_symbols")
+@pytest.mark.parametrize("config", [EXACT, S2OConfig(min_length=0)], ids=["exact", "sparse"])
+def test_a_package_carries_its_kernels(config: S2OConfig, tmp_path: Path) -> None:
     """Where shapes are static it runs in a process that does not import this project."""
-    model = Logits(llama())
-    program = s2o_compile.export(model, tuple(prompts(0).values()), config=EXACT)
-    got = run_package(program, tuple(prompts(1).values()), tmp_path)
-    torch.testing.assert_close(got[:, 9:], logits(model.model, 1), atol=1e-3, rtol=1e-3)
+    model, inputs = Logits(llama()), tuple(prompts(0).values())
+    program = s2o_compile.export(model, inputs, config=config)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    files = [package, str(tmp_path / "inputs.pt"), str(tmp_path / "output.pt")]
+    inputs = tuple(prompts(1).values())
+    torch.save(inputs, files[1])
+    done = subprocess.run([sys.executable, "-c", RUN, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    got = torch.load(files[2])
+    with torch.no_grad():
+        want = program.module()(*inputs)
+    # A key at its draw may be visited by one and not by the other.
+    tolerance = 1e-3 if config is EXACT else 2e-2
+    torch.testing.assert_close(got[:, 9:], want[:, 9:], atol=tolerance, rtol=tolerance)
