@@ -1,8 +1,8 @@
 """The operators ``torch.ops.s2o.attention`` and ``torch.ops.s2o.attention_stats``.
 
-Both are compositions: they validate, cast under autocast, choose between sparse and dense, and call one of
-`sparse_triton` (a `triton_op`, whose kernels Inductor sees) and `sparse` (opaque: on a CPU, for symbolic shapes, and
-while calls are recorded, which its kernels do: they run when a graph runs and never when it is traced).
+Both are compositions: they validate, cast under autocast, choose between sparse and dense, and call `sparse`, which is
+opaque to the compiler. Where Inductor makes a package for a GPU, that has to carry the kernels, and `sparse_triton`
+shows them (a `triton_op`). It does not elsewhere: Inductor takes seconds for the kernels of each call.
 Where lengths are symbolic and the choice depends on them, they call `attention_dynamic`, which chooses at run time.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from . import cpu
 from .choice import choose_sparse
 from .config import S2OConfig, operator_fields
 from .dense import decode_attention, dense_attention
-from .recording import SparseCall, is_recording, recorded
+from .recording import SparseCall, recorded
 from .result import AttentionResult
 from .sinks import add_sinks
 from .sizes import statically_known_true
@@ -223,34 +225,42 @@ class _Call(NamedTuple):
         arguments = (self.query, self.key, self.value, *self.visibility, self.factor, self.softcap)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
-        if self.query.device.type == "cpu" or symbolic or is_recording():
-            result = AttentionResult(*torch.ops.s2o.sparse(*arguments, self.site, settings))
+        if self.query.is_cuda and not symbolic and _is_packaging():
+            from .kernels.launch import sparse_triton
+
+            result = AttentionResult(*sparse_triton(*arguments, settings))
         else:
-            result = AttentionResult(*_sparse_triton(*arguments, settings))
+            result = AttentionResult(*torch.ops.s2o.sparse(*arguments, self.site, settings))
         return result if self.sinks is None else add_sinks(result, self.sinks)
 
 
-def _sparse_triton(*arguments: Any) -> tuple[torch.Tensor, ...]:
-    from .kernels.launch import sparse_triton
-
-    return sparse_triton(*arguments)
-
-
-def _sparse_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> AttentionResult:
-    call = _opaque_call(query, key, value, *rest)
-    arguments = (query, key, value, call.visibility, call.scale, call.softcap, call.config)
-    return recorded(call, lambda: cpu.sparse_attention(*arguments))
+def _is_packaging() -> bool:
+    """Whether Inductor compiles for a process without Python."""
+    virtualized = sys.modules.get("torch._inductor.virtualized")
+    return virtualized is not None and virtualized.V.aot_compilation
 
 
-def _sparse_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> AttentionResult:
-    *terms, _, settings = rest
-    call = _opaque_call(query, key, value, *rest)
-    return recorded(call, lambda: AttentionResult(*_sparse_triton(query, key, value, *terms, settings)))
+def _sparse_cpu(*arguments: Any) -> AttentionResult:
+    return _sparse(cpu.sparse_attention, *arguments)
 
 
-def _opaque_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> SparseCall:
+def _sparse_cuda(*arguments: Any) -> AttentionResult:
+    from .kernels.launch import sparse_attention
+
+    return _sparse(sparse_attention, *arguments)
+
+
+def _sparse(
+    implementation: Callable[..., AttentionResult],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *rest: Any,
+) -> AttentionResult:
     *terms, scale, softcap, site, settings = rest
-    return SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
+    call = SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
+    arguments = (query, key, value, call.visibility, call.scale, call.softcap, call.config)
+    return recorded(call, lambda: implementation(*arguments))
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

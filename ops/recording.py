@@ -56,11 +56,6 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _recorders.reset(token)
 
 
-def is_recording() -> bool:
-    """Whether any recorder watches."""
-    return bool(_recorders.get())
-
-
 def recorded(call: SparseCall, compute: Callable[[], AttentionResult]) -> AttentionResult:
     """The result of a call, shown to all recorders, unless a CUDA graph is being captured."""
     with _traced(call):

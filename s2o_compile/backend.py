@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from .ops import S2OConfig
-from .ops.recording import is_recording
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +75,8 @@ class S2OBackend:
         log.info("%d of %d attention sites rewritten", report.rewritten, len(report.decisions))
         for decision in report.decisions:
             log.debug("%s", decision)
-        # Inductor's caches know the operator's name, not what it does in this release, nor whether it stays whole.
-        form = "-recorded" if is_recording() else ""
-        tag = f"{torch.compiler.config.cache_key_tag}s2o-{importlib.metadata.version('s2o-compile')}{form}"
+        # Inductor's caches know the operator's name, not what it does in this release.
+        tag = f"{torch.compiler.config.cache_key_tag}s2o-{importlib.metadata.version('s2o-compile')}"
         with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             compiled: Any = compile_fx(module, example_inputs, config_patches=patches or None, **kwargs)
         return compiled

@@ -27,9 +27,7 @@ def profile(error_rows: int = 4) -> Iterator[Profile]:
     Seen are calls of ``torch.ops.s2o.attention``, through ``attn_implementation="s2o"`` and in compiled graphs, that
     take the sparse path. Calls that run dense are not. A GPU is not waited for before the numbers are read.
 
-    On a GPU, Inductor takes the operator apart where shapes are static, and CUDA graphs replay without Python: such
-    calls cannot be seen. Graphs that are first compiled inside the block keep the operator whole, and are seen, as are
-    those compiled with ``dynamic=True``.
+    CUDA graphs, which replay without Python, and packages of AOTInductor for a GPU cannot be seen.
 
     Args:
         error_rows: Queries of each call whose outputs are compared with dense attention; 0 for none, which saves

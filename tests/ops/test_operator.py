@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.ops import S2OConfig
+from s2o_compile.ops import AttentionResult, S2OConfig
 from s2o_compile.ops.choice import choose_sparse
+from s2o_compile.ops.kernels import launch
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
@@ -405,3 +410,14 @@ def test_terms_compile(dynamic: bool, min_length: int) -> None:
         del terms["softcap"]
         assert largest_difference(compiled(*tensors, terms), want) < 1e-5
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("packaging", [False, True])
+def test_only_packages_see_the_kernels(packaging: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = Mock(side_effect=lambda query, key, value, *rest: AttentionResult.empty(query, value, 32))
+    monkeypatch.setattr(launch, "sparse_triton", kernels)
+    with FakeTensorMode(), V.set_aot_compilation(packaging):
+        args = [torch.empty(1, 2, 128, 16, device="cuda", dtype=torch.bfloat16) for _ in "qkv"]
+        graph = make_fx(lambda *args: torch.ops.s2o.attention(*args, min_length=0))(*args).graph
+    assert kernels.called == packaging
+    assert (torch.ops.s2o.sparse.default in {node.target for node in graph.nodes}) != packaging

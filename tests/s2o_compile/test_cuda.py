@@ -28,7 +28,8 @@ def llama(attention: str = "sdpa") -> Any:
     transformers = pytest.importorskip("transformers")
     settings = transformers.LlamaConfig(
         vocab_size=100, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        num_key_value_heads=2, head_dim=128, max_position_embeddings=1024,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM._from_config(settings, attn_implementation=attention).cuda().eval()
