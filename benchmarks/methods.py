@@ -11,10 +11,8 @@ import torch
 
 from s2o_compile.ops import AttentionResult, S2OConfig
 from s2o_compile.ops.contribution import sampled_rows
-from s2o_compile.ops.density import density, scored_channels
+from s2o_compile.ops.density import density, scored_channels, share_in_all_channels
 from s2o_compile.ops.geometry import Geometry
-from s2o_compile.ops.guides import pool_guides
-from s2o_compile.ops.projection import project
 from s2o_compile.ops.visibility import Visibility
 
 from .baselines import flexprefill, pbs, streaming, vertical_slash, xattention
@@ -92,17 +90,12 @@ def ranking_flops(layer: Layer, config: S2OConfig) -> float:
         queries = min(config.segment, layer.length - segment * config.segment)
         scored += -(-queries // config.pool) * geometry.span(segment).low
     whole, few = (scored_channels(x, layer.key.shape[-1]) for x in (dataclasses.replace(config, channels=None), config))
-    flops = 2.0 * heads * scored * (few + (whole - few) * share_in_all_channels(layer, config))
+    in_all = share_in_all_channels(layer.query, layer.key, layer.scale, config)
+    flops = 2.0 * heads * scored * (few + (whole - few) * in_all)
     if config.measure == "output":
         rows = layer.heads * len(sampled_rows(layer.length, layer.heads // len(layer.key), layer.key.device))
         flops += 2.0 * rows * layer.length * (layer.key.shape[-1] + layer.value.shape[-1])
     return flops
-
-
-def share_in_all_channels(layer: Layer, config: S2OConfig) -> float:
-    """The share of KV groups whose keys are scored in all channels, as fewer neglect too much."""
-    guides = pool_guides(layer.query.unflatten(0, (len(layer.key), -1)), config)
-    return float(project(guides, layer.key, config.channels, layer.scale).lacks.double().mean())
 
 
 def rule(function: Rule, dial: str, settings: tuple[float, ...], default: float | None = None) -> Method:

@@ -8,6 +8,8 @@ import torch
 
 from .config import S2OConfig
 from .geometry import Geometry, round_up
+from .guides import pool_guides
+from .projection import project
 
 
 @functools.cache
@@ -59,3 +61,16 @@ def ranking_share(config: S2OConfig, channels: int, value_channels: int, group: 
 def scored_channels(config: S2OConfig, channels: int) -> float:
     """The multiplications of a guide and a key, of D channels: its score, and its part in a log-sum-exp."""
     return min(config.channels or channels, channels) + channels / config.sample
+
+
+def share_in_all_channels(query: torch.Tensor, key: torch.Tensor, scale: float, config: S2OConfig) -> float:
+    """The share of KV groups whose keys are scored in all channels, as fewer neglect too much (`ops.projection`).
+
+    Args:
+        query: [..., Hq, Lq, D].
+        key: [..., Hkv, Lk, D].
+        scale: Factor of the logits.
+        config: Gives the guides and how many channels they are.
+    """
+    guides = pool_guides(query.unflatten(-3, (key.shape[-3], -1)), config)
+    return float(project(guides, key, config.channels, scale).lacks.double().mean())

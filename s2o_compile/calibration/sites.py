@@ -13,7 +13,7 @@ import torch
 from ..analysis import call_once, replace_operator
 from ..ops import AttentionResult, S2OConfig
 from ..ops.choice import DENSE_AT_ANY_LENGTH
-from ..ops.density import density, ranking_share
+from ..ops.density import density, ranking_share, share_in_all_channels
 from ..passes import Decision, rewrite
 
 
@@ -75,8 +75,12 @@ class SiteCall:
 
     def ranking_share(self, config: S2OConfig) -> float:
         """What ranking the keys costs, over what dense attention costs."""
-        group = self.query.shape[1] // self.key.shape[1]
-        return ranking_share(config, self.query.shape[3], self.value.shape[3], group)
+        size, group = self.query.shape[3], self.query.shape[1] // self.key.shape[1]
+        whole = dataclasses.replace(config, channels=None)
+        few, all_channels = (ranking_share(rule, size, self.value.shape[3], group) for rule in (config, whole))
+        scale = self.options.get("scale")
+        in_all = share_in_all_channels(self.query, self.key, size**-0.5 if scale is None else scale, config)
+        return few + (all_channels - few) * in_all
 
 
 def call_sites(

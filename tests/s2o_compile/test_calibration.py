@@ -270,6 +270,15 @@ def test_the_price_of_ranking(fields: dict[str, Any], share: float) -> None:
     assert ranking_share(S2OConfig(**fields), channels=64, value_channels=128, group=3) == pytest.approx(share)
 
 
+@pytest.mark.parametrize(("size", "groups_in_all"), [(0.5, 0), (10, 2)])
+def test_the_price_of_groups_that_are_ranked_in_all_channels(size: float, groups_in_all: int) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 4, 50, 64) * size, torch.randn(1, 2, 50, 64)
+    call = SiteCall("", query, key, key, {"is_causal": True})
+    few, whole = (ranking_share(S2OConfig(channels=x), 64, 64, 2) for x in (16, None))
+    assert call.ranking_share(S2OConfig(channels=16)) == few + (whole - few) * groups_in_all / 2
+
+
 def test_digests() -> None:
     weight = torch.randn(50, 60)
     assert digest(weight) == digest(weight.bfloat16()) == digest(weight.clone().requires_grad_())
