@@ -58,7 +58,8 @@ def project(
     if channels is None or channels >= key.shape[-1]:
         return Projected(guides, key, None)
     counted = masked(key, valid)
-    of_guides, of_keys, neglected = principal_directions(guides.flatten(-3, -2), counted, channels)
+    some = _sampled(guides, guides.shape[-3] * guides.shape[-2]).flatten(-3, -2)
+    of_guides, of_keys, neglected = principal_directions(some, counted, channels)
     return Projected(guides @ of_guides[..., None, :, :], counted @ of_keys, neglected * scale**2)
 
 
@@ -117,6 +118,10 @@ def _root(gram: torch.Tensor) -> torch.Tensor:
 
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Second moments and mean of some rows of X [..., n, D], float64; what is not finite counts as 0."""
-    rows = x[..., :: max(1, x.shape[-2] // _ROWS), :]
-    rows = rows.to(torch.promote_types(x.dtype, torch.float32)).nan_to_num(0, 0, 0)
-    return (rows.mT @ rows).double() / rows.shape[-2], rows.mean(-2).double()
+    rows = _sampled(x, x.shape[-2]).double().nan_to_num(0, 0, 0)
+    return rows.mT @ rows / rows.shape[-2], rows.mean(-2)
+
+
+def _sampled(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """X [..., n, D] with each n-th row only, such that about `_ROWS` of so many rows are left."""
+    return x[..., :: max(1, rows // _ROWS), :]
