@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -241,26 +240,21 @@ def _is_packaging() -> bool:
 
 
 def _sparse_cpu(*arguments: Any) -> AttentionResult:
-    return _sparse(cpu.sparse_attention, *arguments)
+    call = _recorded_call(*arguments)
+    operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap, call.config)
+    return recorded(call, lambda: cpu.sparse_attention(*operands))
 
 
 def _sparse_cuda(*arguments: Any) -> AttentionResult:
-    from .kernels.launch import sparse_attention
+    from .kernels.launch import sparse_triton
 
-    return _sparse(sparse_attention, *arguments)
+    *operands, _, settings = arguments
+    return recorded(_recorded_call(*arguments), lambda: AttentionResult(*sparse_triton(*operands, settings)))
 
 
-def _sparse(
-    implementation: Callable[..., AttentionResult],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *rest: Any,
-) -> AttentionResult:
+def _recorded_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> SparseCall:
     *terms, scale, softcap, site, settings = rest
-    call = SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
-    arguments = (query, key, value, call.visibility, call.scale, call.softcap, call.config)
-    return recorded(call, lambda: implementation(*arguments))
+    return SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

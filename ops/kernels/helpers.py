@@ -10,7 +10,9 @@ from .. import sampling
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
-FLOAT8_MAX = tl.constexpr(448.0)
+FLOAT8_REACH = tl.constexpr(14.0)
+"""Largest number in float8 operands: sums over 256 products stay within half precision."""
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 KEY_BLOCK = tl.constexpr(64)
 BEYOND = tl.constexpr(2**31 - 1)
 KEY_STEP = tl.constexpr(sampling.KEY_STEP)
@@ -149,8 +151,40 @@ def unit_scale(scale, ranges, place, places, QUANTISED: tl.constexpr):
     """What turns products of guides and keys into logits, for a batch entry and group at `place` of `places`."""
     scale = float32(scale)
     if QUANTISED:
-        scale *= tl.load(ranges + place) / FLOAT8_MAX * (tl.load(ranges + places + place) / FLOAT8_MAX)
+        scale *= tl.load(ranges + place) / FLOAT8_REACH * (tl.load(ranges + places + place) / FLOAT8_REACH)
     return scale
+
+
+@triton.jit
+def pack_halves(first, second):
+    """Two numbers in half precision as the bits of one int32, the first one low."""
+    if INTERPRETED:
+        low = first.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        pair = second.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16 | low
+    else:
+        pair = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [first, second], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return pair
+
+
+@triton.jit
+def scale_and_add(numbers, scale, addends):
+    """`numbers` [M, N] * scale + addends in half precision, two columns in each instruction.
+
+    `scale` and `addends` [N] are pairs (`pack_halves`): of the scale twice, and of those of columns 2n and 2n + 1 in
+    both of these columns.
+    """
+    if INTERPRETED:
+        lifted = addends << tl.where(tl.arange(0, addends.shape[0]) % 2 == 0, 16, 0) >> 16
+        result = numbers * (scale << 16 >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        result += lifted.to(tl.int16).to(tl.float16, bitcast=True)[None, :]
+    else:
+        result = tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $4;", "=r,r,r,r,r,r", [numbers, scale, addends[None, :]],
+            dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return result
 
 
 @triton.jit

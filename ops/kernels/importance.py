@@ -14,7 +14,9 @@ from .helpers import (
     load_padding,
     load_rows,
     mask_terms,
+    pack_halves,
     place_guides,
+    scale_and_add,
     see,
     span,
     unit_scale,
@@ -25,6 +27,37 @@ from .helpers import (
 def _larger(one, other):
     """The larger, or NaN where either is."""
     return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _load_part(
+    guides, lse, first, done, guides_per_head, stride_h, stride_n, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr,
+    ROWS: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """ROWS guides of each of SEGMENTS segments, `done` being those before: their channels, and their log-sum-exps.
+
+    The latter negated, and with HALF in pairs as `scale_and_add` takes them.
+    """
+    row = tl.arange(0, ROWS * SEGMENTS)
+    head, guide, real = place_guides(first + row // ROWS, done + row % ROWS, guides_per_head, HEADS, PER_SEGMENT)
+    rows = load_guides(guides, head, guide, real, stride_h, stride_n, D, BLOCK_D)
+    if HALF:
+        origin = pack_halves(
+            _origins(lse, row & -2, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS),
+            _origins(lse, row | 1, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS),
+        )
+    else:
+        origin = _origins(lse, row, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS)
+    return rows, origin
+
+
+@triton.jit
+def _origins(
+    lse, row, first, done, guides_per_head, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr, ROWS: tl.constexpr
+):
+    """The negated log-sum-exps at rows of a part, -inf where there is no guide."""
+    head, guide, real = place_guides(first + row // ROWS, done + row % ROWS, guides_per_head, HEADS, PER_SEGMENT)
+    return -tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
 
 
 @triton.jit
@@ -84,12 +117,15 @@ def importance_kernel(
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     QUANTISED: tl.constexpr,
+    HALF: tl.constexpr,
     HAS_MAX: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     MEASURES_OUTPUT: tl.constexpr,
     CHOOSES: tl.constexpr,
+    HOLDS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -98,6 +134,8 @@ def importance_kernel(
 
     With MEASURES_OUTPUT the shares of mass are multiplied by `distances` [B, groups, Lk]; with CHOOSES only groups that
     are `chosen` [B, groups] are written.
+    The guides of a list are multiplied in parts, of BLOCK_M and a last one of BLOCK_REST where they are more than that;
+    HOLDS says whether all are held, or loaded anew for each block of keys. HALF sums products in half precision.
     Lists stand in the order [batch, group, list, segment], keys from where the segment's history starts. Program
     (`chunk` keys for SEGMENTS consecutive segments, last first; list of the group; batch entry and group). Keys are the
     rows of the product, so that the maximum over guides stays within a warp.
@@ -113,7 +151,7 @@ def importance_kernel(
     per_segment: tl.constexpr = SEGMENT // POOL
     heads: tl.constexpr = GUIDE_HEADS // LISTS
     total: tl.constexpr = heads * per_segment
-    rows_per_segment: tl.constexpr = BLOCK_M // SEGMENTS
+    of_part: tl.constexpr = BLOCK_M // SEGMENTS
     first_head = tl.program_id(1) * heads
     guides += batch * guides_stride_b + group * guides_stride_g + first_head.to(tl.int64) * guides_stride_h
     first_guide = ((batch * groups + group) * GUIDE_HEADS + first_head) * guides_per_head
@@ -136,44 +174,59 @@ def importance_kernel(
     place = (tl.program_id(2) * LISTS + tl.program_id(1)) * segments + part - first_segment
     importance += place.to(tl.int64) * capacity - begin
 
-    row = tl.arange(0, BLOCK_M)
-    segment, slot = first + row // rows_per_segment, row % rows_per_segment
-    head, guide, real = place_guides(segment, slot, guides_per_head, heads, per_segment)
-    rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
-    normaliser = tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
+    held = ()
+    if HOLDS:
+        for done in tl.static_range(0, total, of_part):
+            held += (_load_part(
+                guides, lse, first, done, guides_per_head, guides_stride_h, guides_stride_n, heads, per_segment,
+                of_part if done + of_part <= total or BLOCK_REST == 0 else BLOCK_REST, SEGMENTS, D, BLOCK_D, HALF,
+            ),)  # fmt: skip
+    if HALF:
+        scale = pack_halves(scale, scale)
     varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
     # A reduction hides the alignment, without which keys are stored one by one.
     start_of_chunk = tl.min(begin // KEY_BLOCK, 0) * KEY_BLOCK + tl.program_id(0) // parts * chunk
     for start in range(start_of_chunk, tl.minimum(start_of_chunk + chunk, tl.max(end, 0)), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         block = load_rows(key, column, column < keys, key_stride_n, D, BLOCK_D)
-        largest = tl.full([BLOCK_N, SEGMENTS], float("-inf"), tl.float32)
+        largest = tl.full([BLOCK_N, SEGMENTS], float("-inf"), tl.float16 if HALF else tl.float32)
         mean = tl.zeros([BLOCK_N, SEGMENTS], tl.float32)
         visible = tl.zeros([BLOCK_N, SEGMENTS], tl.int32)
-        for done in tl.static_range(0, total, rows_per_segment):
-            if total > rows_per_segment:
-                head, guide, real = place_guides(segment, done + slot, guides_per_head, heads, per_segment)
-                rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
-                normaliser = tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
-            logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) - normaliser[None, :]
+        for done in tl.static_range(0, total, of_part):
+            if HOLDS:
+                rows, origin = held[done // of_part]
+            else:
+                rows, origin = _load_part(
+                    guides, lse, first, done, guides_per_head, guides_stride_h, guides_stride_n, heads, per_segment,
+                    of_part if done + of_part <= total or BLOCK_REST == 0 else BLOCK_REST, SEGMENTS, D, BLOCK_D, HALF,
+                )  # fmt: skip
+            if HALF:
+                logits = scale_and_add(tl.dot(block, tl.trans(rows), out_dtype=tl.float16), scale, origin)
+            else:
+                logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) + origin[None, :]
             if varies:
+                row, of_segment = tl.arange(0, rows.shape[0]), rows.shape[0] // SEGMENTS
+                segment, slot = first + row // of_segment, done + row % of_segment
+                head, guide, real = place_guides(segment, slot, guides_per_head, heads, per_segment)
                 query_head, position = group * GUIDE_HEADS + first_head + head, guide * POOL
                 seen = see(terms, query_head, position, real, column, column < keys, False, WINDOW, DOCUMENTS, MASK)
                 seen = tl.trans(seen & real[:, None])
                 logits = tl.where(seen, logits, float("-inf"))
-                seen = tl.reshape(seen.to(tl.int32), [BLOCK_N, SEGMENTS, rows_per_segment])
+                seen = tl.reshape(seen.to(tl.int32), [BLOCK_N, SEGMENTS, rows.shape[0] // SEGMENTS])
                 visible = tl.maximum(visible, tl.max(seen, 2))
-            of_segments = tl.reshape(logits, [BLOCK_N, SEGMENTS, rows_per_segment])
-            if HAS_MAX:
+            of_segments = tl.reshape(logits, [BLOCK_N, SEGMENTS, rows.shape[0] // SEGMENTS])
+            if HALF:
+                largest = _larger(largest, tl.reduce(of_segments, 2, _larger))
+            elif HAS_MAX:
                 # A maximum over guides does not see the NaN of one that tells nothing.
-                blind = tl.reshape((normaliser != normaliser).to(tl.int32), [SEGMENTS, rows_per_segment])
+                blind = tl.reshape((origin != origin).to(tl.int32), [SEGMENTS, rows.shape[0] // SEGMENTS])
                 blind = tl.where(tl.max(blind, 1) > 0, float("inf"), float("-inf"))
                 largest = _larger(_larger(largest, blind[None, :]), tl.max(of_segments, 2))
             if HAS_MEAN:
                 mean += tl.sum(tl.exp2(of_segments), 2)
         score = mean * (mean_step / (heads * present))[None, :]
         if HAS_MAX:
-            score = _larger(score, tl.exp2(largest) * max_step)
+            score = _larger(score, tl.exp2(largest.to(tl.float32)) * max_step)
         if MEASURES_OUTPUT:
             score *= tl.load(distances + column, mask=column < keys, other=1.0)[:, None]
         score += tl.where(column < first_keys, float("inf"), 0.0)[:, None]

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
+from ..config import S2OConfig
 from .call import channels
-from .helpers import FLOAT8_MAX, load_rows
+from .helpers import FLOAT8_REACH, load_rows
 
 FLOAT8 = torch.float8_e4m3fn
 INFINITY = tl.constexpr(0x7F800000)
@@ -45,6 +46,13 @@ def ranks_in_float8(guides: torch.Tensor, softcap: float) -> bool:
     if not guides.is_cuda or guides.dtype == torch.float32 or softcap or guides.shape[-1] < 32:
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(guides.device) >= (8, 9)
+
+
+def sums_in_half(operands: Operands, config: S2OConfig) -> bool:
+    """Whether their products are summed in half precision, whose maxima take half the instructions (sm_90)."""
+    if not operands.are_quantised or config.mean_weight > 0:
+        return False
+    return torch.cuda.get_device_capability(operands.key.device)[0] == 9
 
 
 def quantise(guides: torch.Tensor, key: torch.Tensor) -> Operands:
@@ -172,7 +180,7 @@ def quantise_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write guides of all heads, then keys from `origin`, in units of range / FLOAT8_MAX: [B, groups, rows, D].
+    """Write guides of all heads, then keys from `origin`, in units of range / FLOAT8_REACH: [B, groups, rows, D].
 
     Program (block of guides or of keys; batch entry and group).
     """
@@ -183,7 +191,7 @@ def quantise_kernel(
         key_stride_b, key_stride_h, key_stride_n, groups, heads, place, D, BLOCK_D,
     )  # fmt: skip
     ranges += (head == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)
-    rows *= FLOAT8_MAX / tl.maximum(tl.load(ranges), 1e-30)
+    rows *= FLOAT8_REACH / tl.maximum(tl.load(ranges), 1e-30)
     channel = tl.arange(0, BLOCK_D)
     result += (tl.program_id(1).to(tl.int64) * (heads * per_head + keys) + head * per_head) * D
     pointers = result + row.to(tl.int64)[:, None] * D + channel[None, :]

@@ -14,7 +14,7 @@ from ..ranking import sorted_history
 from .call import LOG2_E, Call, channels
 from .importance import importance_kernel
 from .normaliser import normaliser_kernel
-from .quantise import Operands, ranking_operands
+from .quantise import Operands, ranking_operands, sums_in_half
 from .select import select_kernel
 from .tiling import importance_tiling, normaliser_tiling
 
@@ -141,8 +141,9 @@ def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range
     guides, key = operands.guides, operands.key
     capacity = importance.shape[-1]
     total = guides.shape[2] // call.lists * (config.segment // config.pool)
-    tiling = importance_tiling(key.shape[-1], key.element_size(), total)
-    together = tiling.segments(total)
+    half = sums_in_half(operands, config)
+    tiling = importance_tiling(key.shape[-1], key.element_size(), total, half)
+    together = tiling.guides.segments(total)
     programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
     wrap_triton(importance_kernel)[(programs, call.lists, call.query.shape[0] * call.groups)](
         guides, operands.ranges, scoring.origin, key, ranking.lse if distances is None else distances,
@@ -153,6 +154,7 @@ def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range
         threshold=config.threshold,
         max_weight=config.max_weight,
         mean_weight=config.mean_weight,
+        HALF=half,
         HAS_MAX=config.max_weight > 0,
         HAS_MEAN=config.mean_weight > 0,
         MEASURES_OUTPUT=distances is not None, CHOOSES=scoring.chosen is not None,

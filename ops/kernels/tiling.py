@@ -11,6 +11,8 @@ MAX_ROWS = 128
 """Rows of queries that a kernel handles at once."""
 SHARED_MEMORY = 96 * 1024
 """Bytes that operands may take while they wait for their turn; every GPU that is supported has as many."""
+HELD = 32 * 1024
+"""Bytes of guides that a program holds while it goes through its keys."""
 
 
 class Tiling(NamedTuple):
@@ -45,15 +47,35 @@ def normaliser_tiling(channels: int, itemsize: int, guides: int) -> Tiling:
     return Tiling(64, 128, 4, 3) if itemsize == 1 and channels <= 128 and guides <= 64 else tiling
 
 
+class ImportanceTiling(NamedTuple):
+    """Of `importance_kernel`: a part of `guides` rows at a time, a last one of `rest` beside them (0 for none)."""
+
+    guides: Tiling
+    rest: int
+    holds: bool
+
+    @property
+    def arguments(self) -> dict[str, int | bool]:
+        """As arguments of a launch."""
+        return {**self.guides.arguments, "BLOCK_REST": self.rest, "HOLDS": self.holds}
+
+
 @functools.cache
-def importance_tiling(channels: int, itemsize: int, guides: int) -> Tiling:
-    """Of `importance_kernel`, for so many guides of a list; beyond one block they are loaded anew for each of keys."""
+def importance_tiling(channels: int, itemsize: int, guides: int, half: bool) -> ImportanceTiling:
+    """For so many guides of a list; `half` says that products are summed in half precision."""
     tiling = ranking_tiling(channels, itemsize)
-    rows = tiling.rows // tiling.segments(guides)
-    if guides <= rows:
-        return tiling
-    stage = (-(-guides // rows) * rows + tiling.keys) * channels * itemsize
-    return tiling._replace(num_stages=max(1, min(tiling.num_stages, SHARED_MEMORY // stage)))
+    left = guides % tiling.rows
+    rest = max(16, next_power_of_2(left)) if left and guides > tiling.rows else 0
+    if half:
+        tiling = Tiling(MAX_ROWS, 64 if 0 < rest < MAX_ROWS else 128, 4, 3)
+    if guides <= tiling.rows:
+        return ImportanceTiling(tiling, 0, True)
+    total = (guides // tiling.rows * tiling.rows + rest) * channels * itemsize
+    if total <= HELD:
+        return ImportanceTiling(tiling, rest, True)
+    stage = total + tiling.keys * channels * itemsize
+    stages = max(1, min(tiling.num_stages, SHARED_MEMORY // stage))
+    return ImportanceTiling(tiling._replace(num_stages=stages), rest, False)
 
 
 @functools.cache

@@ -74,6 +74,7 @@ def main(dtype: torch.dtype) -> None:
     documents, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 1, 300, 300, dtype=torch.bool)
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
     quantise.ranks_in_float8 = lambda guides, softcap: dtype != torch.float32 and not softcap and guides.shape[-1] >= 32
+    rank.sums_in_half = lambda operands, config: operands.are_quantised and config.mean_weight == 0
     for config in CONFIGS:
         launch.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, config)
         if config.tail != "means":

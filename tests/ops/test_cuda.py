@@ -134,9 +134,9 @@ def test_inductor(name: str) -> None:
     query *= 0.75  # Half the channels would neglect too much of the variance of larger logits.
     want = dense(query, key, value, seen(query, key, Visibility(True)))
     itself = (attend([query, key, value], **SETTINGS[name]) - want).norm()
+    settings = S2OConfig(**SETTINGS[name]).as_json
 
     def call(*tensors: torch.Tensor) -> torch.Tensor:
-        settings = S2OConfig(**SETTINGS[name]).as_json
         return sparse_triton(*tensors, True, 0, None, None, None, None, None, 128**-0.5, 0.0, settings)[0]
 
     got = torch.compile(call, fullgraph=True)(query, key, value)

@@ -88,12 +88,20 @@ def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
             assert_same(got, want, 1e-4)
 
 
+@pytest.mark.parametrize("heads, groups", [(2, 2), (6, 1)])
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("config", [S2OConfig(threshold=1e-2), S2OConfig(threshold=1e-2, pool=2, lists="head")])
-def test_ranking_in_float8_errs_no_more(config: S2OConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With keys that have large biases of single channels, which float8 alone could not represent."""
+def test_ranking_in_float8_errs_no_more(
+    config: S2OConfig, half: bool, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With keys that have large biases of single channels, which float8 alone could not represent.
+
+    Six heads of a group make 192 guides, which are multiplied in two parts.
+    """
     torch.manual_seed(9)
     bias = 30 * (torch.arange(32, device=DEVICE) % 8 == 0)
-    query, key, value = (torch.randn(1, 2, 300, 32, device=DEVICE) * 2 for _ in "qkv")
+    query, key, value = (torch.randn(1, n, 300, 32, device=DEVICE) * 2 for n in (heads, groups, groups))
+    monkeypatch.setattr(rank, "sums_in_half", lambda operands, config: half and operands.are_quantised)
     tensors = [x.half() for x in (query, key + bias, value)]
     mask = torch.ones(300, 300, dtype=torch.bool, device=DEVICE).tril()
     want = dense(*tensors, mask)
@@ -104,7 +112,8 @@ def test_ranking_in_float8_errs_no_more(config: S2OConfig, monkeypatch: pytest.M
         visited.append(result.visited.sum().item())
         error.append((result.output.double() - want).square().sum().item())
     assert visited[1] == pytest.approx(visited[0], rel=0.05)
-    assert error[1] <= 1.5 * error[0]
+    # The interpreter rounds to float8 wrongly just below powers of 2, and cuts small numbers off.
+    assert error[1] <= (1.5 if DEVICE == "cuda" else 2) * error[0]
     assert error != [0, 0]
 
 

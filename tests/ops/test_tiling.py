@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from s2o_compile.ops.kernels.tiling import SHARED_MEMORY, importance_tiling, ranking_tiling, rows_per_list
+from s2o_compile.ops.kernels.tiling import HELD, SHARED_MEMORY, importance_tiling
 
 
-@pytest.mark.parametrize("heads", [1, 4, 7, 8, 16, 64, 71])
-@pytest.mark.parametrize("channels, itemsize", [(32, 1), (128, 1), (64, 2), (128, 2), (256, 2), (256, 4)])
-def test_guides_of_many_heads_fit(heads: int, channels: int, itemsize: int) -> None:
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 6, 7, 8, 16, 64, 71])
+@pytest.mark.parametrize(
+    "channels, itemsize, half", [(32, 1, True), (128, 1, True), (128, 1, False), (64, 2, False), (256, 4, False)]
+)
+def test_guides_of_many_heads_fit(heads: int, channels: int, itemsize: int, half: bool) -> None:
     guides = 32 * heads
-    tiling = importance_tiling(channels, itemsize, guides)
-    rows = rows_per_list(guides, tiling.rows)
-    blocks = -(-guides // rows)
-    if blocks == 1:
-        assert tiling == ranking_tiling(channels, itemsize)
+    tiling, rest, holds = importance_tiling(channels, itemsize, guides, half)
+    parts = -(-guides // tiling.rows)
+    rows = parts * tiling.rows if rest == 0 else (parts - 1) * tiling.rows + rest
+    assert guides <= rows < guides + tiling.rows
+    key_bytes = tiling.num_stages * tiling.keys * channels * itemsize
+    if holds:
+        assert parts == 1 or rows * channels * itemsize <= HELD
+        assert rows * channels * itemsize + key_bytes <= SHARED_MEMORY + HELD
     else:
-        waiting = tiling.num_stages * (blocks * rows + tiling.keys) * channels * itemsize
-        assert waiting <= SHARED_MEMORY or tiling.num_stages == 1
+        assert tiling.num_stages * rows * channels * itemsize + key_bytes <= SHARED_MEMORY or tiling.num_stages == 1
