@@ -5,7 +5,7 @@ Of half the channels or more, those with the most energy do as well as any direc
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 
@@ -59,7 +59,8 @@ def project(
         return Projected(guides, key, None)
     counted = masked(key, valid)
     some = _sampled(guides, guides.shape[-3] * guides.shape[-2]).flatten(-3, -2)
-    of_guides, of_keys, neglected = principal_directions(some, counted, channels)
+    some_keys = _sampled(counted, key.shape[-2])
+    of_guides, of_keys, neglected = principal_directions(some, some_keys, channels)
     return Projected(guides @ of_guides[..., None, :, :], counted @ of_keys, neglected * scale**2)
 
 
@@ -91,7 +92,7 @@ def principal_directions(
     strongest = (queries * keys).diagonal(dim1=-2, dim2=-1).topk(channels, -1).indices
     channel = torch.arange(key.shape[-1], device=key.device)
     of_queries = of_keys = (channel[:, None] == strongest[..., None, :]).to(keys.dtype)
-    if 2 * channels < key.shape[-1]:
+    if not picks_channels(channels, key.shape[-1]):
         of_queries, of_keys = _improved(of_keys, queries, keys)
     missing = torch.eye(key.shape[-1], dtype=keys.dtype, device=key.device) - of_queries @ of_keys.mT
     spread = keys - mean[..., :, None] * mean[..., None, :]
@@ -117,11 +118,21 @@ def _root(gram: torch.Tensor) -> torch.Tensor:
 
 
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Second moments and mean of some rows of X [..., n, D], float64; what is not finite counts as 0."""
-    rows = _sampled(x, x.shape[-2]).double().nan_to_num(0, 0, 0)
+    """Second moments and mean of the rows of X [..., n, D], float64; what is not finite counts as 0."""
+    rows = x.double().nan_to_num(0, 0, 0)
     return rows.mT @ rows / rows.shape[-2], rows.mean(-2)
 
 
 def _sampled(x: torch.Tensor, rows: int) -> torch.Tensor:
     """X [..., n, D] with each n-th row only, such that about `_ROWS` of so many rows are left."""
-    return x[..., :: max(1, rows // _ROWS), :]
+    return x[..., :: sampling_step(rows), :]
+
+
+def sampling_step(rows: int) -> int:
+    """Of so many rows, one in how many is looked at."""
+    return max(1, rows // _ROWS)
+
+
+def picks_channels(channels: int | None, size: int) -> TypeGuard[int]:
+    """Whether the directions are some of `size` channels themselves: where they are half of them or more, not all."""
+    return channels is not None and channels < size <= 2 * channels

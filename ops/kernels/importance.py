@@ -6,8 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..projection import MOST_NEGLECTED as MOST
 from .helpers import (
     KEY_BLOCK,
+    LOG2_E,
     dot_logits,
     float32,
     load_guides,
@@ -22,6 +24,8 @@ from .helpers import (
     unit_scale,
 )
 
+MOST_NEGLECTED = tl.constexpr(MOST)
+
 
 @triton.jit
 def _larger(one, other):
@@ -31,23 +35,24 @@ def _larger(one, other):
 
 @triton.jit
 def _load_part(
-    guides, lse, first, done, guides_per_head, stride_h, stride_n, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr,
-    ROWS: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+    guides, lse, raised, first, done, guides_per_head, stride_h, stride_n, HEADS: tl.constexpr,
+    PER_SEGMENT: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     """ROWS guides of each of SEGMENTS segments, `done` being those before: their channels, and their log-sum-exps.
 
-    The latter negated, and with HALF in pairs as `scale_and_add` takes them.
+    The latter negated and `raised`, and with HALF in pairs as `scale_and_add` takes them.
     """
     row = tl.arange(0, ROWS * SEGMENTS)
     head, guide, real = place_guides(first + row // ROWS, done + row % ROWS, guides_per_head, HEADS, PER_SEGMENT)
     rows = load_guides(guides, head, guide, real, stride_h, stride_n, D, BLOCK_D)
     if HALF:
         origin = pack_halves(
-            _origins(lse, row & -2, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS),
-            _origins(lse, row | 1, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS),
+            raised + _origins(lse, row & -2, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS),
+            raised + _origins(lse, row | 1, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS),
         )
     else:
-        origin = _origins(lse, row, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS)
+        origin = raised + _origins(lse, row, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS)
     return rows, origin
 
 
@@ -67,7 +72,7 @@ def importance_kernel(
     lse,
     key,
     distances,
-    chosen,
+    neglected,
     padding,
     query_documents,
     key_documents,
@@ -122,6 +127,7 @@ def importance_kernel(
     HAS_MEAN: tl.constexpr,
     MEASURES_OUTPUT: tl.constexpr,
     CHOOSES: tl.constexpr,
+    FEW: tl.constexpr,
     HOLDS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -132,17 +138,23 @@ def importance_kernel(
 ):
     """Write importance [lists, capacity], in steps of `threshold`; NaN is sure to be visited, -1 is not to be visited.
 
-    With MEASURES_OUTPUT the shares of mass are multiplied by `distances` [B, groups, Lk]; with CHOOSES only groups that
-    are `chosen` [B, groups] are written.
+    With MEASURES_OUTPUT the shares of mass are multiplied by `distances` [B, groups, Lk]. With CHOOSES, FEW says that
+    guides and keys lack channels, and only those groups are written for which that (or else its contrary) is right by
+    what the others carry, `neglected` [B, groups]; importance makes up for it (`Projected.neglected`).
     The guides of a list are multiplied in parts, of BLOCK_M and a last one of BLOCK_REST where they are more than that;
     HOLDS says whether all are held, or loaded anew for each block of keys. HALF sums products in half precision.
     Lists stand in the order [batch, group, list, segment], keys from where the segment's history starts. Program
     (`chunk` keys for SEGMENTS consecutive segments, last first; list of the group; batch entry and group). Keys are the
     rows of the product, so that the maximum over guides stays within a warp.
     """
-    if CHOOSES:  # noqa: SIM102 (known when compiling)
-        if tl.load(chosen + tl.program_id(2)) == 0:
+    raised = 0.0
+    if CHOOSES:
+        missing = tl.load(neglected + tl.program_id(2))
+        lacks = (missing > MOST_NEGLECTED).to(tl.int32)
+        if lacks == (1 if FEW else 0):
             return
+        if FEW:
+            raised = missing * LOG2_E
     softcap = float32(softcap)
     scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
     max_step, mean_step = float32(max_weight) / float32(threshold), float32(mean_weight) / float32(threshold)
@@ -178,7 +190,7 @@ def importance_kernel(
     if HOLDS:
         for done in tl.static_range(0, total, of_part):
             held += (_load_part(
-                guides, lse, first, done, guides_per_head, guides_stride_h, guides_stride_n, heads, per_segment,
+                guides, lse, raised, first, done, guides_per_head, guides_stride_h, guides_stride_n, heads, per_segment,
                 of_part if done + of_part <= total or BLOCK_REST == 0 else BLOCK_REST, SEGMENTS, D, BLOCK_D, HALF,
             ),)  # fmt: skip
     if HALF:
@@ -197,8 +209,9 @@ def importance_kernel(
                 rows, origin = held[done // of_part]
             else:
                 rows, origin = _load_part(
-                    guides, lse, first, done, guides_per_head, guides_stride_h, guides_stride_n, heads, per_segment,
-                    of_part if done + of_part <= total or BLOCK_REST == 0 else BLOCK_REST, SEGMENTS, D, BLOCK_D, HALF,
+                    guides, lse, raised, first, done, guides_per_head, guides_stride_h, guides_stride_n, heads,
+                    per_segment, of_part if done + of_part <= total or BLOCK_REST == 0 else BLOCK_REST, SEGMENTS,
+                    D, BLOCK_D, HALF,
                 )  # fmt: skip
             if HALF:
                 logits = scale_and_add(tl.dot(block, tl.trans(rows), out_dtype=tl.float16), scale, origin)

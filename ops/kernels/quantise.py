@@ -11,7 +11,7 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from ..config import S2OConfig
-from .call import channels
+from .call import channels as padded
 from .helpers import FLOAT8_REACH, load_rows
 
 FLOAT8 = torch.float8_e4m3fn
@@ -19,6 +19,8 @@ INFINITY = tl.constexpr(0x7F800000)
 NAN = tl.constexpr(0x7FC00000)
 """Of float32, as bits."""
 _ROWS = 128
+_LEAST_CHANNELS = 32
+"""Fewer are not multiplied in float8."""
 _SAMPLE = 256
 """About how many keys the origin of all is the mean of."""
 
@@ -38,12 +40,24 @@ class Operands(NamedTuple):
 
 def ranking_operands(guides: torch.Tensor, key: torch.Tensor, softcap: float) -> Operands:
     """Guides [B, Hkv, guide heads, guides, D] and keys [B, Hkv, Lk, D], in float8 where that is worth it."""
-    return quantise(guides, key) if ranks_in_float8(guides, softcap) else Operands(guides, key, guides)
+    return quantise(guides, key)[0] if ranks_in_float8(guides, softcap) else Operands(guides, key, guides)
+
+
+def operands_of_channels(
+    guides: torch.Tensor, key: torch.Tensor, softcap: float, channels: torch.Tensor
+) -> tuple[Operands, Operands]:
+    """`ranking_operands` of all channels, and of those that are picked for each KV group [B, Hkv, channels] int32."""
+    if ranks_in_float8(guides, softcap) and channels.shape[-1] >= _LEAST_CHANNELS:
+        whole, few = quantise(guides, key, channels)
+        return whole, few
+    picked = channels.long()[:, :, None]
+    few = Operands(guides.take_along_dim(picked[:, :, None], -1), key.take_along_dim(picked, -1), guides)
+    return ranking_operands(guides, key, softcap), few
 
 
 def ranks_in_float8(guides: torch.Tensor, softcap: float) -> bool:
     """Whether such guides [..., D] rank in float8: half precision, no soft cap, sm_89 or later."""
-    if not guides.is_cuda or guides.dtype == torch.float32 or softcap or guides.shape[-1] < 32:
+    if not guides.is_cuda or guides.dtype == torch.float32 or softcap or guides.shape[-1] < _LEAST_CHANNELS:
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(guides.device) >= (8, 9)
 
@@ -55,7 +69,7 @@ def sums_in_half(operands: Operands, config: S2OConfig) -> bool:
     return torch.cuda.get_device_capability(operands.key.device)[0] == 9
 
 
-def quantise(guides: torch.Tensor, key: torch.Tensor) -> Operands:
+def quantise(guides: torch.Tensor, key: torch.Tensor, channels: torch.Tensor | None = None) -> tuple[Operands, ...]:
     """Guides and keys in float8, each in units of how far they reach; keys from about their mean.
 
     Taking one vector from all keys shifts a query's logits by one number, which the softmax does not see; their mean
@@ -65,18 +79,23 @@ def quantise(guides: torch.Tensor, key: torch.Tensor) -> Operands:
     Args:
         guides: [B, Hkv, guide heads, guides, D].
         key: [B, Hkv, Lk, D].
+        channels: [B, Hkv, picked] int32, of which there are operands too; None for none of these.
     """
     batch, groups, heads, per_head, size = guides.shape
     total, keys = heads * per_head, key.shape[2]
     origin = key[:, :, :: -(-keys // _SAMPLE)].mean(2)
     ranges = torch.zeros(2, batch, groups, dtype=torch.float32, device=key.device)
-    both = torch.empty(batch, groups, total + keys, size, dtype=FLOAT8, device=key.device)
+    sizes = (size,) if channels is None else (size, channels.shape[-1])
+    results = [torch.empty(batch, groups, total + keys, width, dtype=FLOAT8, device=key.device) for width in sizes]
     grid = (heads * -(-per_head // _ROWS) + -(-keys // _ROWS), batch * groups)
     operands = (guides, key, origin, *guides.stride()[:4], *key.stride()[:3], groups, heads, per_head, keys)
-    sizes = {"D": size, "BLOCK_D": channels(size), "BLOCK_N": _ROWS, "num_warps": 4, "num_stages": 1}
-    wrap_triton(reach_kernel)[grid](ranges, *operands, **sizes)
-    wrap_triton(quantise_kernel)[grid](ranges, both, *operands, **sizes)
-    return Operands(both[:, :, :total].unflatten(2, (heads, per_head)), both[:, :, total:], ranges)
+    options = {"D": size, "BLOCK_D": padded(size), "BLOCK_N": _ROWS, "num_warps": 4, "num_stages": 1}
+    wrap_triton(reach_kernel)[grid](ranges, *operands, **options)
+    wrap_triton(quantise_kernel)[grid](
+        ranges, results[0], results[-1], ranges if channels is None else channels, *operands,
+        PICKED=0 if channels is None else sizes[1], BLOCK_P=padded(sizes[-1]), **options,
+    )  # fmt: skip
+    return tuple(Operands(x[:, :, :total].unflatten(2, (heads, per_head)), x[:, :, total:], ranges) for x in results)
 
 
 @triton.jit
@@ -162,6 +181,8 @@ def reach_kernel(
 def quantise_kernel(
     ranges,
     result,
+    of_picked,
+    picked,
     guides,
     key,
     origin,
@@ -176,23 +197,35 @@ def quantise_kernel(
     heads,
     per_head,
     keys,
+    PICKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Write guides of all heads, then keys from `origin`, in units of range / FLOAT8_REACH: [B, groups, rows, D].
 
+    The same of the channels `picked` [B, groups, PICKED]: `of_picked` [B, groups, rows, PICKED], where PICKED is not 0.
     Program (block of guides or of keys; batch entry and group).
     """
     place = _place(heads, per_head, keys, BLOCK_N)
     head, row, real = place
+    ranges += (head == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)
+    unit = FLOAT8_REACH / tl.maximum(tl.load(ranges), 1e-30)
+    first = tl.program_id(1).to(tl.int64) * (heads * per_head + keys) + head * per_head
+    channel = tl.arange(0, BLOCK_D)
     rows = _load(
         guides, key, origin, guides_stride_b, guides_stride_g, guides_stride_h, guides_stride_n,
         key_stride_b, key_stride_h, key_stride_n, groups, heads, place, D, BLOCK_D,
     )  # fmt: skip
-    ranges += (head == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)
-    rows *= FLOAT8_REACH / tl.maximum(tl.load(ranges), 1e-30)
-    channel = tl.arange(0, BLOCK_D)
-    result += (tl.program_id(1).to(tl.int64) * (heads * per_head + keys) + head * per_head) * D
-    pointers = result + row.to(tl.int64)[:, None] * D + channel[None, :]
-    tl.store(pointers, rows.to(tl.float8e4nv), mask=real[:, None] & (channel < D)[None, :])
+    rows = (rows * unit).to(tl.float8e4nv)
+    pointers = result + (first + row)[:, None] * D + channel[None, :]
+    tl.store(pointers, rows, mask=real[:, None] & (channel < D)[None, :])
+    if PICKED > 0:
+        # A product with ones copies numbers as they are, much faster than loads from scattered places.
+        column = tl.arange(0, BLOCK_P)
+        wanted = tl.load(picked + tl.program_id(1) * PICKED + column, mask=column < PICKED, other=-1)
+        ones = (channel[:, None] == wanted[None, :]).to(tl.float32).to(tl.float8e4nv)
+        pointers = of_picked + (first + row)[:, None] * PICKED + column[None, :]
+        mask = real[:, None] & (column < PICKED)[None, :]
+        tl.store(pointers, tl.dot(rows, ones).to(tl.float8e4nv), mask=mask)

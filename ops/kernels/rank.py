@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import wrap_triton
 
-from ..projection import project
+from ..projection import picks_channels, project
 from ..ranking import sorted_history
-from .call import LOG2_E, Call, channels
+from .call import Call, channels
 from .importance import importance_kernel
 from .normaliser import normaliser_kernel
-from .quantise import Operands, ranking_operands, sums_in_half
+from .quantise import Operands, operands_of_channels, ranking_operands, sums_in_half
 from .select import select_kernel
+from .strongest import strongest_channels
 from .tiling import importance_tiling, normaliser_tiling
 
 _SPAN = ("queries", "keys", "ranked_segments", "offset", "window", "near_keys", "SEGMENT", "CAUSAL", "WINDOW")
@@ -35,39 +36,38 @@ class Lists:
 
 
 class Scoring(NamedTuple):
-    """What keys of some KV groups are scored by.
-
-    `origin` is what scores are relative to: the guides' log-sum-exps, less what makes up for channels left out;
-    `chosen` [B, Hkv] are the groups, None for all.
-    """
+    """What keys are scored by: in all channels, or in `few`, which `Ranking.neglected` chooses for each KV group."""
 
     operands: Operands
-    origin: torch.Tensor
-    chosen: torch.Tensor | None
+    is_few: bool
 
 
 class Ranking(NamedTuple):
     """What keys are scored by, and the guides' log-sum-exps (`normalisers`), from all channels.
 
-    `distances` [B, Hkv, Lk] weigh shares of mass, None for none.
+    `neglected` [B, Hkv] float32 is `Projected.neglected`, None where all groups are scored in all channels; `distances`
+    [B, Hkv, Lk] weigh shares of mass, None for none.
     """
 
     scorings: tuple[Scoring, ...]
     lse: torch.Tensor
+    neglected: torch.Tensor | None
     distances: torch.Tensor | None
 
     @classmethod
     def of(cls, call: Call, guides: torch.Tensor) -> Ranking:
         """Of guides [B, Hkv, guide heads, guides, D]."""
-        whole = ranking_operands(guides, call.key, call.softcap)
-        projected = project(guides, call.key, call.config.channels, call.scale, call.valid)
-        lse = normalisers(call, whole)
-        if projected.neglected is None:
-            return cls((Scoring(whole, lse, None),), lse, call.distances())
-        origin = lse - (projected.neglected * LOG2_E)[..., None, None].to(lse.dtype)
-        few = ranking_operands(projected.guides, projected.key, call.softcap)
-        scorings = Scoring(few, origin, ~projected.lacks), Scoring(whole, lse, projected.lacks)
-        return cls(scorings, lse, call.distances())
+        wanted, key, softcap = call.config.channels, call.key, call.softcap
+        if picks_channels(wanted, key.shape[-1]):
+            channels, neglected = strongest_channels(guides, key, call.visibility.key_padding, wanted, call.scale)
+            whole, few = operands_of_channels(guides, key, softcap, channels)
+        else:
+            projected = project(guides, key, wanted, call.scale, call.valid)
+            whole = ranking_operands(guides, key, softcap)
+            if projected.neglected is None:
+                return cls((Scoring(whole, False),), normalisers(call, whole), None, call.distances())
+            few, neglected = ranking_operands(projected.guides, projected.key, softcap), projected.neglected.float()
+        return cls((Scoring(few, True), Scoring(whole, False)), normalisers(call, whole), neglected, call.distances())
 
 
 def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
@@ -137,7 +137,7 @@ def score(call: Call, ranking: Ranking, segments: range) -> torch.Tensor:
 
 def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range, importance: torch.Tensor) -> None:
     """Write the importance of the keys of some KV groups."""
-    config, operands, distances = call.config, scoring.operands, ranking.distances
+    config, operands, distances, neglected = call.config, scoring.operands, ranking.distances, ranking.neglected
     guides, key = operands.guides, operands.key
     capacity = importance.shape[-1]
     total = guides.shape[2] // call.lists * (config.segment // config.pool)
@@ -146,8 +146,8 @@ def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range
     together = tiling.guides.segments(total)
     programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
     wrap_triton(importance_kernel)[(programs, call.lists, call.query.shape[0] * call.groups)](
-        guides, operands.ranges, scoring.origin, key, ranking.lse if distances is None else distances,
-        ranking.lse if scoring.chosen is None else scoring.chosen, *call.masks, importance,
+        guides, operands.ranges, ranking.lse, key, ranking.lse if distances is None else distances,
+        ranking.lse if neglected is None else neglected, *call.masks, importance,
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
         capacity=capacity,
         chunk=CHUNK,
@@ -157,7 +157,7 @@ def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range
         HALF=half,
         HAS_MAX=config.max_weight > 0,
         HAS_MEAN=config.mean_weight > 0,
-        MEASURES_OUTPUT=distances is not None, CHOOSES=scoring.chosen is not None,
+        MEASURES_OUTPUT=distances is not None, CHOOSES=neglected is not None, FEW=scoring.is_few,
         LISTS=call.lists, SEGMENTS=together,
         **call.shared, **guide_settings(call, operands, segments), **tiling.arguments,
     )  # fmt: skip

@@ -12,13 +12,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.kernels import guides, launch, quantise, rank
+from s2o_compile.ops.kernels import guides, launch, quantise, rank, strongest
 from s2o_compile.ops.visibility import Visibility
 
 CAPABILITIES = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may take, by compute capability."""
 CONFIGS = (
     S2OConfig(),
+    S2OConfig(channels=32),
     S2OConfig(channels=16, measure="output"),
     S2OConfig(tail="means", lists="head", mean_weight=1.0),
     S2OConfig(pool=8, guides="group", tail="none", max_weight=0.0, mean_weight=1.0),
@@ -68,9 +69,9 @@ class Builder:
 
 
 def main(dtype: torch.dtype) -> None:
-    for module in (launch, rank, guides, quantise):
+    for module in (launch, rank, guides, quantise, strongest):
         module.wrap_triton = Builder  # type: ignore[attr-defined]
-    query, key = torch.empty(1, 4, 300, 32, dtype=dtype), torch.empty(1, 2, 300, 32, dtype=dtype)
+    query, key = torch.empty(1, 4, 300, 64, dtype=dtype), torch.empty(1, 2, 300, 64, dtype=dtype)
     documents, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 1, 300, 300, dtype=torch.bool)
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
     quantise.ranks_in_float8 = lambda guides, softcap: dtype != torch.float32 and not softcap and guides.shape[-1] >= 32

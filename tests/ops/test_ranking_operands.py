@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2o_compile.ops import S2OConfig, guides
+from s2o_compile.ops import S2OConfig, guides, projection
 from s2o_compile.ops.kernels import guides as kernel_guides
 from s2o_compile.ops.kernels.helpers import FLOAT8_REACH
 from s2o_compile.ops.kernels.quantise import Operands, quantise
+from s2o_compile.ops.kernels.strongest import strongest_channels
 
 from .comparison import largest_difference
 
@@ -61,7 +62,7 @@ def restored(quantised: Operands) -> tuple[torch.Tensor, torch.Tensor]:
 def test_float8_keeps_its_share_of_each_number(bias: float) -> None:
     """Of keys from their mean: a bias that all share, or one far key, takes no precision from the others."""
     guides, key = operands(bias)
-    quantised = quantise(guides, key)
+    quantised = quantise(guides, key)[0]
     got_guides, got_key = restored(quantised)
     smallest = 2**-9 / FLOAT8_REACH.value * quantised.ranges[0, ..., None, None, None]
     assert ((got_guides - guides).abs() <= COARSEST * guides.abs() + smallest).all()
@@ -76,7 +77,44 @@ def test_bad_numbers_make_the_logits_of_their_group_nan(bad: float) -> None:
     """So that all its keys are visited, and none of another group's."""
     guides, key = operands()
     key[1, 0, 77, 5] = bad
-    got = quantise(guides, key)
+    got = quantise(guides, key)[0]
     logits = got.guides.float() @ got.key.float()[:, :, None].mT * got.ranges.prod(0)[..., None, None, None]
     assert logits[1, 0].isnan().all()
     assert logits.isfinite().sum() == logits.numel() * 3 / 4
+
+
+@settings(max_examples=8)
+@given(
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.sampled_from([1, 3]), st.integers(1, 90)),
+    keys=st.sampled_from([2, 70, 1100, 4100]),
+    channels=st.sampled_from([(16, 9), (40, 20), (40, 39), (80, 64)]),
+    pads=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+)
+def test_the_strongest_channels_are_those_of_the_specification(
+    sizes: tuple[int, int, int, int], keys: int, channels: tuple[int, int], pads: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(keys + sum(sizes))
+    size, wanted = channels
+    spread = torch.logspace(0, -1, size, device=DEVICE)[torch.randperm(size)].to(dtype)
+    guides, key = random(*sizes, size).to(dtype) * spread, random(*sizes[:2], keys, size).to(dtype)
+    key[0, 0, 0, 1] = torch.nan
+    padding = torch.rand(sizes[0], keys, device=DEVICE) > 0.3 if pads else None
+    want = projection.project(guides, key, wanted, 0.5, None if padding is None else padding[:, None])
+    picked, neglected = strongest_channels(guides, key, padding, wanted, 0.5)
+    torch.testing.assert_close(neglected.double(), want.neglected, rtol=1e-3, atol=1e-7)
+    got = [x.take_along_dim(picked.long()[:, :, None], -1) for x in (guides.flatten(2, 3), key)]
+    counts = torch.arange(keys, device=DEVICE) > 0  # The product with zero in `project` spreads the NaN.
+    counts = counts if padding is None else counts & padding[:, None, None]
+    products = [q.double() @ k.double().mT for q, k in (got, (want.guides.flatten(2, 3), want.key))]
+    torch.testing.assert_close(*(torch.where(counts, x, 0) for x in products), rtol=1e-3, atol=1e-3)
+
+
+def test_picked_channels_are_those_of_all_in_float8() -> None:
+    guides, key = operands()
+    channels = torch.stack([torch.randperm(40)[:33] for _ in range(4)]).view(2, 2, 33).int().to(DEVICE)
+    whole, few = quantise(guides, key, channels)
+    picked = channels.long()[:, :, None]
+    assert torch.equal(few.guides.float(), whole.guides.float().take_along_dim(picked[:, :, None], -1))
+    assert torch.equal(few.key.float(), whole.key.float().take_along_dim(picked, -1))
+    assert few.ranges is whole.ranges
