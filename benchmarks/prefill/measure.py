@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s2o_compile.backend import s2o
 from s2o_compile.ops import S2OConfig
+from s2o_compile.ops.choice import DENSE_AT_ANY_LENGTH
 
 from ..timing import (
     Run,
@@ -20,6 +22,7 @@ from ..timing import (
     interleaved,
     kernel_seconds,
     median_and_spread,
+    settled,
     wall_seconds,
     warm_up,
     with_peak_memory,
@@ -39,7 +42,8 @@ class Row:
 
     Attributes:
         length: Tokens.
-        backend: "inductor", "inductor, cuDNN" (the same where SDPA prefers cuDNN; on a GPU only) or "s2o".
+        backend: "inductor", "inductor, cuDNN" (the same where SDPA prefers cuDNN; on a GPU only), "s2o, kept dense"
+            (masks are proven away, nothing is left out; on a GPU only) or "s2o".
         seconds: To the first token on the host, the median.
         spread: Range of the repetitions over their median.
         speedup: Time of the fastest without sparse attention over its own.
@@ -116,7 +120,9 @@ def compiled(model: Any, config: S2OConfig) -> dict[str, Callable[[dict[str, Any
         with sdpa_kernel(CUDNN_FIRST, set_priority=True):
             return first_token(again, inputs)
 
-    return {"inductor, cuDNN": with_cudnn, **runs}
+    dense = dataclasses.replace(config, min_length=DENSE_AT_ANY_LENGTH)
+    kept_dense = partial(first_token, torch.compile(model, backend=s2o.with_config(dense)))
+    return {"inductor, cuDNN": with_cudnn, "s2o, kept dense": kept_dense, **runs}
 
 
 def _time(
@@ -128,7 +134,8 @@ def _time(
         row.reason = warm_up(runs[row.backend])
     running = [row for row in rows if not row.reason]
     progress("repetitions")
-    times = interleaved({row.backend: runs[row.backend] for row in running}, repetitions, wall_seconds)
+    clock = wall_seconds if device.type == "cpu" else settled(wall_seconds)
+    times = interleaved({row.backend: runs[row.backend] for row in running}, repetitions, clock)
     for row in running:
         row.seconds, row.spread = median_and_spread(times[row.backend])
         _, size = with_peak_memory(runs[row.backend], device)

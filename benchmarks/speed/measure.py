@@ -25,6 +25,7 @@ from ..timing import (
     issuing_seconds,
     kernel_seconds,
     median_and_spread,
+    settled,
     wall_seconds,
     warm_up,
     with_peak_memory,
@@ -140,7 +141,7 @@ def measure(case: Case, repetitions: int, progress: Callable[[str], None]) -> li
         one.row.reason = warm_up(one.run)
     running = [one for one in contenders if not one.row.reason]
     progress("repetitions")
-    clock = wall_seconds if case.device.type == "cpu" else gpu_seconds
+    clock = wall_seconds if case.device.type == "cpu" else settled(gpu_seconds)
     times = interleaved({one.row.name: one.run for one in running}, repetitions, clock)
     for one in running:
         progress(one.row.name)

@@ -12,12 +12,10 @@ from triton import next_power_of_2
 
 from ..config import S2OConfig
 from ..contribution import sampled_rows, value_distances
-from ..geometry import BLOCK, Geometry, round_up
+from ..geometry import BLOCK, Geometry
 from ..visibility import Visibility, masked
 
 LOG2_E = math.log2(math.e)
-CAPACITY_STEP = 128
-"""Lists have room for a multiple of so many keys, as `attend_hopper_kernel` copies their weights in such steps."""
 
 
 @dataclass
@@ -79,8 +77,8 @@ class Call:
         ).contiguous()
 
     def capacity(self, segment: int) -> int:
-        """Room for the longest list of the segments up to `segment`."""
-        return capacity(self.geometry, segment, self.config.stop == "gain")
+        """The longest list of the segments up to `segment`."""
+        return self.geometry.keys if self.config.stop == "gain" else self.geometry.longest_history(segment)
 
     @functools.cached_property
     def masks(self) -> tuple[torch.Tensor, ...]:
@@ -121,11 +119,6 @@ class Call:
             "SOFTCAP": self.softcap > 0,
             "PRECISION": "ieee" if self.query.dtype == torch.float32 else "tf32",
         }
-
-
-def capacity(geometry: Geometry, segment: int, is_sorted: bool) -> int:
-    """Room for the longest list of the segments up to `segment`; a sort needs as much as there are keys."""
-    return geometry.keys if is_sorted else round_up(geometry.longest_history(segment), CAPACITY_STEP)
 
 
 @functools.cache

@@ -15,9 +15,8 @@ from ..geometry import Geometry
 from ..result import AttentionResult
 from ..sampling import MOST
 from ..visibility import Visibility
-from . import hopper
 from .attend import attend_kernel
-from .call import Call, capacity, channels
+from .call import Call, channels
 from .guides import pool_guides
 from .rank import Lists, Ranking, select, sort
 from .tiling import MAX_ROWS, attend_tiling
@@ -94,7 +93,7 @@ def _runs(geometry: Geometry, is_sorted: bool, room: int) -> tuple[range, ...]:
     """`runs`, of one list for each segment and so many keys in all; at least one segment each."""
 
     def size(last: int) -> int:
-        return (last + 1 - first) * capacity(geometry, last, is_sorted)
+        return (last + 1 - first) * (geometry.keys if is_sorted else geometry.longest_history(last))
 
     first, end = 0, geometry.segments
     found = []
@@ -110,13 +109,10 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
     config, geometry = call.config, call.geometry
     heads = max(1, min(call.group // call.lists, MAX_ROWS // config.tile))
     parts = call.lists * -(-call.group // call.lists // heads)
-    per_segment = config.segment // config.tile
-    tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
-    if wrap_triton(attend_kernel) is attend_kernel and hopper.is_suited(call, heads * config.tile):
-        hopper.attend(call, lists, segments, tiles, heads, result)
-        return
     widest = max(call.key.shape[-1], call.value.shape[-1])
     tiling = attend_tiling(widest, call.key.element_size(), heads * config.tile)
+    per_segment = config.segment // config.tile
+    tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     wrap_triton(attend_kernel)[(tiles, parts, call.query.shape[0] * call.groups)](
         call.query, call.key, call.value, *call.masks,
         lists.index, lists.count, lists.skipped, lists.weights, lists.guide_lse, *means, *result,

@@ -97,7 +97,7 @@ def select(call: Call, ranking: Ranking, segments: range) -> Lists:
         blocks=call.blocks,
         SAMPLED=config.has_samples,
         HAS_MEANS=config.has_means,
-        BLOCK_N=512, num_warps=1, num_stages=2,
+        BLOCK_N=1024, num_warps=4, num_stages=2,
     )  # fmt: skip
     return Lists(index, count, skipped, importance, ranking.lse)
 

@@ -49,7 +49,7 @@ def select_kernel(
     index += place * capacity
     listed = 0
     lane = tl.arange(0, BLOCK_N)
-    # One warp waits for what it loads, so each block is loaded while the one before is at work.
+    # Few warps wait for what they load, so each block is loaded while the one before is at work.
     ahead = tl.load(importance + lane, mask=begin + lane < end, other=-1.0)
     for start in range(begin, end, BLOCK_N):
         column, score = start + lane, ahead
