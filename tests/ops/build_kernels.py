@@ -17,8 +17,7 @@ from s2o_compile.ops.visibility import Visibility
 
 CAPABILITIES = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may take, by compute capability."""
-CONFIGS = (
-    S2OConfig(),
+OTHERS = (
     S2OConfig(channels=32),
     S2OConfig(channels=16, measure="output"),
     S2OConfig(tail="means", lists="head", mean_weight=1.0),
@@ -39,6 +38,8 @@ TYPES = {
 class Builder:
     """Stands where a kernel is launched, and compiles it instead."""
 
+    capability = 80
+
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
 
@@ -57,30 +58,30 @@ class Builder:
                 signature[parameter.name] = TYPES[value.dtype]
             else:
                 signature[parameter.name] = "fp64" if isinstance(value, float) else "i32"
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        for capability, limit in CAPABILITIES.items():
-            if capability < 89 and "*fp8e4nv" in signature.values():
-                continue
-            source, target = ASTSource(self.kernel, signature, constants), GPUTarget("cuda", capability, 32)
-            compiled = triton.compile(source, target=target, options=options)
-            assert compiled.asm["cubin"]
-            assert compiled.metadata.shared <= limit, (self.kernel.__name__, compiled.metadata.shared)
-            print(f"{self.kernel.__name__}-{capability}")
+        source, target = ASTSource(self.kernel, signature, constants), GPUTarget("cuda", self.capability, 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+        assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= CAPABILITIES[self.capability], (self.kernel.__name__, compiled.metadata)
+        print(self.kernel.__name__)
 
 
-def main(dtype: torch.dtype) -> None:
+def main(dtype: torch.dtype, capability: int) -> None:
+    """The default setting with and without all terms; the other settings without, where float8 is at hand too."""
+    Builder.capability = capability
     for module in (launch, rank, guides, quantise, strongest):
         module.wrap_triton = Builder  # type: ignore[attr-defined]
     query, key = torch.empty(1, 4, 300, 64, dtype=dtype), torch.empty(1, 2, 300, 64, dtype=dtype)
     documents, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 1, 300, 300, dtype=torch.bool)
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
-    quantise.ranks_in_float8 = lambda guides, softcap: dtype != torch.float32 and not softcap and guides.shape[-1] >= 32
+    has_float8 = dtype != torch.float32 and capability >= 89
+    quantise.ranks_in_float8 = lambda guides, softcap: has_float8 and not softcap and guides.shape[-1] >= 32
     rank.sums_in_half = lambda operands, config: operands.are_quantised and config.mean_weight == 0
-    for config in CONFIGS:
-        launch.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, config)
-        if config.tail != "means":
-            launch.sparse_attention(query, key, key, terms, 0.125, 30.0, config)
+    launch.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
+    launch.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig())
+    if has_float8:
+        for config in OTHERS:
+            launch.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, config)
 
 
 if __name__ == "__main__":
-    main(getattr(torch, sys.argv[1]))
+    main(getattr(torch, sys.argv[1]), int(sys.argv[2]))
