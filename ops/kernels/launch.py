@@ -21,9 +21,6 @@ from .guides import pool_guides
 from .rank import Lists, Ranking, select, sort
 from .tiling import MAX_ROWS, attend_tiling
 
-WORKSPACE = 2**30
-"""Bytes that the lists of one run of segments may take."""
-
 
 @triton_op("s2o::sparse_triton", mutates_args={})
 def sparse_triton(
@@ -85,7 +82,7 @@ def runs(call: Call) -> tuple[range, ...]:
     is_sorted = call.config.stop == "gain"
     per_key = call.query.shape[0] * call.groups * call.lists
     per_key *= 32 if is_sorted else 4 + call.importance_dtype.itemsize
-    return _runs(call.geometry, is_sorted, WORKSPACE // per_key)
+    return _runs(call.geometry, is_sorted, call.config.workspace // per_key)
 
 
 @functools.lru_cache

@@ -119,6 +119,7 @@ def configs(draw: st.DrawFn, thresholds: tuple[float, ...] = (0.0, 1e-3, 1e-2, 5
         first_keys=draw(st.sampled_from([0, 1, 5])),
         near_keys=draw(st.sampled_from([0, 20, 64])),
         last_queries=draw(st.sampled_from([0, 0, 40])),
+        workspace=draw(st.sampled_from([2**30, 2**30, 2**14])),
         tail="none" if stop == "gain" else draw(st.sampled_from(["sampled", "means", "none"])),
     )
 

@@ -74,13 +74,12 @@ def test_head_dimensions(channels: int, value_channels: int, dtype: torch.dtype)
 
 
 def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "WORKSPACE", 2**12)
     monkeypatch.setattr(rank, "CHUNK", 128)
     torch.manual_seed(3)
     query, key, value = (torch.randn(1, 2, 200, 16, device=DEVICE) for _ in "qkv")
     for config in (
-        S2OConfig(threshold=1e-2, near_keys=0, last_queries=20),
-        S2OConfig.paper(segment=64, tile=32, pool=64),
+        S2OConfig(threshold=1e-2, near_keys=0, last_queries=20, workspace=2**12),
+        S2OConfig.paper(segment=64, tile=32, pool=64, workspace=2**12),
     ):
         for visibility in (Visibility(True), Visibility(True, window=100)):
             got = launch.sparse_attention(query, key, value, visibility, 0.25, 0.0, config)
