@@ -19,7 +19,7 @@ Run = Callable[[], Any]
 SETTLE = 0.3
 """Seconds for which a call to a GPU is repeated before it is timed."""
 FLUSH_BYTES = 2**28
-FLUSHES = 16
+FLUSHES = 48
 """Writes of `FLUSH_BYTES` before a timed call: the cache is cold, and the host issues the call while they go on."""
 BATCH = 10
 
@@ -85,7 +85,7 @@ def settled(clock: Callable[[Run], float]) -> Callable[[Run], float]:
 def gpu_seconds(run: Run) -> float:
     """Between two events around one call, by a GPU whose cache is cold and that does not wait for the host.
 
-    Only a call that takes the host longer to issue than `FLUSHES` writes take (about 1 ms) has gaps in it.
+    Only a call that takes the host longer to issue than `FLUSHES` writes take (about 3 ms) has gaps in it.
     """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ COLUMNS = {
 }
 """The fields of `Row` that are shown, and how."""
 MARKERS = "os^vD<>Pp*Xd"
+COLOURS = [f"C{number}" for number in range(10) if number != 7]
+"""Of sparse attention: Matplotlib's without its grey."""
 
 
 def table(case: Case, rows: list[Row]) -> Table:
@@ -73,10 +76,11 @@ def save_plot(rows: list[Row], path: Path) -> None:
     from matplotlib.ticker import LogLocator
 
     shapes = list(dict.fromkeys(row.shape for row in rows))
-    figure = Figure(figsize=(4 * len(shapes) + 0.8, 4.4), layout="constrained")
+    names = list(dict.fromkeys(row.name for row in rows))
+    lines = sum(wrapped(name).count("\n") + 1 for name in names) / len(shapes)
+    figure = Figure(figsize=(4 * len(shapes) + 0.8, 3.6 + 0.15 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0]
-    names = list(dict.fromkeys(row.name for row in rows))
     for panel, shape in zip(panels, shapes, strict=True):
         for number, name in enumerate(names):
             _draw(panel, [row for row in rows if (row.shape, row.name) == (shape, name) and row.milliseconds], number)
@@ -91,8 +95,13 @@ def save_plot(rows: list[Row], path: Path) -> None:
     handles = {
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * len(shapes), fontsize=8)
     figure.savefig(path, dpi=200)
+
+
+def wrapped(name: str) -> str:
+    """A name in lines that fit into half of a panel's width."""
+    return textwrap.fill(name, 36, break_long_words=False)
 
 
 def _draw(panel: Any, rows: list[Row], number: int) -> None:
@@ -105,8 +114,8 @@ def _draw(panel: Any, rows: list[Row], number: int) -> None:
         [row.milliseconds for row in rows],
         "-" if is_sparse else "--",
         marker=MARKERS[number % len(MARKERS)],
-        color=f"C{number % 10}" if is_sparse else "0.5",
+        color=COLOURS[number % len(COLOURS)] if is_sparse else "0.5",
         markersize=5,
         linewidth=1.2,
-        label=rows[0].name,
+        label=wrapped(rows[0].name),
     )
