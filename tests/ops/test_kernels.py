@@ -20,7 +20,7 @@ LONGEST = 200 if DEVICE == "cuda" else 130
 # The interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 # Each example compiles kernels of its own on a GPU.
-EXAMPLES = 8 if DEVICE == "cuda" else 40
+EXAMPLES = 8 if DEVICE == "cuda" else 30
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
@@ -87,8 +87,7 @@ def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
             assert_same(got, want, 1e-4)
 
 
-@pytest.mark.parametrize("heads, groups", [(2, 2), (6, 1)])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half, heads, groups", [(False, 2, 2), (True, 2, 2), (True, 6, 1)])
 @pytest.mark.parametrize("config", [S2OConfig(threshold=1e-2), S2OConfig(threshold=1e-2, pool=2, lists="head")])
 def test_ranking_in_float8_errs_no_more(
     config: S2OConfig, half: bool, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch

@@ -416,7 +416,7 @@ def mask_mods() -> Any:
     return st.recursive(comparisons() | st.sampled_from(PREDICATES), joined, max_leaves=4)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(mask_mods(), st.integers(0, 2**16), st.booleans(), st.booleans())
 def test_no_mask_mod_gives_another_result(mod: Any, seed: int, dynamic: bool, as_score_mod: bool) -> None:
     torch._dynamo.reset()
