@@ -15,7 +15,7 @@ from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.kernels import guides, launch, quantise, rank, strongest
 from s2o_compile.ops.visibility import Visibility
 
-CAPABILITIES = {80: 163 * 1024, 90: 227 * 1024}
+CAPABILITIES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may take, by compute capability."""
 OTHERS = (
     S2OConfig(channels=32),
@@ -76,7 +76,7 @@ def main(dtype: torch.dtype, capability: int) -> None:
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
     has_float8 = dtype != torch.float32 and capability >= 89
     quantise.ranks_in_float8 = lambda guides, softcap: has_float8 and not softcap and guides.shape[-1] >= 32
-    rank.sums_in_half = lambda operands, config: operands.are_quantised and config.mean_weight == 0
+    rank.sums_in_half = lambda operands, config: capability == 90 and operands.are_quantised and config.mean_weight == 0
     for config in (S2OConfig(), *OTHERS) if has_float8 else (S2OConfig(),):
         launch.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, config)
     if dtype != torch.float32:
