@@ -28,7 +28,7 @@ from s2o_compile.cli.options import Device, Json, make_folder, read_config
 from s2o_compile.demo.document import build_document, check_document, read_texts
 from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.choice import DEFAULT_MIN_LENGTH
+from s2o_compile.ops.choice import default_min_length
 
 from .command import progress_bars, run
 
@@ -189,7 +189,7 @@ def main(
     place = choose_device(device)
     check_document(document, length)
     least, note = None, ""
-    if length < DEFAULT_MIN_LENGTH[place.type]:
+    if length < default_min_length(place):
         least, note = 1, f"min_length=1: by default prompts of {length:,} tokens run dense."
     configs = [read_config(value, least, option or []) for value in threshold or (0.0, S2OConfig().threshold)]
     loaded, tokenizer = load_model(model, place, choose_dtype(dtype, place))

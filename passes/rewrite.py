@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..ops.choice import choose_sparse
+from ..ops.choice import choose_sparse, why_dense
 from ..ops.config import S2OConfig
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from .axes import Step
@@ -343,7 +343,4 @@ def _check_call(site: AttentionSite) -> None:
 
 def _check_length(query: torch.Tensor, key: torch.Tensor, config: S2OConfig) -> None:
     if choose_sparse(query.shape[2], key.shape[2], query.device, config) is False:
-        raise Refused(
-            f"{query.shape[2]} queries over {key.shape[2]} keys are too few to gain; "
-            "min_length=0 asks for sparse attention at any length"
-        )
+        raise Refused(why_dense(query.shape[2], key.shape[2], query.device, config))

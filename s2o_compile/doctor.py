@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .ops import S2OConfig
-from .ops.choice import DEFAULT_MIN_LENGTH
+from .ops.choice import SLOW_CPU, default_min_length, is_slow
 
 LEAST_CAPABILITY = (8, 0)
 """The oldest GPUs that the kernels are compiled for in the tests."""
@@ -76,12 +76,11 @@ def _device(device: torch.device) -> Iterator[Check]:
         yield _gpu(device)
     else:
         yield Check(name, f"{platform.machine()}, {torch.get_num_threads()} threads")
-    least = DEFAULT_MIN_LENGTH[device.type]
-    yield Check(
-        f"{name}, sparse from",
-        f"{least:,} keys",
-        advice="shorter calls run dense unless min_length says otherwise",
-    )
+    if is_slow(device):
+        yield Check(f"{name}, sparse from", "no length on", advice=f"{SLOW_CPU}; min_length says otherwise")
+    else:
+        least = f"{default_min_length(device):,} keys"
+        yield Check(f"{name}, sparse from", least, advice="shorter calls run dense unless min_length says otherwise")
     yield _self_test(device)
 
 

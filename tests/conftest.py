@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +16,16 @@ if not torch.cuda.is_available():
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("dev", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fast_cpu() -> Iterator[None]:
+    """Defaults are those of a CPU that ranks fast, on every machine; processes that tests start have their own."""
+    from s2o_compile.ops import choice
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "is_slow", lambda device: False)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

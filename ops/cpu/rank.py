@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,13 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
+from ..choice import has_fast_bfloat16
 from ..geometry import BLOCK
 from ..sampling import draws
 from ..softmax import soft_cap
 from .group import Group
 
 _SCORES = 2**23
-"""How many scores are held at once: small enough to stay in the last-level cache."""
+"""How many scores the segments of a run have: in bfloat16 few enough to stay in the last-level cache."""
+_BLOCK = 2**20
+"""How many float32 scores are held at once, for the same reason."""
 _MORE = 4
 """Channels added to the keys: two for the normaliser, two to fill up."""
 _NEVER = 1e30
@@ -73,7 +75,7 @@ class Ranking:
         self.real, self.near = group.real_guides, near.transpose(0, 1)
         self.positions = torch.arange(self.geometry.keys)
         exact = group.query.dtype
-        fast = exact == torch.float32 and not group.softcap and _has_fast_bfloat16()
+        fast = exact == torch.float32 and not group.softcap and has_fast_bfloat16()
         dtype = torch.bfloat16 if fast else exact
         self.comparable = dtype == torch.bfloat16 and group.finite
         guides, key, self.neglected = group.scored
@@ -119,7 +121,7 @@ class Ranking:
         if config.threshold == 0 or not run.reach:
             return pack(run, keep, keep.nonzero()[:, -1], log_weight)
         normaliser = self.normaliser(run)
-        importance = self.importance(run, normaliser)
+        importance = torch.cat([self.importance(part, normaliser) for part in self.parts(run)], -1)
         if config.stop == "gain":
             ranked = importance.clamp_min(-1e30).masked_fill(~keep, -math.inf)
             order = ranked.argsort(dim=-1, descending=True, stable=True)
@@ -141,6 +143,16 @@ class Ranking:
         if self.group.valid is not None:
             history = history & self.group.valid[span(reach)]
         return Run(segments, reach, history, self.seen(segments, reach) if self.group.visibility.varies else None)
+
+    def parts(self, run: Run) -> Iterator[Run]:
+        """The run, with so many of its keys at a time as scores are held at once."""
+        width = len(run.reach)
+        if self.key.dtype != torch.bfloat16:
+            width = max(BLOCK, _BLOCK // (len(run.segments) * self.rows))
+        for first in range(0, len(run.reach), width):
+            keys = slice(first, first + width)
+            seen = None if run.seen is None else run.seen[..., keys]
+            yield Run(run.segments, run.reach[keys], run.history[:, keys], seen)
 
     def seen(self, segments: range, reach: range) -> torch.Tensor:
         """Which keys in reach each guide sees [segments, heads or 1, n, keys]."""
@@ -249,9 +261,3 @@ def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
     largest = logits.amax(-1)
     share = logits.softmax(-1).amax(-1).to(torch.promote_types(logits.dtype, torch.float32))
     return torch.where(largest == -math.inf, largest, largest - share.log())
-
-
-@functools.cache
-def _has_fast_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -12,7 +12,7 @@ import torch
 import s2o_compile
 from s2o_compile import S2OConfig
 
-from ..ops.choice import DEFAULT_MIN_LENGTH
+from ..ops.choice import SLOW_CPU, default_min_length, is_slow
 from .document import LEAST_LENGTH, Document, build_document, check_document, read_texts
 from .errors import DemoError
 from .explain import explain_prefill
@@ -101,10 +101,11 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
 
 def _force_sparse(config: S2OConfig, length: int, device: torch.device, progress: Progress) -> S2OConfig:
     """Lower `min_length` where it was left open and `length` would otherwise run dense."""
-    least = DEFAULT_MIN_LENGTH[device.type]
+    least = default_min_length(device)
     if config.min_length is not None or length >= least:
         return config
-    progress.note(f"By default calls below {least:,} keys run dense here; min_length=0 makes this one sparse.")
+    calls = f"calls run dense here ({SLOW_CPU})" if is_slow(device) else f"calls below {least:,} keys run dense here"
+    progress.note(f"By default {calls}; min_length=0 makes this one sparse.")
     return replace(config, min_length=0)
 
 

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops import AttentionResult, S2OConfig, choice
 from s2o_compile.ops.choice import choose_sparse
 from s2o_compile.ops.kernels import launch
 from s2o_compile.ops.visibility import Visibility
@@ -374,6 +374,24 @@ def test_choice() -> None:
     assert not choose(100, 5000)
     assert choose(101, 5000)
     assert choose(1, 1, min_length=0)
+
+
+def test_by_default_a_cpu_that_ranks_slowly_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "is_slow", lambda device: device.type == "cpu")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    length = 10**6
+    assert choice.choose_sparse(length, length, cpu, S2OConfig()) is False
+    assert choice.choose_sparse(length, length, cuda, S2OConfig())
+    assert choice.choose_sparse(length, length, cpu, S2OConfig(min_length=1000))
+    assert choice.why_dense(length, length, cpu, S2OConfig()).startswith(choice.SLOW_CPU)
+    assert choice.why_dense(40, 40, cpu, S2OConfig()).startswith("40 queries over 40 keys are too few to gain;")
+    assert choice.why_dense(length, length, cpu, S2OConfig(min_length=2 * length)).startswith("1000000 queries over")
+
+
+@pytest.mark.parametrize("name, fast", [("amx_bf16", True), ("avx512_bf16", True), ("bf16", True), ("avx2", False)])
+def test_cpus_that_multiply_bfloat16(name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True, "amx_tile": True})
+    assert choice.has_fast_bfloat16.__wrapped__() is fast
 
 
 @pytest.mark.parametrize("min_length", [0, 150])
