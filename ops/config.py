@@ -24,7 +24,7 @@ class S2OConfig:
     Attributes:
         threshold: The share of a query's softmax mass from which a key is sure to be visited; what becomes of
             the others, `tail` says. 0 visits every key and equals dense attention to rounding.
-        min_length: Calls with fewer keys run dense. None chooses by device, 0 forces the sparse path.
+        min_length: Calls with fewer keys run dense. None chooses by device (`ops.choice`), 0 forces the sparse path.
         segment: Consecutive query positions that share one ranking; a power of two from 16 to 1024.
         tile: Query positions that one program handles, and that stop together; a power of two, at least 16, at
             most `segment`.
