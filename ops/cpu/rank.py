@@ -17,8 +17,8 @@ from .group import Group
 
 _SCORES = 2**23
 """How many scores the segments of a run have: in bfloat16 few enough to stay in the last-level cache."""
-_BLOCK = 2**20
-"""How many float32 scores are held at once, for the same reason."""
+_HELD = 2**20
+"""How many scores in other precisions are held at once, for the same reason."""
 _MORE = 4
 """Channels added to the keys: two for the normaliser, two to fill up."""
 _NEVER = 1e30
@@ -50,7 +50,7 @@ class Lists:
 
 @dataclass
 class Run:
-    """Consecutive segments whose scores are held at once.
+    """Consecutive segments that are ranked together.
 
     `reach` are the keys that they rank, and some between those. `history` [segments, keys] says which of these each
     segment ranks; `seen` [segments, heads or 1, n, keys] which each guide sees, None where that is the whole history.
@@ -85,7 +85,8 @@ class Ranking:
         if key is not group.key:
             self.whole_guides = group.guides.transpose(0, 1).to(dtype)
         self.key[:, -_MORE : 2 - _MORE] = 1
-        self.buffer = torch.empty(max(_SCORES, self.rows * self.geometry.keys), dtype=dtype)
+        self.held = _SCORES if dtype == torch.bfloat16 else _HELD
+        self.buffer = torch.empty(max(_SCORES, self.held, self.rows * BLOCK), dtype=dtype)
         first, sample = self.config.first_keys, self.config.sample
         drawn = self.positions[sample // 2 :: sample]
         self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
@@ -98,7 +99,7 @@ class Ranking:
         return self.guides.shape[1] * self.guides.shape[2]
 
     def runs(self) -> Iterator[range]:
-        """Consecutive segments whose scores are held at once."""
+        """Consecutive segments that have `_SCORES` scores together, or one that has more."""
         first, ranked = 0, self.geometry.ranked_segments
         while first < ranked:
             end = first + 1
@@ -121,7 +122,7 @@ class Ranking:
         if config.threshold == 0 or not run.reach:
             return pack(run, keep, keep.nonzero()[:, -1], log_weight)
         normaliser = self.normaliser(run)
-        importance = torch.cat([self.importance(part, normaliser) for part in self.parts(run)], -1)
+        importance = self.importance(run, normaliser)
         if config.stop == "gain":
             ranked = importance.clamp_min(-1e30).masked_fill(~keep, -math.inf)
             order = ranked.argsort(dim=-1, descending=True, stable=True)
@@ -146,10 +147,8 @@ class Ranking:
 
     def parts(self, run: Run) -> Iterator[Run]:
         """The run, with so many of its keys at a time as scores are held at once."""
-        width = len(run.reach)
-        if self.key.dtype != torch.bfloat16:
-            width = max(BLOCK, _BLOCK // (len(run.segments) * self.rows))
-        for first in range(0, len(run.reach), width):
+        width = max(BLOCK, self.held // (len(run.segments) * self.rows))
+        for first in range(0, max(1, len(run.reach)), width):
             keys = slice(first, first + width)
             seen = None if run.seen is None else run.seen[..., keys]
             yield Run(run.segments, run.reach[keys], run.history[:, keys], seen)
@@ -174,6 +173,10 @@ class Ranking:
 
     def importance(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
         """The log of the importance of the keys in reach [segments, lists, keys]."""
+        return torch.cat([self.importance_of_part(part, normaliser) for part in self.parts(run)], -1)
+
+    def importance_of_part(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
+        """`importance`, of no more keys than scores are held at once."""
         config, part = self.config, span(run.segments)
         real, guides = self.real[part], self.guides[part]
         origin = normaliser if self.neglected is None else normaliser - self.neglected.to(normaliser.dtype)
