@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -55,8 +56,9 @@ def choose_sparse(queries: int, keys: int, device: torch.device, config: S2OConf
 
 def why_dense(queries: int, keys: int, device: torch.device, config: S2OConfig) -> str:
     """Why `choose_sparse` is false, and what to do about it."""
-    few = statically_known_true(keys < DEFAULT_MIN_LENGTH["cpu"]) or statically_known_true(queries <= config.segment)
     reason = f"{queries} queries over {keys} keys are too few to gain"
-    if config.min_length is None and is_slow(device) and not few:
-        reason = SLOW_CPU
+    if config.min_length is None and is_slow(device):
+        elsewhere = dataclasses.replace(config, min_length=DEFAULT_MIN_LENGTH[device.type])
+        if choose_sparse(queries, keys, device, elsewhere) is not False:
+            reason = SLOW_CPU
     return f"{reason}; min_length=0 asks for sparse attention at any length"
