@@ -16,7 +16,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.ops import AttentionResult, S2OConfig, choice
-from s2o_compile.ops.choice import choose_sparse
 from s2o_compile.ops.kernels import launch
 from s2o_compile.ops.visibility import Visibility
 
@@ -367,7 +366,7 @@ def test_choice() -> None:
     config = S2OConfig(min_length=1000, last_queries=100)
 
     def choose(queries: int, keys: int, **changes: Any) -> bool | None:
-        return choose_sparse(queries, keys, torch.device("cpu"), dataclasses.replace(config, **changes))
+        return choice.choose_sparse(queries, keys, torch.device("cpu"), dataclasses.replace(config, **changes))
 
     assert choose(1000, 1000)
     assert not choose(999, 999)
