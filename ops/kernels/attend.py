@@ -291,11 +291,10 @@ def attend_kernel(
         mean_value += (batch * groups + group) * blocks * DV
         for start in range(0, end_block, BLOCK_N):
             column = start + lane
-            left = tl.load(skipped + column, mask=column < end_block, other=0)
-            inside = left > 0
-            bias = tl.log2(tl.maximum(left, 1).to(tl.float32)) / unit
+            inside = column < end_block
+            bias = tl.load(skipped + column, mask=inside, other=float("-inf")) * (1 / unit)
             maximum, mass, total = _add(
-                maximum, mass, total, rows, mean_key, mean_value, column, inside, inside[None, :], bias, None,
+                maximum, mass, total, rows, mean_key, mean_value, column, inside, None, bias, None,
                 unit, softcap, D, DV, False, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
         seen_keys += _round_up(history_blocks)

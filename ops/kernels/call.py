@@ -12,7 +12,7 @@ from triton import next_power_of_2
 
 from ..config import S2OConfig
 from ..contribution import sampled_rows, value_distances
-from ..geometry import BLOCK, Geometry
+from ..geometry import BLOCK, Geometry, round_up
 from ..visibility import Visibility, masked
 
 LOG2_E = math.log2(math.e)
@@ -62,6 +62,12 @@ class Call:
         """Half precision for inputs in half precision: a key is drawn, and weighs, by its importance as stored."""
         return torch.float32 if self.query.dtype == torch.float32 else torch.float16
 
+    @property
+    def flags(self) -> int:
+        """Bits that say of a key whether it is listed, and whether it is left to a mean where that may be neither."""
+        hides = self.visibility.key_padding is not None or not self.visibility.is_causal
+        return 2 if self.config.has_means and hides else 1
+
     def distances(self) -> torch.Tensor | None:
         """How far values lie from the outputs [B, Hkv, Lk], float32; None where importance measures mass alone."""
         if self.config.measure == "mass":
@@ -77,8 +83,8 @@ class Call:
         ).contiguous()
 
     def capacity(self, segment: int) -> int:
-        """The longest list of the segments up to `segment`."""
-        return self.geometry.keys if self.config.stop == "gain" else self.geometry.longest_history(segment)
+        """The longest list of the segments up to `segment`, in whole blocks."""
+        return round_up(self.geometry.longest_history(segment))
 
     @functools.cached_property
     def masks(self) -> tuple[torch.Tensor, ...]:

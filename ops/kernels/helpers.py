@@ -14,6 +14,8 @@ FLOAT8_REACH = tl.constexpr(14.0)
 """Largest number in float8 operands: sums over 256 products stay within half precision."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 KEY_BLOCK = tl.constexpr(64)
+FLAGS = tl.constexpr(16)
+"""Keys whose flags are the bits of one number."""
 BEYOND = tl.constexpr(2**31 - 1)
 KEY_STEP = tl.constexpr(sampling.KEY_STEP)
 SEGMENT_STEP = tl.constexpr(sampling.SEGMENT_STEP)

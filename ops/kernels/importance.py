@@ -1,4 +1,4 @@
-"""The importance of each key of a history, for each list of keys."""
+"""The importance of each key of a history, or whether it reaches the threshold, for each list of keys."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ..projection import MOST_NEGLECTED as MOST
 from .helpers import (
+    FLAGS,
     KEY_BLOCK,
     LOG2_E,
     dot_logits,
@@ -25,12 +26,49 @@ from .helpers import (
 )
 
 MOST_NEGLECTED = tl.constexpr(MOST)
+LANES = tl.constexpr(4)
+"""Threads that share a row of a product."""
 
 
 @triton.jit
 def _larger(one, other):
     """The larger, or NaN where either is."""
     return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _place_rows(row, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The segment and the guide of each row of a part of ROWS guides of SEGMENTS segments.
+
+    Of each 8 columns of a product a thread holds the pair 2t and 2t + 1, t < 4. Pairs of guides of 4 segments stand
+    side by side, so that a thread holds the guides of its segments, and reduces them without asking others.
+    """
+    beside: tl.constexpr = SEGMENTS if SEGMENTS < LANES else LANES
+    together: tl.constexpr = ROWS if ROWS < 2 else 2
+    block, lane = row // (beside * together), row // together % beside
+    pairs: tl.constexpr = ROWS // together
+    return block // pairs * beside + lane, block % pairs * together + row % together
+
+
+@triton.jit
+def _by_segment(products, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """What stands at rows of a part [N, ROWS * SEGMENTS] as [N, SEGMENTS, ROWS]."""
+    beside: tl.constexpr = SEGMENTS if SEGMENTS < LANES else LANES
+    together: tl.constexpr = ROWS if ROWS < 2 else 2
+    shape: tl.constexpr = [products.shape[0], SEGMENTS // beside, ROWS // together, beside, together]
+    products = tl.reshape(products, shape)
+    return tl.reshape(tl.permute(products, (0, 1, 3, 2, 4)), [products.shape[0], SEGMENTS, ROWS])
+
+
+@triton.jit
+def _pack(flags):
+    """Flags [N, SEGMENTS] as bits of int16 [N / 16, SEGMENTS], the first of each 16 low.
+
+    A warp holds 16 rows of a product, so bits stay within it.
+    """
+    bit = 1 << tl.arange(0, flags.shape[0]) % FLAGS
+    bits = tl.where(flags, bit[:, None], 0)
+    return tl.sum(tl.reshape(bits, [flags.shape[0] // FLAGS, FLAGS, flags.shape[1]]), 1).to(tl.int16)
 
 
 @triton.jit
@@ -44,24 +82,27 @@ def _load_part(
     The latter negated and `raised`, and with HALF in pairs as `scale_and_add` takes them.
     """
     row = tl.arange(0, ROWS * SEGMENTS)
-    head, guide, real = place_guides(first + row // ROWS, done + row % ROWS, guides_per_head, HEADS, PER_SEGMENT)
+    segment, slot = _place_rows(row, ROWS, SEGMENTS)
+    head, guide, real = place_guides(first + segment, done + slot, guides_per_head, HEADS, PER_SEGMENT)
     rows = load_guides(guides, head, guide, real, stride_h, stride_n, D, BLOCK_D)
     if HALF:
         origin = pack_halves(
-            raised + _origins(lse, row & -2, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS),
-            raised + _origins(lse, row | 1, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS),
+            raised + _origins(lse, row & -2, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS, SEGMENTS),
+            raised + _origins(lse, row | 1, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS, SEGMENTS),
         )
     else:
-        origin = raised + _origins(lse, row, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS)
+        origin = raised + _origins(lse, row, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS, SEGMENTS)
     return rows, origin
 
 
 @triton.jit
 def _origins(
-    lse, row, first, done, guides_per_head, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr, ROWS: tl.constexpr
-):
+    lse, row, first, done, guides_per_head, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr, ROWS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):  # fmt: skip
     """The negated log-sum-exps at rows of a part, -inf where there is no guide."""
-    head, guide, real = place_guides(first + row // ROWS, done + row % ROWS, guides_per_head, HEADS, PER_SEGMENT)
+    segment, slot = _place_rows(row, ROWS, SEGMENTS)
+    head, guide, real = place_guides(first + segment, done + slot, guides_per_head, HEADS, PER_SEGMENT)
     return -tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
 
 
@@ -126,6 +167,8 @@ def importance_kernel(
     HAS_MAX: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     MEASURES_OUTPUT: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
     CHOOSES: tl.constexpr,
     FEW: tl.constexpr,
     HOLDS: tl.constexpr,
@@ -138,6 +181,8 @@ def importance_kernel(
 ):
     """Write importance [lists, capacity], in steps of `threshold`; NaN is sure to be visited, -1 is not to be visited.
 
+    Where keys are not SAMPLED, all that is written is which of them reach the threshold, as the bits of int16
+    [lists, capacity / 16], the first of each 16 keys low; and with HAS_LEFT, after them, which do not but are visible.
     With MEASURES_OUTPUT the shares of mass are multiplied by `distances` [B, groups, Lk]. With CHOOSES, FEW says that
     guides and keys lack channels, and only those groups are written for which that (or else its contrary) is right by
     what the others carry, `neglected` [B, groups]; importance makes up for it (`Projected.neglected`).
@@ -184,7 +229,8 @@ def importance_kernel(
     end = tl.where(is_ranked, low if CAUSAL else keys, begin)
     present = tl.minimum(guides_per_head - part * per_segment, per_segment)
     place = (tl.program_id(2) * LISTS + tl.program_id(1)) * segments + part - first_segment
-    importance += place.to(tl.int64) * capacity - begin
+    lists = (tl.num_programs(2) * LISTS * segments).to(tl.int64)
+    importance += (place.to(tl.int64) * capacity - begin) // (1 if SAMPLED else FLAGS)
 
     held = ()
     if HOLDS:
@@ -213,28 +259,28 @@ def importance_kernel(
                     per_segment, of_part if done + of_part <= total or BLOCK_REST == 0 else BLOCK_REST, SEGMENTS,
                     D, BLOCK_D, HALF,
                 )  # fmt: skip
+            of_segment: tl.constexpr = rows.shape[0] // SEGMENTS
             if HALF:
                 logits = scale_and_add(tl.dot(block, tl.trans(rows), out_dtype=tl.float16), scale, origin)
             else:
                 logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) + origin[None, :]
             if varies:
-                row, of_segment = tl.arange(0, rows.shape[0]), rows.shape[0] // SEGMENTS
-                segment, slot = first + row // of_segment, done + row % of_segment
-                head, guide, real = place_guides(segment, slot, guides_per_head, heads, per_segment)
+                row = tl.arange(0, of_segment * SEGMENTS)
+                segment, slot = _place_rows(row, of_segment, SEGMENTS)
+                head, guide, real = place_guides(first + segment, done + slot, guides_per_head, heads, per_segment)
                 query_head, position = group * GUIDE_HEADS + first_head + head, guide * POOL
                 seen = see(terms, query_head, position, real, column, column < keys, False, WINDOW, DOCUMENTS, MASK)
                 seen = tl.trans(seen & real[:, None])
                 logits = tl.where(seen, logits, float("-inf"))
-                seen = tl.reshape(seen.to(tl.int32), [BLOCK_N, SEGMENTS, rows.shape[0] // SEGMENTS])
-                visible = tl.maximum(visible, tl.max(seen, 2))
-            of_segments = tl.reshape(logits, [BLOCK_N, SEGMENTS, rows.shape[0] // SEGMENTS])
+                visible = tl.maximum(visible, tl.max(_by_segment(seen.to(tl.int32), of_segment, SEGMENTS), 2))
+            of_segments = _by_segment(logits, of_segment, SEGMENTS)
             if HALF:
                 largest = _larger(largest, tl.reduce(of_segments, 2, _larger))
             elif HAS_MAX:
                 # A maximum over guides does not see the NaN of one that tells nothing.
-                blind = tl.reshape((origin != origin).to(tl.int32), [SEGMENTS, rows.shape[0] // SEGMENTS])
-                blind = tl.where(tl.max(blind, 1) > 0, float("inf"), float("-inf"))
-                largest = _larger(_larger(largest, blind[None, :]), tl.max(of_segments, 2))
+                blind = _by_segment((origin != origin).to(tl.int32)[None, :], of_segment, SEGMENTS)
+                blind = tl.where(tl.max(blind, 2) > 0, float("inf"), float("-inf"))
+                largest = _larger(_larger(largest, blind), tl.max(of_segments, 2))
             if HAS_MEAN:
                 mean += tl.sum(tl.exp2(of_segments), 2)
         score = mean * (mean_step / (heads * present))[None, :]
@@ -249,7 +295,20 @@ def importance_kernel(
             score = tl.where((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]), score, -1.0)
         if varies:
             score = tl.where(visible > 0, score, -1.0)
-        written = column[:, None] < end[None, :]
-        if WINDOW:
-            written = written & (column[:, None] >= begin[None, :])
-        tl.store(importance[None, :] + column[:, None], score, mask=written)
+        if SAMPLED:
+            written = column[:, None] < end[None, :]
+            if WINDOW:
+                written = written & (column[:, None] >= begin[None, :])
+            tl.store(importance[None, :] + column[:, None], score, mask=written)
+        else:
+            first_of_word = start + tl.arange(0, BLOCK_N // FLAGS) * FLAGS
+            words = importance[None, :] + (first_of_word // FLAGS)[:, None]
+            written = first_of_word[:, None] < end[None, :]
+            if WINDOW:
+                written = written & (first_of_word[:, None] >= begin[None, :])
+            if not CAUSAL:
+                score = tl.where((column < keys)[:, None], score, -1.0)
+            below = score < 1.0
+            tl.store(words, _pack(below == 0), mask=written)
+            if HAS_LEFT:
+                tl.store(words + lists * (capacity // FLAGS), _pack(below & (score >= 0.0)), mask=written)

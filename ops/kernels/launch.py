@@ -11,7 +11,7 @@ from torch.library import triton_op, wrap_triton
 
 from ..block_means import block_means
 from ..config import S2OConfig
-from ..geometry import Geometry
+from ..geometry import Geometry, round_up
 from ..result import AttentionResult
 from ..sampling import MOST
 from ..visibility import Visibility
@@ -78,11 +78,14 @@ def sparse_attention(
 
 def runs(call: Call) -> tuple[range, ...]:
     """Consecutive segments whose lists fit into the workspace together."""
-    # Importance and index; for a sort scores, weights and its own index too.
     is_sorted = call.config.stop == "gain"
-    per_key = call.query.shape[0] * call.groups * call.lists
-    per_key *= 32 if is_sorted else 4 + call.importance_dtype.itemsize
-    return _runs(call.geometry, is_sorted, call.config.workspace // per_key)
+    bits = call.query.shape[0] * call.groups * call.lists
+    if is_sorted:
+        # Scores, weights and their own index beside the index.
+        bits *= 256
+    else:
+        bits *= 32 + (8 * call.importance_dtype.itemsize if call.config.has_samples else call.flags)
+    return _runs(call.geometry, is_sorted, 8 * call.config.workspace // bits)
 
 
 @functools.lru_cache
@@ -90,7 +93,7 @@ def _runs(geometry: Geometry, is_sorted: bool, room: int) -> tuple[range, ...]:
     """`runs`, of one list for each segment and so many keys in all; at least one segment each."""
 
     def size(last: int) -> int:
-        return (last + 1 - first) * (geometry.keys if is_sorted else geometry.longest_history(last))
+        return (last + 1 - first) * (geometry.keys if is_sorted else round_up(geometry.longest_history(last)))
 
     first, end = 0, geometry.segments
     found = []

@@ -15,7 +15,8 @@ from .call import Call, channels
 from .importance import importance_kernel
 from .normaliser import normaliser_kernel
 from .quantise import Operands, operands_of_channels, ranking_operands, sums_in_half
-from .select import select_kernel
+from .sample import sample_kernel
+from .select import FLAGS, select_kernel
 from .strongest import strongest_channels
 from .tiling import importance_tiling, normaliser_tiling
 
@@ -83,22 +84,24 @@ def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
 
 def select(call: Call, ranking: Ranking, segments: range) -> Lists:
     """The keys that their importance and draws choose."""
-    config = call.config
+    config, capacity = call.config, call.capacity(segments[-1])
     importance = score(call, ranking, segments)
-    lists, capacity = importance.shape
-    index = torch.empty_like(importance, dtype=torch.int32)
+    lists = call.query.shape[0] * call.groups * call.lists * len(segments)
+    index = torch.empty(lists, capacity, dtype=torch.int32, device=call.key.device)
     count = index.new_empty(lists)
-    skipped = index.new_empty((lists, call.blocks) if config.has_means else 1)
-    wrap_triton(select_kernel)[(len(segments), lists // len(segments))](
-        importance, index, count, skipped,
-        **{name: call.shared[name] for name in _SPAN},
-        first_segment=segments.start,
-        capacity=capacity,
-        blocks=call.blocks,
-        SAMPLED=config.has_samples,
-        HAS_MEANS=config.has_means,
-        BLOCK_N=1024, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    skipped = index.new_empty((lists, call.blocks) if config.has_means else 1, dtype=torch.float32)
+    grid = (len(segments), lists // len(segments))
+    spans = {name: call.shared[name] for name in _SPAN} | {"first_segment": segments.start, "capacity": capacity}
+    if config.has_samples:
+        wrap_triton(sample_kernel)[grid](importance, index, count, **spans, BLOCK_N=1024, num_warps=4, num_stages=2)
+    else:
+        wrap_triton(select_kernel)[grid](
+            importance, index, count, skipped,
+            **spans,
+            blocks=call.blocks,
+            HAS_MEANS=config.has_means, HAS_LEFT=call.flags == 2,
+            BLOCK_N=256, num_warps=1, num_stages=2,
+        )  # fmt: skip
     return Lists(index, count, skipped, importance, ranking.lse)
 
 
@@ -126,10 +129,16 @@ def normalisers(call: Call, operands: Operands) -> torch.Tensor:
 
 
 def score(call: Call, ranking: Ranking, segments: range) -> torch.Tensor:
-    """The importance of the keys of each list's history [lists, keys], in steps of the threshold."""
-    lists = call.query.shape[0] * call.groups * call.lists * len(segments)
+    """The importance of the keys of each list's history [lists, capacity], in steps of the threshold; or flags.
+
+    Where keys are not drawn, flags tell which of them are listed (`Call.flags`).
+    """
     capacity = call.capacity(segments[-1])
-    importance = torch.empty(lists, capacity, dtype=call.importance_dtype, device=call.key.device)
+    lists = call.query.shape[0] * call.groups * call.lists * len(segments)
+    if call.config.has_samples:
+        importance = torch.empty(lists, capacity, dtype=call.importance_dtype, device=call.key.device)
+    else:
+        importance = torch.empty(call.flags, lists, capacity // FLAGS, dtype=torch.int16, device=call.key.device)
     for scoring in ranking.scorings:
         score_groups(call, scoring, ranking, segments, importance)
     return importance
@@ -139,7 +148,7 @@ def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range
     """Write the importance of the keys of some KV groups."""
     config, operands, distances, neglected = call.config, scoring.operands, ranking.distances, ranking.neglected
     guides, key = operands.guides, operands.key
-    capacity = importance.shape[-1]
+    capacity = call.capacity(segments[-1])
     total = guides.shape[2] // call.lists * (config.segment // config.pool)
     half = sums_in_half(operands, config)
     tiling = importance_tiling(key.shape[-1], key.element_size(), total, half)
@@ -157,6 +166,7 @@ def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range
         HALF=half,
         HAS_MAX=config.max_weight > 0,
         HAS_MEAN=config.mean_weight > 0,
+        SAMPLED=config.has_samples, HAS_LEFT=call.flags == 2,
         MEASURES_OUTPUT=distances is not None, CHOOSES=neglected is not None, FEW=scoring.is_few,
         LISTS=call.lists, SEGMENTS=together,
         **call.shared, **guide_settings(call, operands, segments), **tiling.arguments,

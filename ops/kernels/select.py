@@ -1,4 +1,4 @@
-"""The keys whose importance reaches the threshold or their draw below it, appended to one list per segment."""
+"""The keys whose flags are set, appended to one list per segment."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -6,15 +6,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import KEY_BLOCK, draws, span
+from .helpers import FLAGS, KEY_BLOCK, span
 
-RUN = tl.constexpr(8)
-"""Keys that a thread loads at once in half precision, and counts without asking others."""
+WORDS = tl.constexpr(KEY_BLOCK // FLAGS)
+"""Words of flags of a block of keys."""
+
+
+@triton.jit
+def _count(word):
+    """How many of the 16 lowest bits are set, the others being 0 (Warren, Hacker's Delight, section 5-1)."""
+    word -= word >> 1 & 0x5555
+    word = (word & 0x3333) + (word >> 2 & 0x3333)
+    word = word + (word >> 4) & 0x0F0F
+    return word + (word >> 8) & 0x1F
+
+
+@triton.jit
+def _load(flags, column, begin, end):
+    """The flags of the keys from `column` on; none past the history."""
+    return tl.load(flags + (column - begin) // FLAGS, mask=column < end, other=0).to(tl.int32) & 0xFFFF
 
 
 @triton.jit
 def select_kernel(
-    importance,
+    flags,
     index,
     count,
     skipped,
@@ -30,48 +45,42 @@ def select_kernel(
     SEGMENT: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
-    SAMPLED: tl.constexpr,
     HAS_MEANS: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write one list: its keys, how many, and with HAS_MEANS how many keys of each block are not in it.
+    """Write one list: its keys, how many, and with HAS_MEANS the log2 of how many keys of each block are not in it.
 
-    Lists stand as `importance_kernel` leaves them: index [lists, capacity], count [lists], skipped [lists, blocks].
-    With SAMPLED, what its keys weigh, in units of log 2, then takes the place of the first importances: a key stands in
-    the list no later than in the history, so each block overwrites only what was read. Program (segment, list of all
-    batch entries and groups).
+    Flags as `importance_kernel` leaves them, index [lists, capacity], count [lists], skipped [lists, blocks] float32.
+    Program (segment, list of all batch entries and groups).
     """
     segment = first_segment + tl.num_programs(0) - 1 - tl.program_id(0)
     place = (tl.program_id(1) * tl.num_programs(0) + segment - first_segment).to(tl.int64)
     begin, low, _ = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     end = low if CAUSAL else tl.where(segment < ranked_segments, keys, low)
-    importance += place * capacity
+    lists = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64)
+    left = flags + (lists + place) * (capacity // FLAGS)
+    flags += place * (capacity // FLAGS)
     index += place * capacity
     listed = 0
     lane = tl.arange(0, BLOCK_N)
     # Few warps wait for what they load, so each block is loaded while the one before is at work.
-    ahead = tl.load(importance + lane, mask=begin + lane < end, other=-1.0)
-    for start in range(begin, end, BLOCK_N):
-        column, score = start + lane, ahead
-        later = column + BLOCK_N
-        ahead = tl.load(importance + (later - begin), mask=later < end, other=-1.0)
-        bar = draws(column, segment) if SAMPLED else 1.0
-        kept = tl.reshape(((score < bar) == 0).to(tl.int32), [BLOCK_N // RUN, RUN])
-        of_run = tl.sum(kept, 1)
-        position = (listed + tl.cumsum(of_run, 0) - of_run)[:, None] + tl.cumsum(kept, 1) - kept
-        tl.store(index + position, tl.reshape(column, [BLOCK_N // RUN, RUN]), mask=kept > 0)
-        listed += tl.sum(of_run, 0)
+    ahead = _load(flags, begin + lane * FLAGS, begin, end)
+    for start in range(begin, end, BLOCK_N * FLAGS):
+        column, word = start + lane * FLAGS, ahead
+        ahead = _load(flags, column + BLOCK_N * FLAGS, begin, end)
+        number = _count(word)
+        position = listed + tl.cumsum(number, 0) - number
+        for _ in range(tl.max(number, 0)):
+            # The exponent of the lowest bit is its place.
+            lowest = (word & -word).to(tl.float32).to(tl.int32, bitcast=True)
+            tl.store(index + position, column + ((lowest >> 23) - 127), mask=word != 0)
+            word &= word - 1
+            position += 1
+        listed += tl.sum(number, 0)
         if HAS_MEANS:
-            left = (score >= 0) & (score < bar)
-            left = tl.sum(tl.reshape(left.to(tl.int32), [BLOCK_N // KEY_BLOCK, KEY_BLOCK]), 1)
-            block = start // KEY_BLOCK + tl.arange(0, BLOCK_N // KEY_BLOCK)
-            tl.store(skipped + place * blocks + block, left, mask=block * KEY_BLOCK < end)
+            others = _count(_load(left, column, begin, end)) if HAS_LEFT else FLAGS - number
+            others = tl.sum(tl.reshape(others, [BLOCK_N // WORDS, WORDS]), 1).to(tl.float32)
+            block = start // KEY_BLOCK + tl.arange(0, BLOCK_N // WORDS)
+            tl.store(skipped + place * blocks + block, tl.log2(others), mask=block * KEY_BLOCK < end)
     tl.store(count + place, listed)
-    if SAMPLED:
-        tl.debug_barrier()
-        for start in range(0, listed, BLOCK_N):
-            position = start + tl.arange(0, BLOCK_N)
-            column = tl.load(index + position, mask=position < listed, other=0)
-            chance = tl.load(importance + (column - begin), mask=position < listed, other=1.0).to(tl.float32)
-            tl.debug_barrier()
-            tl.store(importance + position, tl.maximum(-tl.log2(chance), 0.0), mask=position < listed)

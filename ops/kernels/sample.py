@@ -1,0 +1,65 @@
+"""The keys whose importance reaches their draw, appended to one list per segment, and what they weigh."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .helpers import draws, span
+
+RUN = tl.constexpr(8)
+"""Keys that a thread loads at once in half precision, and counts without asking others."""
+
+
+@triton.jit
+def sample_kernel(
+    importance,
+    index,
+    count,
+    queries,
+    keys,
+    first_segment,
+    ranked_segments,
+    offset,
+    window,
+    near_keys,
+    capacity,
+    SEGMENT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write one list: its keys, how many, and their weights.
+
+    Lists stand as `importance_kernel` leaves them: index [lists, capacity], count [lists]. What the keys of a list
+    weigh, in units of log 2, then takes the place of the first importances: a key stands in the list no later than in
+    the history, so each block overwrites only what was read. Program (segment, list of all batch entries and groups).
+    """
+    segment = first_segment + tl.num_programs(0) - 1 - tl.program_id(0)
+    place = (tl.program_id(1) * tl.num_programs(0) + segment - first_segment).to(tl.int64)
+    begin, low, _ = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
+    end = low if CAUSAL else tl.where(segment < ranked_segments, keys, low)
+    importance += place * capacity
+    index += place * capacity
+    listed = 0
+    lane = tl.arange(0, BLOCK_N)
+    # Few warps wait for what they load, so each block is loaded while the one before is at work.
+    ahead = tl.load(importance + lane, mask=begin + lane < end, other=-1.0)
+    for start in range(begin, end, BLOCK_N):
+        column, score = start + lane, ahead
+        later = column + BLOCK_N
+        ahead = tl.load(importance + (later - begin), mask=later < end, other=-1.0)
+        kept = tl.reshape(((score < draws(column, segment)) == 0).to(tl.int32), [BLOCK_N // RUN, RUN])
+        of_run = tl.sum(kept, 1)
+        position = (listed + tl.cumsum(of_run, 0) - of_run)[:, None] + tl.cumsum(kept, 1) - kept
+        tl.store(index + position, tl.reshape(column, [BLOCK_N // RUN, RUN]), mask=kept > 0)
+        listed += tl.sum(of_run, 0)
+    tl.store(count + place, listed)
+    tl.debug_barrier()
+    for start in range(0, listed, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        column = tl.load(index + position, mask=position < listed, other=0)
+        chance = tl.load(importance + (column - begin), mask=position < listed, other=1.0).to(tl.float32)
+        tl.debug_barrier()
+        tl.store(importance + position, tl.maximum(-tl.log2(chance), 0.0), mask=position < listed)
