@@ -30,10 +30,10 @@ from ..timing import (
 from .budget import visited_density, with_density
 
 ATTENTION_KERNELS = re.compile(
-    "^(?!triton_).*(flash|fmha|sdpa|pool_kernel|reach_kernel|quantise|normaliser|importance|sample_kernel"
+    "^(?!triton_).*(flash|fmha|sdpa|pool_kernel|means_kernel|reach_kernel|quantise|normaliser|importance|sample_kernel"
     "|select_kernel|attend)"
 )
-"""Names of the kernels that count as attention; what Inductor fuses (triton_...), as block means, does not."""
+"""Names of the kernels that count as attention; what Inductor fuses (triton_...) does not."""
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 

@@ -9,7 +9,6 @@ import math
 import torch
 from torch.library import triton_op, wrap_triton
 
-from ..block_means import block_means
 from ..config import S2OConfig
 from ..geometry import Geometry, round_up
 from ..result import AttentionResult
@@ -18,6 +17,7 @@ from ..visibility import Visibility
 from .attend import attend_kernel
 from .call import Call, channels
 from .guides import pool_guides
+from .means import block_means
 from .rank import Lists, Ranking, select, sort
 from .tiling import MAX_ROWS, attend_tiling
 
@@ -68,7 +68,7 @@ def sparse_attention(
     guides = pool_guides(query.unflatten(1, (call.groups, call.group)), config)
     means: tuple[torch.Tensor, ...] = (query.new_empty(1), query.new_empty(1))
     if config.has_means:
-        means = tuple(block_means(x, call.valid).to(x.dtype) for x in (key, value))
+        means = tuple(block_means(x, call) for x in (key, value))
     ranking = None if config.stop == "gain" else Ranking.of(call, guides)
     for segments in runs(call):
         lists = sort(call, guides, segments) if ranking is None else select(call, ranking, segments)

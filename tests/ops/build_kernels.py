@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.kernels import guides, launch, quantise, rank, strongest
+from s2o_compile.ops.kernels import guides, launch, means, quantise, rank, strongest
 from s2o_compile.ops.visibility import Visibility
 
 CAPABILITIES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -69,7 +69,7 @@ class Builder:
 def main(dtype: torch.dtype, capability: int) -> None:
     """The default setting, in half precision with all terms too, and where there is float8 the other settings."""
     Builder.capability = capability
-    for module in (launch, rank, guides, quantise, strongest):
+    for module in (launch, rank, guides, means, quantise, strongest):
         module.wrap_triton = Builder  # type: ignore[attr-defined]
     query, key = torch.empty(1, 4, 300, 64, dtype=dtype), torch.empty(1, 2, 300, 64, dtype=dtype)
     documents, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 1, 300, 300, dtype=torch.bool)
