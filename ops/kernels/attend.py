@@ -9,6 +9,7 @@ import triton.language as tl
 from .helpers import (
     KEY_BLOCK,
     LN_2,
+    MEANS_AT_ONCE,
     cap,
     clip,
     finite_or_zero,
@@ -16,6 +17,7 @@ from .helpers import (
     load_padding,
     load_rows,
     mask_terms,
+    round_up,
     see,
     span,
 )
@@ -86,11 +88,6 @@ def _places(
     head, position = first_head + row // TILE, tile * TILE + row % TILE
     real = (row < HEADS * TILE) & (head < end_head) & (position < queries)
     return (first_head_of_group + head).to(tl.int64), position, real
-
-
-@triton.jit
-def _round_up(count):
-    return (count + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK
 
 
 @triton.jit
@@ -242,7 +239,7 @@ def attend_kernel(
             maximum, mass, total, rows, key, value, chosen, inside, seen, bias, most,
             unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
-    seen_keys = _round_up(end - low)
+    seen_keys = round_up(end - low, KEY_BLOCK)
 
     if STOP_BY_GAIN:
         done = 0
@@ -258,7 +255,7 @@ def attend_kernel(
                     maximum, mass, total, rows, key, value, chosen, inside, seen, None, None,
                     unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
                 )  # fmt: skip
-            seen_keys += _round_up(stop - done)
+            seen_keys += round_up(stop - done, KEY_BLOCK)
             before = mass_before * tl.exp2((maximum_before - finite_or_zero(maximum)) * unit)
             small = (mass - before) < threshold * before
             goes_on = tl.sum((real & (small == 0)).to(tl.int32), 0) > 0
@@ -278,7 +275,7 @@ def attend_kernel(
                 maximum, mass, total, rows, key, value, chosen, None, seen, bias, most,
                 unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
-        seen_keys += _round_up(listed)
+        seen_keys += round_up(listed, KEY_BLOCK)
 
     if HAS_MEANS:
         history_blocks = low // KEY_BLOCK
@@ -286,18 +283,18 @@ def attend_kernel(
         if not CAUSAL:
             history_blocks += (keys - high + KEY_BLOCK - 1) // KEY_BLOCK
             end_block = tl.where(history_blocks > 0, blocks, 0)
-        skipped += place.to(tl.int64) * blocks
+        skipped += place.to(tl.int64) * round_up(blocks, MEANS_AT_ONCE)
         mean_key += (batch * groups + group) * blocks * D
         mean_value += (batch * groups + group) * blocks * DV
         for start in range(0, end_block, BLOCK_N):
-            column = start + lane
-            inside = column < end_block
-            bias = tl.load(skipped + column, mask=inside, other=float("-inf")) * (1 / unit)
+            # Past the last block the bias is -inf. Loads without a mask are fewer, and leave registers free.
+            bias = tl.load(skipped + start + lane) * (1 / unit)
+            column = tl.minimum(start + lane, end_block - 1)
             maximum, mass, total = _add(
-                maximum, mass, total, rows, mean_key, mean_value, column, inside, None, bias, None,
+                maximum, mass, total, rows, mean_key, mean_value, column, None, None, bias, None,
                 unit, softcap, D, DV, False, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
-        seen_keys += _round_up(history_blocks)
+        seen_keys += round_up(history_blocks, KEY_BLOCK)
 
     # Held across the loops, these would take registers from them; what is added is 0, but the compiler does not know.
     tile += tl.minimum(seen_keys, 0)

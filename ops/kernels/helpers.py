@@ -14,6 +14,8 @@ FLOAT8_REACH = tl.constexpr(14.0)
 """Largest number in float8 operands: sums over 256 products stay within half precision."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 KEY_BLOCK = tl.constexpr(64)
+MEANS_AT_ONCE = tl.constexpr(128)
+"""Block means that attention adds at once, at most; counts of the keys they stand for come in multiples of it."""
 FLAGS = tl.constexpr(16)
 """Keys whose flags are the bits of one number."""
 BEYOND = tl.constexpr(2**31 - 1)
@@ -25,6 +27,12 @@ SEGMENT_STEP = tl.constexpr(sampling.SEGMENT_STEP)
 def float32(number):
     """A floating argument as float32: Inductor passes them as float64."""
     return tl.full([], number, tl.float32)
+
+
+@triton.jit
+def round_up(count, multiple):
+    """`geometry.round_up`."""
+    return (count + multiple - 1) // multiple * multiple
 
 
 @triton.jit

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import wrap_triton
 
+from ..geometry import round_up
 from ..projection import picks_channels, project
 from ..ranking import sorted_history
 from .call import Call, channels
+from .helpers import FLAGS, MEANS_AT_ONCE
 from .importance import importance_kernel
 from .normaliser import normaliser_kernel
 from .quantise import Operands, operands_of_channels, ranking_operands, sums_in_half
 from .sample import sample_kernel
-from .select import FLAGS, select_kernel
+from .select import select_kernel
 from .strongest import strongest_channels
 from .tiling import importance_tiling, normaliser_tiling
 
@@ -89,7 +91,8 @@ def select(call: Call, ranking: Ranking, segments: range) -> Lists:
     lists = call.query.shape[0] * call.groups * call.lists * len(segments)
     index = torch.empty(lists, capacity, dtype=torch.int32, device=call.key.device)
     count = index.new_empty(lists)
-    skipped = index.new_empty((lists, call.blocks) if config.has_means else 1, dtype=torch.float32)
+    blocks = round_up(call.blocks, MEANS_AT_ONCE.value) if config.has_means else 1
+    skipped = index.new_empty(lists, blocks, dtype=torch.float32)
     grid = (len(segments), lists // len(segments))
     spans = {name: call.shared[name] for name in _SPAN} | {"first_segment": segments.start, "capacity": capacity}
     if config.has_samples:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import FLAGS, KEY_BLOCK, span
+from .helpers import FLAGS, KEY_BLOCK, MEANS_AT_ONCE, round_up, span
 
 WORDS = tl.constexpr(KEY_BLOCK // FLAGS)
 """Words of flags of a block of keys."""
@@ -51,7 +51,8 @@ def select_kernel(
 ):
     """Write one list: its keys, how many, and with HAS_MEANS the log2 of how many keys of each block are not in it.
 
-    Flags as `importance_kernel` leaves them, index [lists, capacity], count [lists], skipped [lists, blocks] float32.
+    Flags as `importance_kernel` leaves them, index [lists, capacity], count [lists], skipped [lists, blocks] float32,
+    whose rows are as long as a multiple of `MEANS_AT_ONCE`: -inf follows the history up to a multiple.
     Program (segment, list of all batch entries and groups).
     """
     segment = first_segment + tl.num_programs(0) - 1 - tl.program_id(0)
@@ -66,7 +67,9 @@ def select_kernel(
     lane = tl.arange(0, BLOCK_N)
     # Few warps wait for what they load, so each block is loaded while the one before is at work.
     ahead = _load(flags, begin + lane * FLAGS, begin, end)
-    for start in range(begin, end, BLOCK_N * FLAGS):
+    stop = round_up(end, MEANS_AT_ONCE * KEY_BLOCK) if HAS_MEANS else end
+    skipped += place * round_up(blocks, MEANS_AT_ONCE)
+    for start in range(begin, stop, BLOCK_N * FLAGS):
         column, word = start + lane * FLAGS, ahead
         ahead = _load(flags, column + BLOCK_N * FLAGS, begin, end)
         number = _count(word)
@@ -79,8 +82,8 @@ def select_kernel(
             position += 1
         listed += tl.sum(number, 0)
         if HAS_MEANS:
-            others = _count(_load(left, column, begin, end)) if HAS_LEFT else FLAGS - number
+            others = _count(_load(left, column, begin, end)) if HAS_LEFT else tl.where(column < end, FLAGS - number, 0)
             others = tl.sum(tl.reshape(others, [BLOCK_N // WORDS, WORDS]), 1).to(tl.float32)
             block = start // KEY_BLOCK + tl.arange(0, BLOCK_N // WORDS)
-            tl.store(skipped + place * blocks + block, tl.log2(others), mask=block * KEY_BLOCK < end)
+            tl.store(skipped + block, tl.log2(others))
     tl.store(count + place, listed)
