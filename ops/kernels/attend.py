@@ -22,6 +22,9 @@ from .helpers import (
     span,
 )
 
+MOST_MASS = tl.constexpr(2.0**64)
+"""Sums of weights up to which values of 2**63 leave room in float32."""
+
 
 @triton.jit
 def _add(
@@ -40,6 +43,7 @@ def _add(
     softcap,
     KEY_STRIDE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr,
+    FIXED: tl.constexpr,
     VARIES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     D: tl.constexpr,
@@ -52,6 +56,7 @@ def _add(
 
     `inside` and `seen` are None where every row sees every key, `bias` [N] where there is none, `most` [M] where it may
     raise logits without a bound. All of them are in steps of `unit`, a step of log 2, which saves a multiplication.
+    With FIXED the maximum stays what it is: weights may exceed 1, and nothing is rescaled.
     """
     if VARIES:
         # What a key holds that no row sees does not matter.
@@ -68,14 +73,72 @@ def _add(
         logits += bias[None, :]
     if seen is not None:
         logits = tl.where(seen, logits, float("-inf"))
-    largest = tl.maximum(maximum, tl.max(logits, 1))
-    origin = finite_or_zero(largest)
-    # Exactly 1 where the maximum stays: a rounding of the product would grow with each block.
-    decay = tl.exp2((maximum - origin) * unit)
-    weights = tl.exp2(logits * unit - (origin * unit)[:, None])
-    mass = mass * decay + tl.sum(weights, 1)
-    total = tl.dot(weights.to(values.dtype), values, total * decay[:, None], input_precision=PRECISION)
-    return largest, mass, total
+    if not FIXED:
+        before, maximum = maximum, tl.maximum(maximum, tl.max(logits, 1))
+        # Exactly 1 where the maximum stays: a rounding of the product would grow with each block.
+        decay = tl.exp2((before - finite_or_zero(maximum)) * unit)
+        mass *= decay
+        total *= decay[:, None]
+    weights = tl.exp2(logits * unit - (finite_or_zero(maximum) * unit)[:, None])
+    mass += tl.sum(weights, 1)
+    total = tl.dot(weights.to(values.dtype), values, total, input_precision=PRECISION)
+    return maximum, mass, total
+
+
+@triton.jit
+def _begin(
+    rows, places, tensors, lists, terms, most, low, end, first, listed, unit, softcap,
+    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr,
+    WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr, SAMPLED: tl.constexpr, SOFTCAP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The online softmax of what needs a mask: of the keys from `low` to `end`, and of the list from `first` on."""
+    head, position, real = places
+    key, value, padding = tensors
+    index, weights = lists
+    varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
+    lane = tl.arange(0, BLOCK_N)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    dense_blocks = (end - low + BLOCK_N - 1) // BLOCK_N
+    for block in range(dense_blocks + (listed - first + BLOCK_N - 1) // BLOCK_N):
+        is_dense = block < dense_blocks
+        column = tl.where(is_dense, low + block * BLOCK_N, first + (block - dense_blocks) * BLOCK_N) + lane
+        inside = column < tl.where(is_dense, end, listed)
+        of_list = column < tl.where(is_dense, 0, listed)
+        chosen = tl.where(is_dense, column, tl.load(index + column, mask=of_list, other=0))
+        bias = None
+        if SAMPLED:
+            bias = tl.load(weights + column, mask=of_list, other=0.0).to(tl.float32) / unit
+        inside = load_padding(padding, chosen, inside, HAS_PADDING)
+        seen = see(terms, head, position, real, chosen, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
+        maximum, mass, total = _add(
+            maximum, mass, total, rows, key, value, chosen, inside, seen, bias, most,
+            unit, softcap, KEY_STRIDE, VALUE_STRIDE, False, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+    return maximum, mass, total
+
+
+@triton.jit
+def _add_means(
+    maximum, mass, total, rows, means, skipped, blocks, unit, softcap,
+    FIXED: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the means of the first blocks, each for as many keys as were `skipped`."""
+    mean_key, mean_value = means
+    lane = tl.arange(0, BLOCK_N)
+    for start in tl.range(0, blocks, BLOCK_N, num_stages=3):
+        # Past the last block the bias is -inf. Loads without a mask are fewer, and leave registers free.
+        bias = tl.load(skipped + start + lane) * (1 / unit)
+        column = tl.minimum(start + lane, blocks - 1)
+        maximum, mass, total = _add(
+            maximum, mass, total, rows, mean_key, mean_value, column, None, None, bias, None,
+            unit, softcap, D, DV, FIXED, False, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+    return maximum, mass, total
 
 
 @triton.jit
@@ -159,6 +222,7 @@ def attend_kernel(
     POOL: tl.constexpr,
     GUIDE_HEADS: tl.constexpr,
     BOUNDED: tl.constexpr,
+    FIXED: tl.constexpr,
     STOP_BY_GAIN: tl.constexpr,
     CHUNK: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
@@ -208,9 +272,6 @@ def attend_kernel(
         guide_head = (batch * groups + group) * GUIDE_HEADS + (head - group * GROUP if GUIDE_HEADS > 1 else 0)
         most = tl.load(guide_lse + guide_head * guides_per_head + position // POOL, mask=real, other=0.0) + log2_most
         most = tl.where(most == most, most / unit, float("inf"))
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     lane = tl.arange(0, BLOCK_N)
     varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
@@ -221,25 +282,18 @@ def attend_kernel(
     listed = tl.load(count + place)
     index += place.to(tl.int64) * capacity
     weights += place.to(tl.int64) * capacity
-    # What needs a mask comes first: the dense span, and what of the list is left beside whole blocks.
-    whole = listed if STOP_BY_GAIN else listed // BLOCK_N * BLOCK_N
-    dense_blocks = (end - low + BLOCK_N - 1) // BLOCK_N
-    for block in range(dense_blocks + (whole < listed).to(tl.int32)):
-        is_dense = block < dense_blocks
-        column = tl.where(is_dense, low + block * BLOCK_N, whole) + lane
-        inside = column < tl.where(is_dense, end, listed)
-        of_list = column < tl.where(is_dense, 0, listed)
-        chosen = tl.where(is_dense, column, tl.load(index + column, mask=of_list, other=0))
-        bias = None
-        if SAMPLED:
-            bias = tl.load(weights + column, mask=of_list, other=0.0).to(tl.float32) / unit
-        inside = load_padding(padding, chosen, inside, HAS_PADDING)
-        seen = see(terms, head, position, real, chosen, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
-        maximum, mass, total = _add(
-            maximum, mass, total, rows, key, value, chosen, inside, seen, bias, most,
-            unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
-        )  # fmt: skip
-    seen_keys = round_up(end - low, KEY_BLOCK)
+    # What needs a mask comes first, and some key does: the end of the dense span, and of the list.
+    open_end = low
+    if not (varies or HAS_PADDING or STOP_BY_GAIN):
+        seen_by_all = tl.minimum(end - 1, tile * TILE + offset + 1) if CAUSAL else end - 1
+        open_end += tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
+    whole = listed if STOP_BY_GAIN else tl.maximum(listed - 1, 0) // BLOCK_N * BLOCK_N
+    places, tensors, lists = (head, position, real), (key, value, padding), (index, weights)
+    maximum, mass, total = _begin(
+        rows, places, tensors, lists, terms, most, open_end, end, whole, listed, unit, softcap,
+        KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
+        D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+    )  # fmt: skip
 
     if STOP_BY_GAIN:
         done = 0
@@ -253,48 +307,59 @@ def attend_kernel(
                 seen = see(terms, head, position, real, chosen, inside, False, WINDOW, DOCUMENTS, MASK)
                 maximum, mass, total = _add(
                     maximum, mass, total, rows, key, value, chosen, inside, seen, None, None,
-                    unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+                    unit, softcap, KEY_STRIDE, VALUE_STRIDE, False, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV,
+                    PRECISION,
                 )  # fmt: skip
-            seen_keys += round_up(stop - done, KEY_BLOCK)
             before = mass_before * tl.exp2((maximum_before - finite_or_zero(maximum)) * unit)
             small = (mass - before) < threshold * before
             goes_on = tl.sum((real & (small == 0)).to(tl.int32), 0) > 0
-            done = tl.where(goes_on, stop, listed)
+            done, listed = stop, tl.where(goes_on, listed, stop)
     else:
-        for start in range(0, whole, BLOCK_N):
+        for start in range(low - open_end, whole, BLOCK_N):
             column = start + lane
-            chosen = tl.load(index + column)
+            chosen = tl.where(start < 0, open_end + column, tl.load(index + column, mask=column >= 0, other=0))
             bias = None
             if SAMPLED:
-                bias = tl.load(weights + column).to(tl.float32) * (1 / unit)
+                bias = tl.load(weights + column, mask=column >= 0, other=0.0).to(tl.float32) * (1 / unit)
             seen = None
             if varies:
                 everywhere = lane < BLOCK_N
                 seen = see(terms, head, position, real, chosen, everywhere, False, WINDOW, DOCUMENTS, MASK)
             maximum, mass, total = _add(
                 maximum, mass, total, rows, key, value, chosen, None, seen, bias, most,
-                unit, softcap, KEY_STRIDE, VALUE_STRIDE, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+                unit, softcap, KEY_STRIDE, VALUE_STRIDE, FIXED, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
-        seen_keys += round_up(listed, KEY_BLOCK)
 
+    seen_keys = round_up(end - low, KEY_BLOCK) + round_up(listed, KEY_BLOCK)
     if HAS_MEANS:
-        history_blocks = low // KEY_BLOCK
-        end_block = history_blocks
+        mean_blocks = low // KEY_BLOCK
+        seen_blocks = mean_blocks
         if not CAUSAL:
-            history_blocks += (keys - high + KEY_BLOCK - 1) // KEY_BLOCK
-            end_block = tl.where(history_blocks > 0, blocks, 0)
+            seen_blocks += (keys - high + KEY_BLOCK - 1) // KEY_BLOCK
+            mean_blocks = tl.where(seen_blocks > 0, blocks, 0)
+        seen_keys += round_up(seen_blocks, KEY_BLOCK)
         skipped += place.to(tl.int64) * round_up(blocks, MEANS_AT_ONCE)
-        mean_key += (batch * groups + group) * blocks * D
-        mean_value += (batch * groups + group) * blocks * DV
-        for start in range(0, end_block, BLOCK_N):
-            # Past the last block the bias is -inf. Loads without a mask are fewer, and leave registers free.
-            bias = tl.load(skipped + start + lane) * (1 / unit)
-            column = tl.minimum(start + lane, end_block - 1)
-            maximum, mass, total = _add(
-                maximum, mass, total, rows, mean_key, mean_value, column, None, None, bias, None,
-                unit, softcap, D, DV, False, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+        mean_place = (batch * groups + group) * blocks
+        means = (mean_key + mean_place * D, mean_value + mean_place * DV)
+        maximum, mass, total = _add_means(
+            maximum, mass, total, rows, means, skipped, mean_blocks, unit, softcap,
+            FIXED, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+
+    if FIXED:
+        # Where far larger logits came later than the maximum was fixed, all is done again.
+        lost = (mass > MOST_MASS) | ((maximum == float("-inf")) & (mass > 0))
+        if tl.max(lost.to(tl.int32), 0) > 0:
+            maximum, mass, total = _begin(
+                rows, places, tensors, lists, terms, most, low, end, 0, listed, unit, softcap,
+                KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
+                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
-        seen_keys += round_up(history_blocks, KEY_BLOCK)
+            if HAS_MEANS:
+                maximum, mass, total = _add_means(
+                    maximum, mass, total, rows, means, skipped, mean_blocks, unit, softcap,
+                    False, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                )  # fmt: skip
 
     # Held across the loops, these would take registers from them; what is added is 0, but the compiler does not know.
     tile += tl.minimum(seen_keys, 0)

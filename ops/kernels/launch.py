@@ -110,7 +110,9 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
     heads = max(1, min(call.group // call.lists, MAX_ROWS // config.tile))
     parts = call.lists * -(-call.group // call.lists // heads)
     widest = max(call.key.shape[-1], call.value.shape[-1])
-    tiling = attend_tiling(widest, call.key.element_size(), heads * config.tile)
+    # Weights above 1 need the range of float32, and an origin that every row has.
+    is_fixed = call.query.dtype != torch.float16 and not call.visibility.varies and config.stop != "gain"
+    tiling = attend_tiling(widest, call.key.element_size(), heads * config.tile, is_fixed)
     per_segment = config.segment // config.tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     wrap_triton(attend_kernel)[(tiles, parts, call.query.shape[0] * call.groups)](
@@ -130,6 +132,7 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
         log2_most=math.log2(MOST * max(config.threshold, 1e-30)),
         guides_per_head=-(-geometry.queries // config.pool),
         POOL=config.pool, GUIDE_HEADS=call.group if config.guides == "head" else 1,
+        FIXED=is_fixed,
         BOUNDED=config.bounds_weights(call.key.shape[-1]),
         TILE=config.tile, GROUP=call.group, LISTS=call.lists, HEADS=heads,
         HAS_MEANS=config.has_means, SAMPLED=config.has_samples,

@@ -79,11 +79,16 @@ def importance_tiling(channels: int, itemsize: int, guides: int, half: bool) -> 
 
 
 @functools.cache
-def attend_tiling(channels: int, itemsize: int, rows: int) -> Tiling:
-    """Of `attend_kernel`, for rows of a tile, the channels of the wider of a key and a value, and the bytes of each."""
+def attend_tiling(channels: int, itemsize: int, rows: int, is_fixed: bool) -> Tiling:
+    """Of `attend_kernel`, for rows of a tile, the channels of the wider of a key and a value, and the bytes of each.
+
+    With a fixed maximum a block costs little beside its keys: small ones leave room to gather two ahead.
+    """
     rows, row_bytes = max(16, next_power_of_2(rows)), channels * itemsize
     if itemsize > 2:
         return Tiling(rows, 32 if row_bytes <= 512 else 16, 8 if rows > 128 or row_bytes > 256 else 4, 2)
+    if is_fixed and channels <= 128 and rows <= 128:
+        return Tiling(rows, 64 if channels <= 64 else 32, 4, 5)
     keys = 128 if channels <= 64 else 64 if channels <= 128 else 32
     return Tiling(rows, keys, 8 if rows > 128 or channels > 128 else 4, 2)
 

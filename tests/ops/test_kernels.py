@@ -166,12 +166,29 @@ def test_compiled(dynamic: bool) -> None:
     assert torch.equal(got, model(query, key, value))
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("tail, threshold", [("none", 0.0), ("none", 1e-2), ("means", 1e-2), ("sampled", 1e-2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_far_larger_logits_late_in_a_list(dtype: torch.dtype, tail: str, threshold: float, is_causal: bool) -> None:
+    """Weights in units of the first logits would overflow: all keys but those of one block have logits of -100."""
+    torch.manual_seed(4)
+    query, key, value = (torch.randn(1, 1, 320, 16, device=DEVICE, dtype=dtype) for _ in "qkv")
+    query[..., 0], key[..., 0] = 20, -20
+    key[:, :, 64:128, 0] = 0
+    config = S2OConfig(threshold=threshold, near_keys=0, last_queries=0, first_keys=0, tail=tail)
+    got = launch.sparse_attention(query, key, value, Visibility(is_causal), 0.25, 0.0, config).output
+    mask = torch.ones(320, 320, dtype=torch.bool, device=DEVICE)
+    want = dense(query, key, value, mask.tril() if is_causal else mask)
+    assert largest_difference(got, want) <= (1e-4 if dtype == torch.float32 else 0.02)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("which", ["query", "key", "value"])
-def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which: str) -> None:
+@pytest.mark.parametrize(
+    "which, tail", [("query", "none"), *((x, y) for x in ("key", "value") for y in ("sampled", "means"))]
+)
+def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which: str, tail: str) -> None:
     torch.manual_seed(7)
     tensors = {name: torch.randn(1, 2, 190, 16, device=DEVICE) for name in ("query", "key", "value")}
-    tail = "none" if which == "query" else "sampled"
     config = S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, lists="head", tail=tail)
     tensors[which][0, 1, 90, 3] = bad
     output = launch.sparse_attention(*tensors.values(), Visibility(True), 0.25, 0.0, config).output
