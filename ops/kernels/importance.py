@@ -37,27 +37,29 @@ def _larger(one, other):
 
 
 @triton.jit
-def _place_rows(row, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """The segment and the guide of each row of a part of ROWS guides of SEGMENTS segments.
+def _place_rows(row, SEGMENTS: tl.constexpr):
+    """The segment and the guide of each row of a part, which has as many guides of each of SEGMENTS segments.
 
     Of each 8 columns of a product a thread holds the pair 2t and 2t + 1, t < 4. Pairs of guides of 4 segments stand
     side by side, so that a thread holds the guides of its segments, and reduces them without asking others.
     """
+    guides: tl.constexpr = row.shape[0] // SEGMENTS
     beside: tl.constexpr = SEGMENTS if SEGMENTS < LANES else LANES
-    together: tl.constexpr = ROWS if ROWS < 2 else 2
+    together: tl.constexpr = guides if guides < 2 else 2
     block, lane = row // (beside * together), row // together % beside
-    pairs: tl.constexpr = ROWS // together
+    pairs: tl.constexpr = guides // together
     return block // pairs * beside + lane, block % pairs * together + row % together
 
 
 @triton.jit
-def _by_segment(products, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """What stands at rows of a part [N, ROWS * SEGMENTS] as [N, SEGMENTS, ROWS]."""
+def _by_segment(products, SEGMENTS: tl.constexpr):
+    """What stands at the rows of a part [N, SEGMENTS * guides] as [N, SEGMENTS, guides]."""
+    guides: tl.constexpr = products.shape[1] // SEGMENTS
     beside: tl.constexpr = SEGMENTS if SEGMENTS < LANES else LANES
-    together: tl.constexpr = ROWS if ROWS < 2 else 2
-    shape: tl.constexpr = [products.shape[0], SEGMENTS // beside, ROWS // together, beside, together]
+    together: tl.constexpr = guides if guides < 2 else 2
+    shape: tl.constexpr = [products.shape[0], SEGMENTS // beside, guides // together, beside, together]
     products = tl.reshape(products, shape)
-    return tl.reshape(tl.permute(products, (0, 1, 3, 2, 4)), [products.shape[0], SEGMENTS, ROWS])
+    return tl.reshape(tl.permute(products, (0, 1, 3, 2, 4)), [products.shape[0], SEGMENTS, guides])
 
 
 @triton.jit
@@ -82,26 +84,25 @@ def _load_part(
     The latter negated and `raised`, and with HALF in pairs as `scale_and_add` takes them.
     """
     row = tl.arange(0, ROWS * SEGMENTS)
-    segment, slot = _place_rows(row, ROWS, SEGMENTS)
+    segment, slot = _place_rows(row, SEGMENTS)
     head, guide, real = place_guides(first + segment, done + slot, guides_per_head, HEADS, PER_SEGMENT)
     rows = load_guides(guides, head, guide, real, stride_h, stride_n, D, BLOCK_D)
     if HALF:
         origin = pack_halves(
-            raised + _origins(lse, row & -2, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS, SEGMENTS),
-            raised + _origins(lse, row | 1, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS, SEGMENTS),
+            raised + _origins(lse, row & -2, first, done, guides_per_head, HEADS, PER_SEGMENT, SEGMENTS),
+            raised + _origins(lse, row | 1, first, done, guides_per_head, HEADS, PER_SEGMENT, SEGMENTS),
         )
     else:
-        origin = raised + _origins(lse, row, first, done, guides_per_head, HEADS, PER_SEGMENT, ROWS, SEGMENTS)
+        origin = raised + _origins(lse, row, first, done, guides_per_head, HEADS, PER_SEGMENT, SEGMENTS)
     return rows, origin
 
 
 @triton.jit
 def _origins(
-    lse, row, first, done, guides_per_head, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr, ROWS: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-):  # fmt: skip
+    lse, row, first, done, guides_per_head, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr
+):
     """The negated log-sum-exps at rows of a part, -inf where there is no guide."""
-    segment, slot = _place_rows(row, ROWS, SEGMENTS)
+    segment, slot = _place_rows(row, SEGMENTS)
     head, guide, real = place_guides(first + segment, done + slot, guides_per_head, HEADS, PER_SEGMENT)
     return -tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
 
@@ -259,26 +260,24 @@ def importance_kernel(
                     per_segment, of_part if done + of_part <= total or BLOCK_REST == 0 else BLOCK_REST, SEGMENTS,
                     D, BLOCK_D, HALF,
                 )  # fmt: skip
-            of_segment: tl.constexpr = rows.shape[0] // SEGMENTS
             if HALF:
                 logits = scale_and_add(tl.dot(block, tl.trans(rows), out_dtype=tl.float16), scale, origin)
             else:
                 logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) + origin[None, :]
             if varies:
-                row = tl.arange(0, of_segment * SEGMENTS)
-                segment, slot = _place_rows(row, of_segment, SEGMENTS)
+                segment, slot = _place_rows(tl.arange(0, rows.shape[0]), SEGMENTS)
                 head, guide, real = place_guides(first + segment, done + slot, guides_per_head, heads, per_segment)
                 query_head, position = group * GUIDE_HEADS + first_head + head, guide * POOL
                 seen = see(terms, query_head, position, real, column, column < keys, False, WINDOW, DOCUMENTS, MASK)
                 seen = tl.trans(seen & real[:, None])
                 logits = tl.where(seen, logits, float("-inf"))
-                visible = tl.maximum(visible, tl.max(_by_segment(seen.to(tl.int32), of_segment, SEGMENTS), 2))
-            of_segments = _by_segment(logits, of_segment, SEGMENTS)
+                visible = tl.maximum(visible, tl.max(_by_segment(seen.to(tl.int32), SEGMENTS), 2))
+            of_segments = _by_segment(logits, SEGMENTS)
             if HALF:
                 largest = _larger(largest, tl.reduce(of_segments, 2, _larger))
             elif HAS_MAX:
                 # A maximum over guides does not see the NaN of one that tells nothing.
-                blind = _by_segment((origin != origin).to(tl.int32)[None, :], of_segment, SEGMENTS)
+                blind = _by_segment((origin != origin).to(tl.int32)[None, :], SEGMENTS)
                 blind = tl.where(tl.max(blind, 2) > 0, float("inf"), float("-inf"))
                 largest = _larger(_larger(largest, blind), tl.max(of_segments, 2))
             if HAS_MEAN:

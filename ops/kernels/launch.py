@@ -19,7 +19,7 @@ from .call import Call, channels
 from .guides import pool_guides
 from .means import block_means
 from .rank import Lists, Ranking, select, sort
-from .tiling import MAX_ROWS, attend_tiling
+from .tiling import MAX_ROWS, attend_tiling, shared_memory
 
 
 @triton_op("s2o::sparse_triton", mutates_args={})
@@ -112,7 +112,8 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
     widest = max(call.key.shape[-1], call.value.shape[-1])
     # Weights above 1 need the range of float32, and an origin that every row has.
     is_fixed = call.query.dtype != torch.float16 and not call.visibility.varies and config.stop != "gain"
-    tiling = attend_tiling(widest, call.key.element_size(), heads * config.tile, is_fixed)
+    shared = shared_memory(call.key.device)
+    tiling = attend_tiling(widest, call.key.element_size(), heads * config.tile, is_fixed, shared)
     per_segment = config.segment // config.tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     wrap_triton(attend_kernel)[(tiles, parts, call.query.shape[0] * call.groups)](

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import torch
 from triton import next_power_of_2
 
 MAX_ROWS = 128
@@ -13,6 +14,13 @@ SHARED_MEMORY = 96 * 1024
 """Bytes that operands may take while they wait for their turn; every GPU that is supported has as many."""
 HELD = 32 * 1024
 """Bytes of guides that a program holds while it goes through its keys."""
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may take on a device, as far as PyTorch knows them."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(properties, "shared_memory_per_block_optin", SHARED_MEMORY)
 
 
 class Tiling(NamedTuple):
@@ -79,16 +87,19 @@ def importance_tiling(channels: int, itemsize: int, guides: int, half: bool) -> 
 
 
 @functools.cache
-def attend_tiling(channels: int, itemsize: int, rows: int, is_fixed: bool) -> Tiling:
+def attend_tiling(channels: int, itemsize: int, rows: int, is_fixed: bool, shared: int) -> Tiling:
     """Of `attend_kernel`, for rows of a tile, the channels of the wider of a key and a value, and the bytes of each.
 
-    With a fixed maximum a block costs little beside its keys: small ones leave room to gather two ahead.
+    With a fixed maximum a block costs little beside its keys, and small ones leave room to gather two ahead, if the
+    bytes of `shared` memory are enough for two programs.
     """
-    rows, row_bytes = max(16, next_power_of_2(rows)), channels * itemsize
+    rows, row_bytes = max(16, next_power_of_2(rows)), next_power_of_2(channels) * itemsize
     if itemsize > 2:
         return Tiling(rows, 32 if row_bytes <= 512 else 16, 8 if rows > 128 or row_bytes > 256 else 4, 2)
     if is_fixed and channels <= 128 and rows <= 128:
-        return Tiling(rows, 64 if channels <= 64 else 32, 4, 5)
+        keys = 64 if channels <= 64 or rows <= 64 else 32
+        if 2 * (3 * 2 * keys + rows) * row_bytes <= shared:
+            return Tiling(rows, keys, 4, 5)
     keys = 128 if channels <= 64 else 64 if channels <= 128 else 32
     return Tiling(rows, keys, 8 if rows > 128 or channels > 128 else 4, 2)
 

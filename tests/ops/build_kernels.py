@@ -71,7 +71,9 @@ def main(dtype: torch.dtype, capability: int) -> None:
     Builder.capability = capability
     for module in (launch, rank, guides, means, quantise, strongest):
         module.wrap_triton = Builder  # type: ignore[attr-defined]
+    launch.shared_memory = lambda device: CAPABILITIES[capability]
     query, key = torch.empty(1, 4, 300, 64, dtype=dtype), torch.empty(1, 2, 300, 64, dtype=dtype)
+    many = torch.empty(1, 12, 300, 64, dtype=dtype)
     documents, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 1, 300, 300, dtype=torch.bool)
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
     has_float8 = dtype != torch.float32 and capability >= 89
@@ -79,6 +81,7 @@ def main(dtype: torch.dtype, capability: int) -> None:
     rank.sums_in_half = lambda operands, config: capability == 90 and operands.are_quantised and config.mean_weight == 0
     for config in (S2OConfig(), *OTHERS) if has_float8 else (S2OConfig(),):
         launch.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, config)
+    launch.sparse_attention(many, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
     if dtype != torch.float32:
         launch.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig())
 
