@@ -55,7 +55,7 @@ class S2OConfig:
         last_queries: The last queries of a call, attended densely (rounded up to whole segments).
         workspace: Bytes that lists of keys, and the importances they are made from, may take together on a GPU. A call
             that needs more works through its segments in runs, at least one segment each. At 131,072 positions of 32
-            heads over 8, 2**33 is up to 8% faster than the default.
+            heads over 8, 2**33 is up to 5% faster than the default.
         error_budget: The relative squared error that a call of attention may have,
             `sum |o - o_dense|^2 / sum |o_dense|^2` over all its queries, heads and sequences, against dense attention.
             Above 0 and below 1; it decides `threshold`, which is then the budget itself, and `measure`, which is then
