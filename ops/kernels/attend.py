@@ -24,6 +24,10 @@ from .helpers import (
 
 MOST_MASS = tl.constexpr(2.0**64)
 """Sums of weights up to which values of 2**63 leave room in float32."""
+MOST_MASS_IN_HALF = tl.constexpr(2.0**15)
+"""Sums of weights each of which half precision has room for."""
+STEPS_IN_HALF = tl.constexpr(5)
+"""How much larger half precision takes a fixed maximum, in units of log 2: it has room for weights up to 2**15."""
 
 
 @triton.jit
@@ -295,6 +299,11 @@ def attend_kernel(
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
 
+    if FIXED and rows.dtype == tl.float16:
+        maximum += STEPS_IN_HALF / unit
+        mass *= 0.5**STEPS_IN_HALF
+        total *= 0.5**STEPS_IN_HALF
+
     if STOP_BY_GAIN:
         done = 0
         while done < listed:
@@ -348,7 +357,8 @@ def attend_kernel(
 
     if FIXED:
         # Where far larger logits came later than the maximum was fixed, all is done again.
-        lost = (mass > MOST_MASS) | ((maximum == float("-inf")) & (mass > 0))
+        most_mass: tl.constexpr = MOST_MASS_IN_HALF if rows.dtype == tl.float16 else MOST_MASS
+        lost = (mass > most_mass) | ((maximum == float("-inf")) & (mass > 0))
         if tl.max(lost.to(tl.int32), 0) > 0:
             maximum, mass, total = _begin(
                 rows, places, tensors, lists, terms, most, low, end, 0, listed, unit, softcap,

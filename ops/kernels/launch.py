@@ -110,8 +110,8 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
     heads = max(1, min(call.group // call.lists, MAX_ROWS // config.tile))
     parts = call.lists * -(-call.group // call.lists // heads)
     widest = max(call.key.shape[-1], call.value.shape[-1])
-    # Weights above 1 need the range of float32, and an origin that every row has.
-    is_fixed = call.query.dtype != torch.float16 and not call.visibility.varies and config.stop != "gain"
+    # Every row has a maximum after the keys that need a mask.
+    is_fixed = not call.visibility.varies and config.stop != "gain"
     shared = shared_memory(call.key.device)
     tiling = attend_tiling(widest, call.key.element_size(), heads * config.tile, is_fixed, shared)
     per_segment = config.segment // config.tile

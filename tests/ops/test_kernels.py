@@ -169,11 +169,14 @@ def test_compiled(dynamic: bool) -> None:
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("tail, threshold", [("none", 0.0), ("none", 1e-2), ("means", 1e-2), ("sampled", 1e-2)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_far_larger_logits_late_in_a_list(dtype: torch.dtype, tail: str, threshold: float, is_causal: bool) -> None:
-    """Weights in units of the first logits would overflow: all keys but those of one block have logits of -100."""
+@pytest.mark.parametrize("gap", [25, 100])
+def test_far_larger_logits_late_in_a_list(
+    gap: int, dtype: torch.dtype, tail: str, threshold: float, is_causal: bool
+) -> None:
+    """Weights in units of the first logits would overflow in the dtype: but for one block, logits are near `-gap`."""
     torch.manual_seed(4)
     query, key, value = (torch.randn(1, 1, 320, 16, device=DEVICE, dtype=dtype) for _ in "qkv")
-    query[..., 0], key[..., 0] = 20, -20
+    query[..., 0], key[..., 0] = gap / 5, -20
     key[:, :, 64:128, 0] = 0
     config = S2OConfig(threshold=threshold, near_keys=0, last_queries=0, first_keys=0, tail=tail)
     got = launch.sparse_attention(query, key, value, Visibility(is_causal), 0.25, 0.0, config).output
