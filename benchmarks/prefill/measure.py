@@ -30,8 +30,7 @@ from ..timing import (
 from .budget import visited_density, with_density
 
 ATTENTION_KERNELS = re.compile(
-    "^(?!triton_).*(flash|fmha|sdpa|pool_kernel|means_kernel|reach_kernel|quantise|normaliser|importance|sample_kernel"
-    "|select_kernel|attend)"
+    "^(?!triton_).*(flash|fmha|sdpa|(pool|means|reach|sample|select)_kernel|quantise|normaliser|importance|attend)"
 )
 """Names of the kernels that count as attention; what Inductor fuses (triton_...) does not."""
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]

@@ -9,7 +9,6 @@ import triton.language as tl
 from .helpers import (
     KEY_BLOCK,
     LN_2,
-    MEANS_AT_ONCE,
     cap,
     clip,
     finite_or_zero,
@@ -205,6 +204,7 @@ def attend_kernel(
     near_keys,
     capacity,
     blocks,
+    skipped_stride,
     threshold,
     log2_most,
     guides_per_head,
@@ -288,7 +288,7 @@ def attend_kernel(
     weights += place.to(tl.int64) * capacity
     # What needs a mask comes first, and some key does: the end of the dense span, and of the list.
     open_end = low
-    if not (varies or HAS_PADDING or STOP_BY_GAIN):
+    if FIXED and not HAS_PADDING:
         seen_by_all = tl.minimum(end - 1, tile * TILE + offset + 1) if CAUSAL else end - 1
         open_end += tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
     whole = listed if STOP_BY_GAIN else tl.maximum(listed - 1, 0) // BLOCK_N * BLOCK_N
@@ -347,7 +347,7 @@ def attend_kernel(
             seen_blocks += (keys - high + KEY_BLOCK - 1) // KEY_BLOCK
             mean_blocks = tl.where(seen_blocks > 0, blocks, 0)
         seen_keys += round_up(seen_blocks, KEY_BLOCK)
-        skipped += place.to(tl.int64) * round_up(blocks, MEANS_AT_ONCE)
+        skipped += place.to(tl.int64) * skipped_stride
         mean_place = (batch * groups + group) * blocks
         means = (mean_key + mean_place * D, mean_value + mean_place * DV)
         maximum, mass, total = _add_means(

@@ -60,13 +60,29 @@ def span(
     if WINDOW:
         start = clip(first + offset - window + 1, keys) // KEY_BLOCK * KEY_BLOCK
     low = tl.maximum(start, clip(first + offset - near_keys, keys) // KEY_BLOCK * KEY_BLOCK)
-    high = clip((clip(end + offset + near_keys, keys) + KEY_BLOCK - 1) // KEY_BLOCK * KEY_BLOCK, keys)
+    high = clip(round_up(clip(end + offset + near_keys, keys), KEY_BLOCK), keys)
     is_ranked = segment < ranked_segments
     low = tl.where(is_ranked, low, start)
     high = tl.where(is_ranked, high, keys)
     if CAUSAL:
         high = clip(end + offset, keys)
     return start, low, tl.maximum(low, high)
+
+
+@triton.jit
+def place_list(
+    first_segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The segment of a program (segment, list of all batch entries and groups), its list, and where its keys lie.
+
+    Those are from a first one to an end; without a causal mask the dense span's are among them, never to be listed.
+    """
+    segment = first_segment + tl.num_programs(0) - 1 - tl.program_id(0)
+    place = (tl.program_id(1) * tl.num_programs(0) + segment - first_segment).to(tl.int64)
+    begin, low, _ = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
+    end = low if CAUSAL else tl.where(segment < ranked_segments, keys, low)
+    return segment, place, begin, end
 
 
 @triton.jit

@@ -129,6 +129,7 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
         tiles=geometry.tiles,
         capacity=lists.index.shape[-1],
         blocks=call.blocks,
+        skipped_stride=lists.skipped.stride(0),
         threshold=config.threshold,
         log2_most=math.log2(MOST * max(config.threshold, 1e-30)),
         guides_per_head=-(-geometry.queries // config.pool),

@@ -101,7 +101,7 @@ def select(call: Call, ranking: Ranking, segments: range) -> Lists:
         wrap_triton(select_kernel)[grid](
             importance, index, count, skipped,
             **spans,
-            blocks=call.blocks,
+            skipped_stride=skipped.stride(0),
             HAS_MEANS=config.has_means, HAS_LEFT=call.flags == 2,
             BLOCK_N=256, num_warps=1, num_stages=2,
         )  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import draws, span
+from .helpers import draws, place_list
 
 RUN = tl.constexpr(8)
 """Keys that a thread loads at once in half precision, and counts without asking others."""
@@ -36,10 +36,9 @@ def sample_kernel(
     weigh, in units of log 2, then takes the place of the first importances: a key stands in the list no later than in
     the history, so each block overwrites only what was read. Program (segment, list of all batch entries and groups).
     """
-    segment = first_segment + tl.num_programs(0) - 1 - tl.program_id(0)
-    place = (tl.program_id(1) * tl.num_programs(0) + segment - first_segment).to(tl.int64)
-    begin, low, _ = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
-    end = low if CAUSAL else tl.where(segment < ranked_segments, keys, low)
+    segment, place, begin, end = place_list(
+        first_segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW
+    )
     importance += place * capacity
     index += place * capacity
     listed = 0

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import FLAGS, KEY_BLOCK, MEANS_AT_ONCE, round_up, span
+from .helpers import FLAGS, KEY_BLOCK, MEANS_AT_ONCE, place_list, round_up
 
 WORDS = tl.constexpr(KEY_BLOCK // FLAGS)
 """Words of flags of a block of keys."""
@@ -41,7 +41,7 @@ def select_kernel(
     window,
     near_keys,
     capacity,
-    blocks,
+    skipped_stride,
     SEGMENT: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -55,10 +55,9 @@ def select_kernel(
     whose rows are as long as a multiple of `MEANS_AT_ONCE`: -inf follows the history up to a multiple.
     Program (segment, list of all batch entries and groups).
     """
-    segment = first_segment + tl.num_programs(0) - 1 - tl.program_id(0)
-    place = (tl.program_id(1) * tl.num_programs(0) + segment - first_segment).to(tl.int64)
-    begin, low, _ = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
-    end = low if CAUSAL else tl.where(segment < ranked_segments, keys, low)
+    _, place, begin, end = place_list(
+        first_segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW
+    )
     lists = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64)
     left = flags + (lists + place) * (capacity // FLAGS)
     flags += place * (capacity // FLAGS)
@@ -68,7 +67,7 @@ def select_kernel(
     # Few warps wait for what they load, so each block is loaded while the one before is at work.
     ahead = _load(flags, begin + lane * FLAGS, begin, end)
     stop = round_up(end, MEANS_AT_ONCE * KEY_BLOCK) if HAS_MEANS else end
-    skipped += place * round_up(blocks, MEANS_AT_ONCE)
+    skipped += place * skipped_stride
     for start in range(begin, stop, BLOCK_N * FLAGS):
         column, word = start + lane * FLAGS, ahead
         ahead = _load(flags, column + BLOCK_N * FLAGS, begin, end)
