@@ -21,6 +21,7 @@ class Shape:
 
 SHAPES = {
     "llama-3.1-8b": Shape(32, 8, 128),
+    "llama-3.2-1b": Shape(32, 8, 64),
     "qwen2.5-7b": Shape(28, 4, 128),
     "gemma-2-9b": Shape(16, 8, 256),
     "phi-3": Shape(32, 32, 96),
