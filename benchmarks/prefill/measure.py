@@ -113,16 +113,23 @@ def compiled(model: Any, config: S2OConfig) -> dict[str, Callable[[dict[str, Any
     if model.device.type == "cpu":
         return runs
 
-    # The option is Inductor's default: it only keeps Dynamo from reusing what it compiled for "inductor".
-    again = torch.compile(model, backend="inductor", options={"max_autotune": False})
-
-    def with_cudnn(inputs: dict[str, Any]) -> int:
-        with sdpa_kernel(CUDNN_FIRST, set_priority=True):
-            return first_token(again, inputs)
-
     dense = dataclasses.replace(config, min_length=DENSE_AT_ANY_LENGTH)
     kept_dense = partial(first_token, torch.compile(model, backend=s2o.with_config(dense)))
-    return {"inductor, cuDNN": with_cudnn, "s2o, kept dense": kept_dense, **runs}
+    return {"inductor, cuDNN": preferring(CUDNN_FIRST, model), "s2o, kept dense": kept_dense, **runs}
+
+
+def preferring(backends: list[SDPBackend], model: Any) -> Callable[[dict[str, Any]], int]:
+    """`first_token` of a model that Inductor compiles while SDPA prefers these backends, the first most."""
+    # The option is Inductor's default: it only keeps Dynamo from reusing what it compiled without a preference.
+    compiled_model = torch.compile(model, backend="inductor", options={"max_autotune": False})
+
+    def first(inputs: dict[str, Any]) -> int:
+        # Caches of compilations do not know the preference: without a tag of its own, later ones would take over this.
+        tag = torch.compiler.config.patch(cache_key_tag=f"prefers {backends}")  # type: ignore[attr-defined]
+        with tag, sdpa_kernel(backends, set_priority=True):
+            return first_token(compiled_model, inputs)
+
+    return first
 
 
 def _time(

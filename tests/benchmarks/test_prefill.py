@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
+from torch.profiler import profile
 
 from benchmarks.prefill.budget import visited_density, with_density
-from benchmarks.prefill.measure import Row, attention_share, first_token, measure
+from benchmarks.prefill.measure import Row, attention_share, compiled, first_token, measure, preferring
 from benchmarks.prefill.models import RANDOM_LLAMA, Subject, llama, load, random_model
 from benchmarks.prefill.report import as_dict, describe, table
 from s2o_compile.demo.errors import DemoError
@@ -49,6 +53,23 @@ def test_the_threshold_fixes_the_density() -> None:
 def test_calls_that_run_dense_visit_everything() -> None:
     subject = tiny()
     assert visited_density(subject.model, inputs(subject, 300), S2OConfig()) == pytest.approx(1, abs=0.1)
+
+
+def test_a_preferred_backend_is_that_of_no_other_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though Inductor caches what it compiles."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    subject = tiny()
+    prompt = inputs(subject, 100)
+
+    def fuses(run: Callable[[dict[str, Any]], int]) -> bool:
+        run(prompt)
+        with profile() as profiled:
+            run(prompt)
+        return any("scaled_dot_product_flash" in event.key for event in profiled.key_averages())
+
+    assert not fuses(preferring([SDPBackend.MATH], subject.model))
+    assert fuses(compiled(subject.model, S2OConfig())["inductor"])
 
 
 def test_rows_are_whole() -> None:
