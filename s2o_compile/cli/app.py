@@ -79,8 +79,6 @@ def _user_message(error: Exception) -> str | None:
     demo_errors = sys.modules.get("s2o_compile.demo.errors")
     if demo_errors is not None and isinstance(error, demo_errors.DemoError):
         return str(error)
-    return "There is not enough memory: use a smaller --length." if _is_out_of_memory(error) else None
+    from ..ops.memory import is_out_of_memory
 
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return "There is not enough memory: use a smaller --length." if is_out_of_memory(cause) else None
