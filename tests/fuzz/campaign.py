@@ -15,8 +15,8 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 
 CHUNK = 100
 """Seeds tried in one process."""
-ALIKE = 5
-"""Faults of a kind that are shrunk."""
+ALIKE = 3
+"""Faults of a kind that are shrunk, other than wrong numbers."""
 
 
 @dataclass
@@ -87,7 +87,8 @@ class Result:
 def is_known(kind: str, features: frozenset[str], known: Known) -> bool:
     """Whether a fault has all that one has that is known, or enough of its kind are."""
     alike = [least for other, least in known if kind == other]
-    return len(alike) >= ALIKE or any(least <= features for least in alike)
+    enough = len(alike) >= ALIKE and not kind.endswith(": values")
+    return enough or any(least <= features for least in alike)
 
 
 def _work(attempt: Try, seeds: range, known: Known, pipe: Connection) -> None:
@@ -126,7 +127,7 @@ def run(attempt: Try, result: Result, seconds: float, path: Path | None, patienc
         attempt: Tries one seed.
         result: Is continued.
         seconds: When to stop.
-        path: Where the result is written, after each process.
+        path: Where the result is written, after each process and each fault.
         patience: Seconds after which a seed hangs.
     """
     start = before = time.monotonic()
@@ -137,6 +138,8 @@ def run(attempt: Try, result: Result, seconds: float, path: Path | None, patienc
             for tried in _chunk(attempt, range(result.next, result.next + CHUNK), result.known, patience):
                 result.add(tried)
                 if tried.script:
+                    if path:
+                        result.save(path)
                     progress.console.print(f"seed {tried.seed}: {tried.kind}", markup=False, soft_wrap=True)
                 rate = result.counts["tried"] / (result.seconds + time.monotonic() - before)
                 faults = f"{result.counts['faulty']} faulty, {len(result.faults)} faults"

@@ -76,7 +76,7 @@ RESULTS = {
 }
 HOOKS = {
     "forward": "probe.register_forward_hook(lambda module, args, output: output * 2)",
-    "in place": "probe.register_forward_pre_hook(lambda module, args: args[0].mul_(0.5) and None)",
+    "in place": "probe.register_forward_pre_hook(lambda module, args: (args[0].mul_(0.5),))",
     "pre": "probe.register_forward_pre_hook(lambda module, args: (args[0].clone(),))",
 }
 LENGTHS = [(13, 13), (13, 23), (37, 37), (1, 17), (23, 5), (1, 1), (70, 70), (0, 13), (13, 0)]
@@ -96,8 +96,6 @@ def operands(sketch: Sketch, is_grouped: bool) -> None:
         sketch.input(name, value.format(h=heads, n=length, d=channels))
         if reading != "{x}":
             sketch.line(f"{name} = {reading.format(x=name, h=heads, d=channels)}")
-    if sketch.rarely("key is value", 12):
-        sketch.line("v = k")
 
 
 def cached(sketch: Sketch) -> None:
@@ -127,8 +125,10 @@ def draw_program(choose: Choose) -> Program:
     if mode == "training":
         sketch.line("q, k, v = q * 1, k * 1, v * 1")
         sketch.edits = 20
-    if "packed" not in sketch.features and sketch.rarely("cached", 7):
+    if "packed" not in sketch.features and mode != "training" and sketch.rarely("cached", 7):
         cached(sketch)
+    elif sketch.rarely("key is value", 12):
+        sketch.line("v = k")
     if is_grouped:
         text = sketch.pick("groups", {name: text for name, text in GROUPS.items() if text or kind != "written"})
         sketch.line(text)

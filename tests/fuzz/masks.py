@@ -39,7 +39,7 @@ TERMS = {
 }
 INPUTS = {
     "w": "3",
-    "lengths": "torch.randint(1, S + 1, (B,))",
+    "lengths": "torch.randint(1, S + 2, (B,))",
     "ids": "torch.randint(2, (B, max(L, S))).cumsum(-1) // 3",
     "keep": "torch.rand(B, max(L, S)) < 0.8",
 }
@@ -121,7 +121,7 @@ ADDITIVE = {
     "not": "(~{m}).to(DTYPE) * {finite}",
     "- 1": "({m}.to(DTYPE) - 1) * -{finite}",
     "full": "torch.full({m}.shape, {low}, dtype=DTYPE).masked_fill_({m}, 0)",
-    "log": "{m}.to(DTYPE).log()",
+    "log?": "{m}.to(DTYPE).log()",
     "where of tensors": "torch.where({m}, torch.zeros((), dtype=DTYPE), torch.full((), {low}, dtype=DTYPE))",
     "by index": "torch.zeros({m}.shape, dtype=DTYPE).index_put((~{m},), torch.tensor({low}, dtype=DTYPE))",
 }
@@ -131,7 +131,7 @@ LOW = {
     "min": "torch.finfo(DTYPE).min",
     "-1e4": "-10000.0",
     "float": 'float("-inf")',
-    "-50": "-50.0",
+    "-50?": "-50.0",
 }
 
 

@@ -131,8 +131,11 @@ class Sketch:
     edits: int = 8
 
     def pick(self, kind: str, options: Mapping[str, str] | Sequence[Any]) -> Any:
-        """One of several options, or of the values of a mapping; all but the first are features of the program."""
-        names = list(options)
+        """One of several options, or of the values of a mapping; all but the first are features of the program.
+
+        Names that end with "?" are those of near misses, and drawn a third as often.
+        """
+        names = [name for name in options for _ in range(1 if str(name).endswith("?") else 3)]
         name = self.choose(names)
         if name != names[0]:
             self.features.add(f"{kind}: {name}")

@@ -11,7 +11,7 @@ from .choices import Choices, shrink
 from .drawing import draw_program
 from .program import Program
 
-SHRINKING = 40.0
+SHRINKING = 30.0
 """Seconds for one failure."""
 
 

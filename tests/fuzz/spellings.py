@@ -20,7 +20,7 @@ SCORES = {
     "keys first": "(k @ q.mT).mT",
     "keys first by einsum": 'torch.einsum("bhjd,bhid->bhij", k, q)',
     "float": "q.float() @ k.float().mT",
-    "broadcast": "(q.unsqueeze(3) * k.unsqueeze(2)).sum(-1)",
+    "broadcast?": "(q.unsqueeze(3) * k.unsqueeze(2)).sum(-1)",
     "query with itself": "(q + 0) @ k.mT",
     "heads exchanged": "q.flip(1) @ k.mT",
 }
@@ -32,9 +32,9 @@ SCALES = {
     "in place": "s *= 0.25",
     "div_": "s.div_(math.sqrt(D))",
     "tensor": "s = s * torch.tensor(0.3)",
-    "input": "s = s * t",
-    "per head": "s = s * heads",
-    "zero": "s = s * 0.0",
+    "input?": "s = s * t",
+    "per head?": "s = s * heads",
+    "zero?": "s = s * 0.0",
     "negative": "s = s * -0.3",
     "int": "s = s / 2",
     "twice": "s = s * 2 / 4.0",
@@ -51,8 +51,8 @@ BEFORE_SCORES = {
 SOFTCAPS = {
     "tanh": "s = torch.tanh(s / 2.0) * 2.0",
     "in place": "s = s.div(3.0).tanh_().mul_(3.0)",
-    "uneven": "s = torch.tanh(s / 2.0) * 1.5",
-    "clamp": "s = s.clamp(-1, 1)",
+    "uneven?": "s = torch.tanh(s / 2.0) * 1.5",
+    "clamp?": "s = s.clamp(-1, 1)",
 }
 FILLS = {
     "masked_fill": "s = s.masked_fill(~{m}, {low})",
@@ -62,9 +62,9 @@ FILLS = {
     "== 0": "s = s.masked_fill({m} == 0, {low})",
     "logical_not": "s = s.masked_fill({m}.logical_not(), {low})",
     "function": "s = torch.masked_fill(s, torch.logical_not({m}), {low})",
-    "by index": "s[(~{m}).expand(s.shape)] = {low}",
-    "product": "s = s * {m} + (~{m}) * -1e9",
-    "copy_": "s.copy_(s.masked_fill(~{m}, {low}))",
+    "by index?": "s[(~{m}).expand(s.shape)] = {low}",
+    "product?": "s = s * {m} + (~{m}) * -1e9",
+    "copy_?": "s.copy_(s.masked_fill(~{m}, {low}))",
 }
 ADDS = {"add": "s = s + {}", "add_": "s += {}", "function": "s = torch.add(s, {})", "sub": "s = s - (-1) * ({})"}
 SOFTMAXES = {
@@ -80,14 +80,14 @@ SOFTMAXES = {
     "logsumexp": "p = (s - s.logsumexp(-1, keepdim=True)).exp()",
     "module": "p = nn.Softmax(dim=-1)(s)",
     "nan_to_num": "p = s.softmax(-1).nan_to_num(0.0)",
-    "masked after": "p = s.softmax(-1).masked_fill(s == -math.inf, 0)",
+    "masked after?": "p = s.softmax(-1).masked_fill(s == -math.inf, 0)",
     "dropout 0": "p = F.dropout(s.softmax(-1), p=0.0)",
     "dropout in evaluation": "p = F.dropout(torch.softmax(s, -1), p=0.5, training=False)",
     "sinks": "p = torch.cat([s, sinks[:, None, None].expand(B, H, L, 1).to(s.dtype)], -1).softmax(-1)[..., :-1]",
-    "over queries": "p = s.softmax(-2)",
-    "over heads": "p = s.softmax(1)",
-    "plus one": "e = s.exp(); p = e / (1 + e.sum(-1, keepdim=True))",
-    "of sparse maximum": "p = s.softmax(-1); p = p * (p > 0.01)",
+    "over queries?": "p = s.softmax(-2)",
+    "over heads?": "p = s.softmax(1)",
+    "plus one?": "e = s.exp(); p = e / (1 + e.sum(-1, keepdim=True))",
+    "of sparse maximum?": "p = s.softmax(-1); p = p * (p > 0.01)",
 }
 PRODUCTS = {
     "matmul": "y = p.to(v.dtype) @ v",
@@ -96,7 +96,7 @@ PRODUCTS = {
     "bmm": "y = torch.bmm(p.to(v.dtype).reshape(B * H, L, S), v.reshape(B * H, S, -1)).view(B, H, L, -1)",
     "value first": "y = (v.mT @ p.to(v.dtype).mT).mT",
     "heads last": 'y = torch.einsum("bhij,bhjd->bihd", p.to(v.dtype), v).transpose(1, 2)',
-    "broadcast": "y = (p.unsqueeze(-1).to(v.dtype) * v.unsqueeze(2)).sum(-2)",
+    "broadcast?": "y = (p.unsqueeze(-1).to(v.dtype) * v.unsqueeze(2)).sum(-2)",
 }
 EDITS = {
     "scaled": "{}.mul_(0.5)",
@@ -176,7 +176,7 @@ def sdpa(sketch: Sketch, m: str | None) -> None:
         arguments.append("attn_mask=a")
     elif m:
         arguments.append(sketch.pick("passed", {"keyword": f"attn_mask={m}", "position": m}))
-    if sketch.rarely("is_causal", 8 if m else 2):
+    if sketch.rarely("is_causal", 20 if m else 2):
         arguments.append("is_causal=True")
     arguments += [
         argument
@@ -225,7 +225,7 @@ def module(sketch: Sketch, m: str | None) -> None:
     made, call = sketch.pick("module", {name: "|".join(pair) for name, pair in MODULES.items()}).split("|")
     sketch.setup += ["torch.manual_seed(0)", f"layer = {made}.to(DTYPE){sketch.pick('evaluation', ['.eval()', ''])}"]
     if "hidden" in call:
-        sketch.input("hidden", "torch.arange(L) >= torch.randint(1, L + 1, (B, 1))")
+        sketch.input("hidden", "torch.arange(L) >= torch.randint(1, L + 2, (B, 1))")
     sketch.line("x = q.transpose(1, 2).reshape(B, L, H * D)", f"y = {call}.view(B, L, H, D).transpose(1, 2)")
 
 
@@ -244,8 +244,8 @@ SCORE_MODS = {
     "scaled": "score * 0.5",
     "cap": "torch.tanh(score / 2) * 2",
     "causal": "torch.where(i >= j, score, -math.inf)",
-    "bias": "score + (i - j)",
-    "finite": "torch.where(i >= j, score, -1e9)",
+    "bias?": "score + (i - j)",
+    "finite?": "torch.where(i >= j, score, -1e9)",
 }
 
 

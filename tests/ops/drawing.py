@@ -67,7 +67,7 @@ class Call:
         if self.documents:
             ids = torch.randint(self.documents, (self.batch, max(self.queries, self.keys)), generator=generator)
             ids = ids.sort(dim=1)[0]
-            documents = [ids[:, : self.queries].int(), ids[:, -self.keys :]]
+            documents = [ids[:, : self.queries].int(), ids[:, ids.shape[1] - self.keys :]]
         mask = None
         if self.mask is not None:
             full = (self.batch, self.heads, self.queries, self.keys)
