@@ -17,7 +17,7 @@ from .ops.choice import SLOW_CPU, default_min_length, is_slow
 LEAST_CAPABILITY = (8, 0)
 """The oldest GPUs that the kernels are compiled for in the tests."""
 TOLERANCE = 1e-2
-_PACKAGES = ("s2o-compile", "torch", "triton", "transformers")
+_PACKAGES = ("triton", "transformers")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Check:
 
 def examine() -> list[Check]:
     """Look at versions, devices and the backend, and run the operator on each device."""
-    checks = [Check("python", platform.python_version()), *map(_version, _PACKAGES), _backend(), _compiler()]
+    checks = [Check("python", platform.python_version()), _version("s2o-compile"), Check("torch", torch.__version__)]
+    checks += [*map(_version, _PACKAGES), _backend(), _compiler()]
     if not torch.cuda.is_available():
         checks.append(Check("cuda", "none", advice="all runs on the CPU"))
     return checks + [check for device in _devices() for check in _device(device)]
