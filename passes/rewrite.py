@@ -146,7 +146,10 @@ class _Rewriter:
             raise Refused("the attention scores or probabilities are used elsewhere; do not return or keep them")
         with self.graph.inserting_before(site.node):
             arguments = {**self.masking(mask, site), **self.logits(site), "site": decision.name}
-            inputs = tuple(self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
+            query, key, value = (self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
+            if isinstance(arguments["scale"], Node):  # The operator's is a constant, which would fix the length.
+                query, arguments["scale"] = self.graph.call_function(operator.mul, (query, arguments["scale"])), 1.0
+            inputs = query, key, value
             node = self.graph.call_function(torch.ops.s2o.attention.default, inputs, arguments | config.arguments())
             output = self.apply(site.output, node)
             node.meta = dict(site.node.meta, s2o_decision=decision)
