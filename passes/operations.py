@@ -395,8 +395,17 @@ def _t(node: Node, input: Node) -> Operation | None:
     return _permuted(input, (1, 0))
 
 
+def _matrix_transpose(node: Node, input: Node) -> Operation | None:
+    return _transpose(node, input, -2, -1)
+
+
+def _reversed(node: Node, input: Node) -> Operation | None:
+    return _permuted(input, range(_rank(input))[::-1])
+
+
 def _getattr(node: Node, input: Node, name: str) -> Operation | None:
-    return _transpose(node, input, -2, -1) if name == "mT" or (name == "T" and _rank(input) == 2) else None
+    handler = _ATTRIBUTES.get(name)
+    return None if handler is None else handler(node, input)
 
 
 def _movedim(node: Node, input: Node, source: Any, destination: Any) -> Operation | None:
@@ -426,6 +435,7 @@ def _repeat_interleave(node: Node, input: Node, repeats: Any, dim: Any = None, *
     return Repeated(input, dim % _rank(input))
 
 
+_ATTRIBUTES = {"T": _reversed, "mT": _matrix_transpose}
 _HANDLERS: dict[str, Callable[..., Operation | None]] = {
     "matmul": _matmul,
     "bmm": _bmm,
@@ -452,6 +462,8 @@ _HANDLERS: dict[str, Callable[..., Operation | None]] = {
     **dict.fromkeys(("unsqueeze", "squeeze"), _view),
     "getitem": _getitem,
     "getattr": _getattr,
+    "numpy_T": _reversed,
+    "mT": _matrix_transpose,
     "permute": _permute,
     "transpose": _transpose,
     **dict.fromkeys(("swapaxes", "swapdims"), _swapaxes),

@@ -209,10 +209,12 @@ class _Rewriter:
         axes = dict(zip(AXES, scores_shape(site.query.tensor, site.key.tensor), strict=True))
         return {"attn_mask": self.tensor(mask.predicate, axes, site)}
 
-    def put(self, operator: Callable[..., Any], arguments: dict[str, Any], site: AttentionSite) -> Node:
+    def put(self, function: Callable[..., Any], arguments: dict[str, Any], site: AttentionSite) -> Node:
         """A call of an operator of query, key and value, whose output is laid out and used as a site's is."""
-        inputs = tuple(self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
-        node = self.graph.call_function(operator, inputs, arguments)
+        query, key, value = (self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
+        if isinstance(arguments["scale"], Node):  # The operator's is a constant, which would fix the length.
+            query, arguments["scale"] = self.graph.call_function(operator.mul, (query, arguments["scale"])), 1.0
+        node = self.graph.call_function(function, (query, key, value), arguments)
         output = self.apply(site.output, node)
         node.meta = dict(site.node.meta)
         if output is not node:
