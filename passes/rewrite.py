@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops.choice import choose_sparse, why_dense
 from ..ops.config import S2OConfig
+from ..ops.distributed import is_dtensor
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from .axes import Step
 from .decompose import decompose
@@ -374,6 +375,8 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
             raise Refused(f"{name} has {tensor.dim()} dimensions; pass [batch, heads, length, channels]")
         if tensor.layout != torch.strided or tensor.is_nested:
             raise Refused(f"{name} is sparse or nested; pass a dense tensor")
+        if is_dtensor(tensor):
+            raise Refused(f"{name} is a DTensor, of which each process holds a part; compile what runs on the parts")
         if tensor.dtype not in DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise Refused(f"{name} is {kind}; use float16, bfloat16 or float32")
