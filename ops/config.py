@@ -53,9 +53,10 @@ class S2OConfig:
         first_keys: Keys at the start that are always visited.
         near_keys: Keys before each segment that are attended densely (rounded up to a multiple of 64).
         last_queries: The last queries of a call, attended densely (rounded up to whole segments).
-        workspace: Bytes that lists of keys, and the importances they are made from, may take together on a GPU. A call
-            that needs more works through its segments in runs, at least one segment each. At 131,072 positions of 32
-            heads over 8, 2**33 is up to 5% faster than the default.
+        workspace: Bytes that lists of keys, and the importances they are made from, may take together on a GPU, and
+            scores of keys on a CPU, where what exceeds its caches is not used. A call that needs more works through its
+            segments in runs, at least one segment each. At 131,072 positions of 32 heads over 8, 2**33 is up to 5%
+            faster than the default on a GPU. Where memory does not suffice, a call takes an eighth, again and again.
         error_budget: The relative squared error that a call of attention may have,
             `sum |o - o_dense|^2 / sum |o_dense|^2` over all its queries, heads and sequences, against dense attention.
             Above 0 and below 1; it decides `threshold`, which is then the budget itself, and `measure`, which is then
@@ -184,6 +185,10 @@ class S2OConfig:
                 raise ValueError(f"unknown option {name!r}; the options of s2o are {', '.join(names)}")
         return cls(**options)
 
+    def without_ranking(self) -> S2OConfig:
+        """The same, but that all queries attend all keys, one by one."""
+        return dataclasses.replace(self, last_queries=_EVERY_QUERY, stop="importance", tail="none")
+
     @property
     def has_means(self) -> bool:
         """Whether block means stand for keys that are not listed."""
@@ -225,6 +230,9 @@ def operator_fields() -> list[dataclasses.Field[Any]]:
     """The fields of `S2OConfig` that are arguments of ``torch.ops.s2o.attention``."""
     return [field for field in dataclasses.fields(S2OConfig) if field.name not in ("error_budget", "calibration")]
 
+
+_EVERY_QUERY = 2**62
+"""As `last_queries`: no query is ranked for."""
 
 _CHOICES = {
     "guides": ("head", "group"),

@@ -8,7 +8,6 @@ Where lengths are symbolic and the choice depends on them, they call `attention_
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from . import cpu
 from .choice import choose_sparse
 from .config import S2OConfig, operator_fields
 from .dense import decode_attention, dense_attention
+from .memory import fit_into_memory
 from .recording import SparseCall, recorded
 from .result import AttentionResult
 from .sinks import add_sinks
@@ -26,8 +26,6 @@ from .sizes import statically_known_true
 from .validation import validate
 from .visibility import Visibility
 
-_EVERY_QUERY = 2**62
-"""As `last_queries`: no query is ranked for."""
 _FEW_QUERIES = 8
 """How many queries are shaped like decoding, where what SDPA lacks is cheapest spelled out."""
 
@@ -215,8 +213,7 @@ class _Call(NamedTuple):
 
     def spans(self) -> AttentionResult:
         """Attend every key in the dense span."""
-        config = dataclasses.replace(self.config, last_queries=_EVERY_QUERY, stop="importance", tail="none")
-        return self._replace(config=config).sparse()
+        return self._replace(config=self.config.without_ranking()).sparse()
 
     def sparse(self) -> AttentionResult:
         """Sparse attention as the configuration says."""
@@ -241,15 +238,19 @@ def _is_packaging() -> bool:
 
 def _sparse_cpu(*arguments: Any) -> AttentionResult:
     call = _recorded_call(*arguments)
-    operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap, call.config)
-    return recorded(call, lambda: cpu.sparse_attention(*operands))
+    operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
+    return recorded(call, lambda: fit_into_memory(lambda config: cpu.sparse_attention(*operands, config), call.config))
 
 
 def _sparse_cuda(*arguments: Any) -> AttentionResult:
     from .kernels.launch import sparse_triton
 
-    *operands, _, settings = arguments
-    return recorded(_recorded_call(*arguments), lambda: AttentionResult(*sparse_triton(*operands, settings)))
+    call, operands = _recorded_call(*arguments), arguments[:-2]
+
+    def attend(config: S2OConfig) -> AttentionResult:
+        return AttentionResult(*sparse_triton(*operands, config.as_json))
+
+    return recorded(call, lambda: fit_into_memory(attend, call.config))
 
 
 def _recorded_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> SparseCall:

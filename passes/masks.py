@@ -80,6 +80,18 @@ class Mask:
     rest: Boolean = sympy.true
     sources: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def predicate(self) -> Boolean:
+        """All terms together."""
+        terms = [self.key_padding, self.rest]
+        if self.is_causal:
+            terms.append(sympy.Ge(QUERY + self.offset - KEY, 0))
+        if self.window is not None:
+            terms.append(sympy.Ge(KEY + self.window - 1 - self.offset - QUERY, 0))
+        if self.documents is not None:
+            terms.append(sympy.Eq(self.documents[0] - self.documents[1], 0))
+        return sympy.And(*terms)
+
     def __str__(self) -> str:
         terms = [f"causal, offset {self.offset}"] * self.is_causal
         if self.window is not None:

@@ -1,8 +1,13 @@
-"""What the passes use of torch that its documentation does not promise; torch 2.11 to 2.13 have all of it."""
+"""What the passes use of torch that its documentation does not promise; torch 2.11 to 2.14 have all of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -22,6 +27,8 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "StorageWeakRef",
+    "attention_preferences",
+    "copy_graph",
     "enter_autocast",
     "exit_autocast",
     "fake_mode",
@@ -34,9 +41,11 @@ __all__ = [
     "is_wrapper",
     "make_fx",
     "namespaces",
+    "redirections",
     "transformer_encoder_layer",
     "tree_leaves",
     "unbatched",
+    "without_attention_patterns",
     "written_arguments",
 ]
 
@@ -97,3 +106,75 @@ def written_arguments(operator: OpOverload) -> list[tuple[int, str]]:
     """The places and names of the arguments that an operator writes to."""
     arguments = enumerate(operator._schema.arguments)
     return [(place, item.name) for place, item in arguments if item.alias_info is not None and item.alias_info.is_write]
+
+
+def copy_graph(graph: Graph) -> Graph:
+    """A graph with the same names, values and sources, and nodes of its own."""
+    copy = deepcopy(graph)
+    for node, copied in zip(graph.nodes, copy.nodes, strict=True):
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    return copy
+
+
+def attention_preferences() -> dict[str, Any]:
+    """All that decides which of its backends SDPA takes, as ``torch.nn.attention.sdpa_kernel`` sets it."""
+    names = [name for name in dir(torch._C) if re.match("_get_.*sdp", name)]
+    return {name.removeprefix("_get_"): getattr(torch._C, name)() for name in names}
+
+
+def redirections() -> tuple[type[Exception], ...]:
+    """What a backend may raise to make Dynamo trace again, or not at all."""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+    return RestartAnalysis, SkipFrame
+
+
+_attention_is_left_alone: ContextVar[bool] = ContextVar("attention_is_left_alone", default=False)
+
+
+@contextlib.contextmanager
+def without_attention_patterns() -> Iterator[None]:
+    """Let Inductor call SDPA for nothing that only looks like attention, in what this context compiles.
+
+    Its patterns compare neither dimensions nor the values that hide scores: softmax over queries, transposes and masks
+    of any kind are taken for those of attention.
+    """
+    from torch._inductor.fx_passes.joint_graph import patterns
+
+    if not hasattr(patterns.apply, "s2o_original"):
+        patterns.apply = _with_a_choice(patterns)
+    token = _attention_is_left_alone.set(True)
+    try:
+        yield
+    finally:
+        _attention_is_left_alone.reset(token)
+
+
+def _with_a_choice(patterns: Any) -> Callable[[Any], int]:
+    """`patterns.apply`, with all patterns or, where the context says so, without those for attention."""
+    original = patterns.apply
+
+    def apply(graph: Any) -> int:
+        return (_others(patterns).apply if _attention_is_left_alone.get() else original)(graph)
+
+    apply.s2o_original = original  # type: ignore[attr-defined]
+    return apply
+
+
+def _others(patterns: Any) -> Any:
+    """The patterns of Inductor that are not for attention."""
+    from torch._inductor.fx_passes import fuse_attention
+
+    others = type(patterns)(patterns.pass_name, patterns.subsystem)
+    for key, entries in patterns.patterns.items():
+        kept = [entry for entry in entries if _pattern_module(entry) != fuse_attention.__name__]
+        if kept:
+            others.patterns[key] = kept
+    return others
+
+
+def _pattern_module(entry: Any) -> str | None:
+    """The module of the function that a pattern was traced from; None for those that are written as patterns."""
+    variables = inspect.getclosurevars(entry.extra_check).nonlocals if inspect.isfunction(entry.extra_check) else {}
+    return getattr(variables.get("search_fn"), "__module__", None)

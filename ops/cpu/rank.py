@@ -16,7 +16,7 @@ from ..softmax import soft_cap
 from .group import Group
 
 _SCORES = 2**23
-"""How many scores the segments of a run have: in bfloat16 few enough to stay in the last-level cache."""
+"""How many scores the segments of a run have at most: in bfloat16 few enough to stay in the last-level cache."""
 _HELD = 2**20
 """How many scores in other precisions are held at once, for the same reason."""
 _MORE = 4
@@ -85,8 +85,9 @@ class Ranking:
         if key is not group.key:
             self.whole_guides = group.guides.transpose(0, 1).to(dtype)
         self.key[:, -_MORE : 2 - _MORE] = 1
-        self.held = _SCORES if dtype == torch.bfloat16 else _HELD
-        self.buffer = torch.empty(max(_SCORES, self.held, self.rows * BLOCK), dtype=dtype)
+        self.most = min(_SCORES, self.config.workspace // dtype.itemsize)
+        self.held = self.most if dtype == torch.bfloat16 else min(self.most, _HELD)
+        self.buffer = torch.empty(max(self.most, self.rows * BLOCK), dtype=dtype)
         first, sample = self.config.first_keys, self.config.sample
         drawn = self.positions[sample // 2 :: sample]
         self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
@@ -99,11 +100,11 @@ class Ranking:
         return self.guides.shape[1] * self.guides.shape[2]
 
     def runs(self) -> Iterator[range]:
-        """Consecutive segments that have `_SCORES` scores together, or one that has more."""
+        """Consecutive segments that have the `most` scores together, or one that has more."""
         first, ranked = 0, self.geometry.ranked_segments
         while first < ranked:
             end = first + 1
-            while end < ranked and (end + 1 - first) * self.rows * len(self.reach(range(first, end + 1))) <= _SCORES:
+            while end < ranked and (end + 1 - first) * self.rows * len(self.reach(range(first, end + 1))) <= self.most:
                 end += 1
             yield range(first, end)
             first = end

@@ -64,9 +64,13 @@ def sparse_attention(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if scale < 0:
         query, scale = -query, -scale
+    means: tuple[torch.Tensor, ...] = (query.new_empty(1), query.new_empty(1))
+    if not geometry.ranked_segments:
+        call = Call(query, key, value, visibility, geometry, scale, softcap, config.without_ranking())
+        attend(call, Lists.empty(call), means, range(geometry.segments), result)
+        return result
     call = Call(query, key, value, visibility, geometry, scale, softcap, config)
     guides = pool_guides(query.unflatten(1, (call.groups, call.group)), config)
-    means: tuple[torch.Tensor, ...] = (query.new_empty(1), query.new_empty(1))
     if config.has_means:
         means = tuple(block_means(x, call) for x in (key, value))
     ranking = None if config.stop == "gain" else Ranking.of(call, guides)

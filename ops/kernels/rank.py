@@ -37,6 +37,14 @@ class Lists:
     weights: torch.Tensor
     guide_lse: torch.Tensor
 
+    @classmethod
+    def empty(cls, call: Call) -> Lists:
+        """Lists without keys, of all segments."""
+        lists = call.query.shape[0] * call.groups * call.lists * call.geometry.segments
+        count = call.key.new_zeros(lists, dtype=torch.int32)
+        absent = call.key.new_empty(1)
+        return cls(count, count, count, absent, absent)
+
 
 class Scoring(NamedTuple):
     """What keys are scored by: in all channels, or in `few`, which `Ranking.neglected` chooses for each KV group."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from ..version import VERSION
 from .errors import UsageError
 
 app = typer.Typer(help="Sparse long-context attention as a torch.compile backend.", add_completion=False)
@@ -16,7 +16,7 @@ app = typer.Typer(help="Sparse long-context attention as a torch.compile backend
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"s2o-compile {version('s2o-compile')}")
+        print(f"s2o-compile {VERSION}")
         raise typer.Exit
 
 
@@ -79,8 +79,6 @@ def _user_message(error: Exception) -> str | None:
     demo_errors = sys.modules.get("s2o_compile.demo.errors")
     if demo_errors is not None and isinstance(error, demo_errors.DemoError):
         return str(error)
-    return "There is not enough memory: use a smaller --length." if _is_out_of_memory(error) else None
+    from ..ops.memory import is_out_of_memory
 
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return "There is not enough memory: use a smaller --length." if is_out_of_memory(cause) else None

@@ -100,6 +100,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
         (demo.DemoError("Too short."), "Too short."),
         (ModuleNotFoundError("No module", name="gguf"), "needs the package gguf"),
         (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), "not enough memory"),
     ],
 )
 def test_errors_of_the_demo(

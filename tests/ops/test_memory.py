@@ -1,0 +1,56 @@
+"""Calls for which memory does not suffice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops.memory import fit_into_memory
+
+from .starve import outcomes
+
+
+def test_less_memory_means_less_workspace_then_dense_attention_then_an_error_on_a_cpu() -> None:
+    # Memory that is given up goes back to the system.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-m", "tests.ops.starve"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = [name for name, _ in itertools.groupby(json.loads(run.stdout))]
+    assert found == ["error", "dense", str(2**21), str(2**24)]
+
+
+@pytest.mark.gpu
+def test_less_memory_means_less_workspace_then_dense_attention_then_an_error_on_a_gpu() -> None:
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def limit(room: int | None) -> None:
+        torch.cuda.empty_cache()
+        share = 1.0 if room is None else (torch.cuda.memory_reserved() + room) / total
+        torch.cuda.set_per_process_memory_fraction(share)
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, 16384, 64, device="cuda", dtype=torch.bfloat16) for heads in (16, 8, 8)]
+    found = outcomes(inputs, (2**28, 2**25, 2**22), limit, range(0, 500 * 2**20, 2**23))
+    found = [name for name, _ in itertools.groupby(found)]
+    assert found == ["error", "dense", str(2**22), str(2**25), str(2**28)]
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), RuntimeError("mat1 and mat2 shapes cannot be multiplied")])
+def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
+    calls = []
+
+    def attend(config: S2OConfig) -> AttentionResult:
+        calls.append(config)
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        fit_into_memory(attend, S2OConfig())
+    assert calls == [S2OConfig()]
