@@ -110,7 +110,7 @@ def cached(sketch: Sketch) -> None:
 def draw_program(choose: Choose) -> Program:
     """A program around attention; `choose` draws one of several values, of which the first is the simplest."""
     sketch = Sketch(choose)
-    kind = sketch.pick("kind", ["sdpa", "written"] * 10 + ["module", "flex", "nothing"])
+    kind = sketch.pick("kind", ["sdpa", "written"] * 20 + ["module"] * 2 + ["flex", "nothing"])
     dtype = sketch.pick("dtype", ["float32", "float32", "float32", "float32", "float32", "float16", "bfloat16"])
     mode = sketch.pick("mode", ["no_grad"] * 6 + ["inference_mode", "enable_grad", "training"])
     transform = sketch.pick(
