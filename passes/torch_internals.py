@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import sympy
 import torch
 from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
@@ -16,17 +17,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 __all__ = [
+    "FloorDiv",
     "HigherOrderOperator",
+    "Max",
+    "Min",
+    "Mod",
     "OpOverload",
     "OpOverloadPacket",
+    "PythonMod",
     "StorageWeakRef",
     "enter_autocast",
     "exit_autocast",
     "fake_mode",
     "flex_attention",
     "guard_or_false",
+    "guarded",
     "input_sources",
     "is_aten",
     "is_batched",
@@ -53,6 +61,12 @@ namespaces = (torch._C._nn, torch._functorch.predispatch)
 def fake_mode(values: Iterable[Any]) -> FakeTensorMode:
     """The mode of the fake tensors among `values`, of which there is at least one."""
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def guarded(relation: sympy.Basic, tensor: torch.Tensor) -> bool:
+    """Whether a relation of sizes holds, by which the graph that `tensor` is a fake tensor of is then guarded."""
+    environment = tensor.fake_mode.shape_env if isinstance(tensor, FakeTensor) else None
+    return environment is not None and guard_or_false(environment.create_symboolnode(relation))
 
 
 def input_sources(graph: Graph) -> list[str]:
