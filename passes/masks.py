@@ -22,7 +22,7 @@ from .mask_operations import HANDLERS
 from .mutation import Writes
 from .packing import with_indices_for_positions
 from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis
-from .values import fake_tensor, symbolic_shape
+from .values import fake_tensor, holds, symbolic_shape
 
 KEY, QUERY, HEAD, BATCH = (axis(place) for place in range(1, 5))
 AXES = (BATCH, HEAD, QUERY, KEY)
@@ -33,6 +33,10 @@ HIDDEN = -1e4
 Where a row sees no key at all, scores filled with a finite number give equal weights, while the operator gives zeros;
 such a row has no meaning, and SDPA differs there likewise.
 """
+
+
+VAST = 2**40
+"""Numbers that a mask depends on, such as windows, are smaller."""
 
 
 class NotProven(Exception):
@@ -154,7 +158,8 @@ class Prover:
             found = [_within(clause, shape) for clause in with_indices_for_positions(clauses(allowed), self.reader)]
         except TooMany:
             raise NotProven("the mask combines more conditions than can be told apart; build it from fewer") from None
-        split = _split(clause for clause in found if clause is not None)
+        _refuse_vast_numbers(found, shape, query)
+        split = _split((clause for clause in found if clause is not None), query)
         return replace(split, sources=self._sources_in_words(split))
 
     def _allowed(self, mask: MaskTerm) -> Boolean:
@@ -248,7 +253,16 @@ def _within(clause: Clause, shape: tuple[sympy.Expr, ...]) -> Clause | None:
     return frozenset(literal for literal in literals if literal != sympy.false)
 
 
-def _split(found: Iterable[Clause]) -> Mask:
+def _refuse_vast_numbers(found: Iterable[Clause | None], shape: tuple[sympy.Expr, ...], query: torch.Tensor) -> None:
+    """Raise NotProven for a number that is only known when the graph runs and so large that sums might overflow."""
+    sizes = set().union(*(size.free_symbols for size in shape))
+    literals = [literal for clause in found if clause is not None for literal in clause]
+    for symbol in set().union(*(literal.free_symbols for literal in literals)) - sizes - {*AXES, *OTHER_AXES}:
+        if holds(symbol - VAST, query) or holds(-symbol - VAST, query):
+            raise NotProven(f"the mask depends on a number, {symbol}, beyond {VAST}")
+
+
+def _split(found: Iterable[Clause], query: torch.Tensor) -> Mask:
     """The operator's terms that clauses are, and the rest of them."""
     offsets: list[sympy.Expr] = []
     distances: list[sympy.Expr] = []
@@ -270,19 +284,19 @@ def _split(found: Iterable[Clause]) -> Mask:
         else:
             rest.append(predicate)
     others = Mask(key_padding=sympy.And(*padding), documents=documents, rest=sympy.And(*rest))
-    return _with_band(others, offsets, distances)
+    return _with_band(others, offsets, distances, query)
 
 
-def _with_band(mask: Mask, offsets: list[sympy.Expr], distances: list[sympy.Expr]) -> Mask:
+def _with_band(mask: Mask, offsets: list[sympy.Expr], distances: list[sympy.Expr], query: torch.Tensor) -> Mask:
     """A mask with the terms ``j - i <= offset`` and ``i - j <= distance`` too."""
     offset = sympy.Min(*offsets) if offsets else sympy.Integer(0)
     if not distances:
         return replace(mask, is_causal=bool(offsets), offset=offset)
     distance = sympy.Min(*distances)
-    if not offsets and not distance.is_nonnegative:
+    if not offsets and not holds(distance, query):
         offset = -distance
     window = sympy.expand(distance + offset + 1)
-    if not window.is_positive:
+    if not holds(window - 1, query):
         raise NotProven(f"the mask shows each query {window} keys, which may be none")
     return replace(mask, is_causal=bool(offsets), offset=offset, window=window)
 

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from copy import deepcopy
 from typing import Any
 
+import sympy
 import torch
 from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
@@ -21,11 +22,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 __all__ = [
+    "FloorDiv",
     "HigherOrderOperator",
+    "Max",
+    "Min",
+    "Mod",
     "OpOverload",
     "OpOverloadPacket",
+    "PythonMod",
     "StorageWeakRef",
     "attention_preferences",
     "copy_graph",
@@ -34,6 +41,7 @@ __all__ = [
     "fake_mode",
     "flex_attention",
     "guard_or_false",
+    "guarded",
     "input_sources",
     "is_aten",
     "is_batched",
@@ -62,6 +70,12 @@ namespaces = (torch._C._nn, torch._functorch.predispatch)
 def fake_mode(values: Iterable[Any]) -> FakeTensorMode:
     """The mode of the fake tensors among `values`, of which there is at least one."""
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def guarded(relation: sympy.Basic, tensor: torch.Tensor) -> bool:
+    """Whether a relation of sizes holds, by which the graph that `tensor` is a fake tensor of is then guarded."""
+    environment = tensor.fake_mode.shape_env if isinstance(tensor, FakeTensor) else None
+    return environment is not None and guard_or_false(environment.create_symboolnode(relation))
 
 
 def input_sources(graph: Graph) -> list[str]:

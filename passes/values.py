@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .torch_internals import guard_or_false
+from .torch_internals import guard_or_false, guarded
 
 
 def fake_tensor(node: Any) -> torch.Tensor | None:
@@ -39,6 +39,13 @@ def is_nonnegative(value: Any) -> bool:
     if isinstance(value, Node):
         value = value.meta.get("example_value")
     return isinstance(value, (int, torch.SymInt)) and guard_or_false(value >= 0)
+
+
+def holds(expression: sympy.Expr, tensor: torch.Tensor) -> bool:
+    """Whether an expression of sizes is at least zero; the graph of the fake `tensor` is guarded by the answer."""
+    if expression.is_nonnegative is not None:
+        return bool(expression.is_nonnegative)
+    return guarded(sympy.Ge(expression, 0), tensor)
 
 
 def symbolic_size(size: int | torch.SymInt) -> sympy.Expr:
