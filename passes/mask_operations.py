@@ -286,7 +286,7 @@ def _sqrt(reader: Reader, node: Node, input: Any) -> sympy.Basic:
 def _cumulative_sum(reader: Reader, node: Node, input: Any, dim: Any) -> sympy.Basic:
     """The running sum of a constant."""
     choice, shape = reader.choice(input, _shape(node)), _shape(node)
-    _need(choice.predicate == sympy.true and choice.values[0].is_Integer and isinstance(dim, int))
+    _need(choice.predicate == sympy.true and choice.values[0].is_Integer and isinstance(dim, int) and len(shape) > 0)
     return _whole(node, choice.values[0] * (axis(len(shape) - dim % len(shape)) + 1))
 
 
