@@ -21,11 +21,12 @@ from .clauses import Clause, TooMany, clauses
 from .mask_operations import HANDLERS
 from .mutation import Writes
 from .packing import with_indices_for_positions
-from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis
-from .values import fake_tensor, holds, symbolic_shape
+from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis, level
+from .values import fake_tensor, holds, symbolic_shape, why_unknown
 
 KEY, QUERY, HEAD, BATCH = (axis(place) for place in range(1, 5))
 AXES = (BATCH, HEAD, QUERY, KEY)
+_MAPPED_AXES = tuple(map(level, range(1, 9)))
 OTHER_AXES = tuple(axis(place) for place in range(5, 13))
 HIDDEN = -1e4
 """Added to scores, or put in their place, numbers from here down hide a key.
@@ -156,6 +157,8 @@ class Prover:
         shape = scores_shape(query, key)
         try:
             found = [_within(clause, shape) for clause in with_indices_for_positions(clauses(allowed), self.reader)]
+        except Unreadable as unreadable:
+            raise NotProven(f"the mask cannot be read: {unreadable}") from None
         except TooMany:
             raise NotProven("the mask combines more conditions than can be told apart; build it from fewer") from None
         _refuse_vast_numbers(found, shape, query)
@@ -166,7 +169,8 @@ class Prover:
         """Where a mask lets a query see a key, as a predicate over `AXES`."""
         tensor = fake_tensor(mask.node)
         if tensor is None:
-            raise NotProven("the shape of the mask is not known while compiling")
+            kind = why_unknown(mask.node)
+            raise NotProven(f"the mask is {kind}" if kind else "the shape of the mask is not known while compiling")
         if mask.keep is not None and tensor.dtype != torch.bool:
             raise NotProven(f"the mask is {_short(tensor.dtype)}, not boolean; use a boolean mask to fill scores")
         try:
@@ -188,6 +192,8 @@ class Prover:
             predicate = expression if mask.keep else sympy.Not(expression)
         rank = tensor.dim()
         predicate = predicate.xreplace({axis(rank - place): symbol for place, symbol in enumerate(mask.axes)})
+        if predicate.free_symbols & {*_MAPPED_AXES}:
+            raise NotProven(f"the mask {_origin(mask.node)} is another for each of what torch.vmap maps over")
         if predicate.free_symbols & {*OTHER_AXES}:
             raise NotProven(f"the mask {_origin(mask.node)} varies over another dimension than batch, heads and keys")
         return predicate

@@ -179,7 +179,10 @@ class Reader:
         tensor = fake_tensor(node)
         if tensor is None or tensor.dtype == torch.bool:
             return None
-        choice = as_choice(self.read(node).expression)
+        try:
+            choice = as_choice(self.read(node).expression)
+        except Unreadable:
+            return None
         return float(choice.values[0]) if choice is not None and choice.predicate == sympy.true else None
 
     def choice(self, value: Any, shape: Shape) -> Choice:
