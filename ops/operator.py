@@ -8,17 +8,17 @@ Where lengths are symbolic and the choice depends on them, they call `attention_
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from . import cpu
 from .choice import choose_sparse
-from .config import S2OConfig, operator_fields
-from .dense import decode_attention, dense_attention
+from .config import SETTINGS, S2OConfig, operator_fields, replaced
+from .dense import decode_attention, dense_attention, positive_scale
 from .recording import SparseCall, recorded
 from .result import AttentionResult
 from .sinks import add_sinks
@@ -116,8 +116,8 @@ def attention(
     sparse = call.chooses_sparse()
     if sparse is None:
         return torch.ops.s2o.attention_dynamic(
-            call.query, call.key, call.value, is_causal, causal_offset, key_padding, scale, window, query_documents,
-            key_documents, mask, softcap, sinks, site, **fields,
+            call.query, call.key, call.value, is_causal, causal_offset, key_padding, call.scale, window,
+            query_documents, key_documents, mask, softcap, sinks, site, **fields,
         )  # fmt: skip
     return call.sparse().output if sparse else call.dense()
 
@@ -154,7 +154,7 @@ def attention_dynamic(*arguments: Any, **options: Any) -> torch.Tensor:
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-_configured = functools.lru_cache(S2OConfig)
+_configured = functools.lru_cache(maxsize=SETTINGS)(S2OConfig)
 """`S2OConfig`, whose checks take longer than the launch of a kernel, so that each setting is checked once."""
 
 
@@ -188,6 +188,8 @@ class _Call(NamedTuple):
         config = _configured(**fields)
         query, key, value = _autocast(query, key, value)
         validate(query, key, value, terms, scale, softcap, sinks)
+        query, key = _with_channels(query), _with_channels(key)
+        query, scale = positive_scale(query, scale)
         if terms.mask is not None:
             terms = terms._replace(mask=terms.mask[(None,) * (4 - terms.mask.dim())])
         terms = terms.simplified(query.shape[2], key.shape[2])
@@ -215,21 +217,23 @@ class _Call(NamedTuple):
 
     def spans(self) -> AttentionResult:
         """Attend every key in the dense span."""
-        config = dataclasses.replace(self.config, last_queries=_EVERY_QUERY, stop="importance", tail="none")
+        config = replaced(self.config, last_queries=_EVERY_QUERY, stop="importance", tail="none")
         return self._replace(config=config).sparse()
 
     def sparse(self) -> AttentionResult:
         """Sparse attention as the configuration says."""
-        settings = self.config.as_json
-        arguments = (self.query, self.key, self.value, *self.visibility, self.factor, self.softcap)
+        settings, value = self.config.as_json, _with_channels(self.value)
+        arguments = (self.query, self.key, value, *self.visibility, self.factor, self.softcap)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
-        if self.query.is_cuda and not symbolic and _is_packaging():
+        if self.query.is_cuda and not symbolic and not _is_empty(self.query, self.key) and _is_packaging():
             from .kernels.launch import sparse_triton
 
             result = AttentionResult(*sparse_triton(*arguments, settings))
         else:
             result = AttentionResult(*torch.ops.s2o.sparse(*arguments, self.site, settings))
+        if value is not self.value:
+            result = result._replace(output=result.output[..., :0])
         return result if self.sinks is None else add_sinks(result, self.sinks)
 
 
@@ -239,22 +243,47 @@ def _is_packaging() -> bool:
     return virtualized is not None and virtualized.V.aot_compilation
 
 
+def _with_channels(x: torch.Tensor) -> torch.Tensor:
+    """A query, key or value; one channel of zeros where it has none, which says as much."""
+    return x.new_zeros(*x.shape[:-1], 1) if statically_known_true(x.shape[-1] == 0) else x
+
+
+def _is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether there are no queries, or no keys that they could see."""
+    return 0 in (*query.shape[:3], *key.shape[1:3])
+
+
 def _sparse_cpu(*arguments: Any) -> AttentionResult:
-    call = _recorded_call(*arguments)
-    operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap, call.config)
-    return recorded(call, lambda: cpu.sparse_attention(*operands))
+    def compute(call: SparseCall) -> AttentionResult:
+        operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap, call.config)
+        return cpu.sparse_attention(*operands)
+
+    return _dispatched(compute, *arguments)
 
 
 def _sparse_cuda(*arguments: Any) -> AttentionResult:
-    from .kernels.launch import sparse_triton
+    def compute(call: SparseCall) -> AttentionResult:
+        from .kernels.launch import sparse_triton
 
-    *operands, _, settings = arguments
-    return recorded(_recorded_call(*arguments), lambda: AttentionResult(*sparse_triton(*operands, settings)))
+        *operands, _, settings = arguments
+        return AttentionResult(*sparse_triton(*operands, settings))
+
+    return _dispatched(compute, *arguments)
 
 
-def _recorded_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> SparseCall:
+def _dispatched(
+    compute: Callable[[SparseCall], AttentionResult],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *rest: Any,
+) -> AttentionResult:
+    """What an implementation computes, which is not asked where there is nothing to attend to."""
     *terms, scale, softcap, site, settings = rest
-    return SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
+    call = SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
+    if _is_empty(query, key):
+        return AttentionResult.of_nothing(query, value, call.config.tile)
+    return recorded(call, lambda: compute(call))
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.import_utils import is_tracing
 
 from ..ops.choice import choose_sparse
+from ..ops.dense import positive_scale
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from ..ops.visibility import Visibility
 from .lazy_mask import LazyMask
@@ -130,6 +131,7 @@ def _sdpa(
 ) -> tuple[torch.Tensor, None]:
     if isinstance(mask, LazyMask):
         mask = mask.dense()
+    query, scaling = positive_scale(query, scaling)
     output: torch.Tensor
     output, _ = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
