@@ -11,6 +11,7 @@ from transformers.utils import output_capturing
 from transformers.utils.import_utils import is_tracing
 
 from ..ops.choice import choose_sparse
+from ..ops.dense import positive_scale
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from ..ops.visibility import Visibility
 from .lazy_mask import LazyMask
@@ -177,6 +178,7 @@ def _sdpa(
 ) -> tuple[torch.Tensor, None]:
     if isinstance(mask, LazyMask):
         mask = mask.read()
+    query, scaling = positive_scale(query, scaling)
     output: torch.Tensor
     output, _ = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs

@@ -124,6 +124,19 @@ def test_calls_that_run_dense_are_those_of_sdpa(terms: list[dict[str, Any]]) -> 
     assert not terms
 
 
+@pytest.mark.parametrize("scaling", [-0.4, 0.0])
+@pytest.mark.parametrize("config", [EXACT, S2OConfig()], ids=["sparse", "dense"])
+def test_scales_of_zero_and_below(config: S2OConfig, scaling: float) -> None:
+    """SDPA gives NaN for them, of which it would be handed those that run dense."""
+    models, inputs = pair("llama", config), {"input_ids": prompts()["input_ids"]}
+    for model in models:
+        for layer in model.model.layers:
+            layer.self_attn.scaling = scaling
+    with torch.no_grad():
+        want, got = (model(**inputs).logits for model in models)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 def test_models_keep_their_own_settings(terms: list[dict[str, Any]]) -> None:
     (_, one), (_, other) = pair("llama", EXACT), pair("llama", dataclasses.replace(EXACT, threshold=0.25))
     with torch.no_grad():
