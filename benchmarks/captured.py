@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from s2o_compile.cli.errors import UsageError
+from s2o_compile.writing import replacing
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,16 @@ class Layer:
 
 def save_layer(layer: Layer, path: Path) -> None:
     """Write a layer and its facts."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     facts = layer.facts | {"scale": repr(layer.scale)}
     tensors = {"q": layer.query, "k": layer.key, "v": layer.value}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, facts)
+    with replacing(path) as place:
+        try:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, place, facts)
+        except SafetensorError as error:
+            raise UsageError(f"The capture {path} cannot be written: {error}.") from error
 
 
 def load_layer(path: Path, device: torch.device | str = "cpu") -> Layer:

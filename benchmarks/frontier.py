@@ -20,6 +20,7 @@ from rich.progress import Progress
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import Device, Json, make_folder, read_config
 from s2o_compile.demo.model import choose_device
+from s2o_compile.writing import write_text
 
 from .captured import Layer, load_layer
 from .command import progress_bars, run
@@ -103,7 +104,7 @@ def main(
 def save(points: list[Point], targets: dict[str, float], rows: str, folder: Path) -> None:
     """Write frontier.json, and the plots against work and against density."""
     text = json.dumps(as_dict(points, equal_error(points, targets), rows), indent=2)
-    (folder / "frontier.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "frontier.json", text + "\n")
     for against in AXES:
         save_plot(points, against, rows, folder / f"frontier-{against}.png")
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+from s2o_compile.writing import replacing
+
 from .judge import Score
 
 MARKERS = "os^vD<>Pp*Xd1"
@@ -140,7 +142,8 @@ def save_plot(points: list[Point], against: str, rows: str, path: Path) -> None:
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, 2 * len(layers)), fontsize=8
     )
     figure.suptitle(f"filled: default setting; {rows}", fontsize=9)
-    figure.savefig(path, dpi=200)
+    with replacing(path) as place:
+        figure.savefig(place, dpi=200)
 
 
 def _draw(panel: Any, points: list[Point], number: int, against: str) -> None:

@@ -29,6 +29,7 @@ from s2o_compile.demo.document import build_document, check_document, read_texts
 from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.choice import default_min_length
+from s2o_compile.writing import write_text
 
 from .command import progress_bars, run
 
@@ -203,7 +204,7 @@ def main(
             rows += measure(loaded, texts, way, configs, new, lambda: progress.advance(task))
             found = json.dumps([dataclasses.asdict(row) for row in rows], indent=2)
             if output:
-                (output / "generation.json").write_text(found + "\n", encoding="utf-8")
+                write_text(output / "generation.json", found + "\n")
     if as_json:
         print(found)
     else:

@@ -18,6 +18,7 @@ from . import cpu
 from .choice import choose_sparse
 from .config import S2OConfig, operator_fields
 from .dense import decode_attention, dense_attention
+from .distributed import refuse_context_parallel, refuse_dtensors
 from .memory import fit_into_memory
 from .recording import SparseCall, recorded
 from .result import AttentionResult
@@ -106,7 +107,8 @@ def attention(
         [B, Hq, Lq, Dv] in the dtype of `query`; zeros for rows with nothing to attend to.
 
     Raises:
-        TypeError: A dtype or a field's type is not supported.
+        RuntimeError: The call is inside torch's ``context_parallel``.
+        TypeError: A dtype or a field's type is not supported, or a tensor that sparse attention takes is a DTensor.
         ValueError: Shapes, devices or a value do not fit, or a gradient is asked for.
     """
     terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
@@ -183,6 +185,7 @@ class _Call(NamedTuple):
         fields: dict[str, Any],
     ) -> _Call:
         """Validate what an operator was called with; `fields` are those of `S2OConfig`."""
+        refuse_context_parallel()
         config = _configured(**fields)
         query, key, value = _autocast(query, key, value)
         validate(query, key, value, terms, scale, softcap, sinks)
@@ -217,6 +220,7 @@ class _Call(NamedTuple):
 
     def sparse(self) -> AttentionResult:
         """Sparse attention as the configuration says."""
+        refuse_dtensors(query=self.query, key=self.key, value=self.value)
         settings = self.config.as_json
         arguments = (self.query, self.key, self.value, *self.visibility, self.factor, self.softcap)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
@@ -254,6 +258,7 @@ def _sparse_cuda(*arguments: Any) -> AttentionResult:
 
 
 def _recorded_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> SparseCall:
+    refuse_context_parallel()  # A graph may have been compiled outside.
     *terms, scale, softcap, site, settings = rest
     return SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
 

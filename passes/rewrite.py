@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import sympy
@@ -22,6 +22,7 @@ from .decompose import decompose
 from .emit import Emitter, NotComputed, emit_size
 from .find import find_attention
 from .masks import AXES, BATCH, HEAD, KEY, QUERY, Mask, NotProven, Prover, scores_shape
+from .metadata import as_computed
 from .mutation import Writes
 from .nested import nested_graphs
 from .operations import operation_name
@@ -29,7 +30,7 @@ from .report import Decision, site_name, source_location
 from .site import AttentionSite
 from .symbolic import is_predicate
 from .torch_internals import guard_or_false, is_erased
-from .values import constant, fake_tensor
+from .values import constant, fake_tensor, why_unknown
 from .walk import Factor, Walker
 
 _LAYOUTS = {"transpose", "permute", "swapaxes", "movedim", "to", "float", "half", "bfloat16"}
@@ -70,11 +71,14 @@ def _rewrite_graph(
     module: GraphModule, config: S2OConfig, of_site: Callable[[str], S2OConfig], fuse_dense: bool
 ) -> list[Decision]:
     """Rewrite the sites of one graph, and not those of the graphs that it calls."""
-    rewriter = _Rewriter(module.graph, config, of_site, fuse_dense)
-    decisions = [decision for node in list(module.graph.nodes) for decision in rewriter.visit(node)]
+    with as_computed(module.graph) as out_of_place:
+        rewriter = _Rewriter(module.graph, config, of_site, fuse_dense)
+        decisions = [decision for node in list(module.graph.nodes) for decision in rewriter.visit(node)]
     if rewriter.changed:
         module.graph.lint()
         module.recompile()
+    else:
+        out_of_place.undo()
     return decisions
 
 
@@ -146,7 +150,7 @@ class _Rewriter:
             raise Refused(site.obstacle)
         query, key, value = (item.tensor for item in (site.query, site.key, site.value))
         if query is None or key is None or value is None:
-            raise Refused("the shapes of query, key and value are not known while compiling")
+            raise Refused(_why_unknown(site))
         _check_tensors(query, key, value, constant(site.enable_gqa))
         return query, key
 
@@ -169,7 +173,7 @@ class _Rewriter:
             Refused: The operator cannot compute what the site does; the site is as it was.
         """
         _check_scores(site, unused)
-        with self.graph.inserting_before(site.node):
+        with self.graph.inserting_before(site.node), self.removing_if_refused(site.node):
             arguments = {**self.masking(mask, site), **self.logits(site), "site": decision.name, **config.arguments()}
             node = self.put(torch.ops.s2o.attention.default, arguments, site)
         node.meta["s2o_decision"] = decision
@@ -177,7 +181,7 @@ class _Rewriter:
 
     def fuse(self, site: AttentionSite) -> None:
         """Put SDPA where attention is written out that stays dense, if it is proven to be what SDPA computes."""
-        with suppress(Refused, NotProven), self.graph.inserting_before(site.node):
+        with suppress(Refused, NotProven), self.graph.inserting_before(site.node), self.removing_if_refused(site.node):
             mask = self.accept_dense(site)
             unused = self.unused_without(site)
             _check_scores(site, unused)
@@ -209,10 +213,12 @@ class _Rewriter:
         axes = dict(zip(AXES, scores_shape(site.query.tensor, site.key.tensor), strict=True))
         return {"attn_mask": self.tensor(mask.predicate, axes, site)}
 
-    def put(self, operator: Callable[..., Any], arguments: dict[str, Any], site: AttentionSite) -> Node:
+    def put(self, function: Callable[..., Any], arguments: dict[str, Any], site: AttentionSite) -> Node:
         """A call of an operator of query, key and value, whose output is laid out and used as a site's is."""
-        inputs = tuple(self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
-        node = self.graph.call_function(operator, inputs, arguments)
+        query, key, value = (self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
+        if isinstance(arguments["scale"], Node):  # The operator's is a constant, which would fix the length.
+            query, arguments["scale"] = self.graph.call_function(operator.mul, (query, arguments["scale"])), 1.0
+        node = self.graph.call_function(function, (query, key, value), arguments)
         output = self.apply(site.output, node)
         node.meta = dict(site.node.meta)
         if output is not node:
@@ -221,6 +227,18 @@ class _Rewriter:
         site.node.replace_all_uses_with(self.laid_out(output, site.node))
         self.changed = True
         return node
+
+    @contextmanager
+    def removing_if_refused(self, before: Node) -> Iterator[None]:
+        """A context that removes the nodes that were put before one where a site is refused after all."""
+        last, known = before.prev, dict(self.tensors)
+        try:
+            yield
+        except Refused:
+            self.tensors = known
+            while before.prev is not last:
+                self.graph.erase_node(before.prev)
+            raise
 
     def logits(self, site: AttentionSite) -> dict[str, Any]:
         """The operator's arguments for what is done to the logits before they are masked."""
@@ -316,7 +334,10 @@ class _Rewriter:
             query = site.query.tensor
             assert query is not None
             emitter = Emitter(self.graph, self.prover.reader.leaves, axes, site.node, query.device)
-            node = emitter.predicate(expression) if is_predicate(expression) else emitter.integers(expression)
+            try:
+                node = emitter.predicate(expression) if is_predicate(expression) else emitter.integers(expression)
+            except NotComputed:
+                raise Refused(f"the mask depends on {expression}, which the graph does not compute") from None
             if expanded:
                 sizes = (self.size(size, site) for size in axes.values())
                 node = self.graph.call_method("expand", (node, *sizes))
@@ -366,12 +387,19 @@ def _shape(tensor: torch.Tensor | None) -> tuple[int | str, ...]:
     return () if tensor is None else tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
 
 
+def _why_unknown(site: AttentionSite) -> str:
+    """Why the tensor of query, key or value is not known."""
+    for name, item in {"query": site.query, "key": site.key, "value": site.value}.items():
+        kind = why_unknown(item.node) if item.tensor is None else None
+        if kind is not None:
+            return f"{name} is {kind}"
+    return "the shapes of query, key and value are not known while compiling"
+
+
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: Any) -> None:
     for name, tensor in {"query": query, "key": key, "value": value}.items():
         if tensor.dim() != 4:
             raise Refused(f"{name} has {tensor.dim()} dimensions; pass [batch, heads, length, channels]")
-        if tensor.layout != torch.strided or tensor.is_nested:
-            raise Refused(f"{name} is sparse or nested; pass a dense tensor")
         if tensor.dtype not in DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise Refused(f"{name} is {kind}; use float16, bfloat16 or float32")

@@ -10,8 +10,9 @@ from contextvars import ContextVar
 from copy import deepcopy
 from typing import Any
 
+import sympy
 import torch
-from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
@@ -20,12 +21,19 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 __all__ = [
+    "FloorDiv",
     "HigherOrderOperator",
+    "Max",
+    "Min",
+    "Mod",
     "OpOverload",
     "OpOverloadPacket",
+    "PythonMod",
     "StorageWeakRef",
     "attention_preferences",
     "copy_graph",
@@ -34,17 +42,24 @@ __all__ = [
     "fake_mode",
     "flex_attention",
     "guard_or_false",
+    "guarded",
     "input_sources",
     "is_aten",
     "is_batched",
     "is_erased",
+    "is_inplace_view",
+    "is_plain",
     "is_wrapper",
     "make_fx",
     "namespaces",
     "redirections",
+    "storages",
     "transformer_encoder_layer",
     "tree_leaves",
+    "tree_map",
     "unbatched",
+    "version",
+    "why_not_plain",
     "without_attention_patterns",
     "written_arguments",
 ]
@@ -62,6 +77,12 @@ namespaces = (torch._C._nn, torch._functorch.predispatch)
 def fake_mode(values: Iterable[Any]) -> FakeTensorMode:
     """The mode of the fake tensors among `values`, of which there is at least one."""
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def guarded(relation: sympy.Basic, tensor: torch.Tensor) -> bool:
+    """Whether a relation of sizes holds, by which the graph that `tensor` is a fake tensor of is then guarded."""
+    environment = tensor.fake_mode.shape_env if isinstance(tensor, FakeTensor) else None
+    return environment is not None and guard_or_false(environment.create_symboolnode(relation))
 
 
 def input_sources(graph: Graph) -> list[str]:
@@ -85,6 +106,72 @@ def unbatched(tensor: torch.Tensor) -> torch.Tensor:
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether vmap hides a dimension of a tensor."""
     return bool(is_batchedtensor(tensor))
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is dense, of no subclass, and in no wrapper but those of vmap."""
+    tensor = unbatched(tensor)
+    return (
+        type(tensor) in (torch.Tensor, FakeTensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_nested
+        and not is_functorch_wrapped_tensor(tensor)
+        and not torch._is_functional_tensor(tensor)
+    )
+
+
+def why_not_plain(tensor: torch.Tensor) -> str:
+    """What is the matter with a tensor that is not known, as the end of a sentence."""
+    tensor = unbatched(tensor)
+    if is_functorch_wrapped_tensor(tensor):
+        return "differentiated by torch.func; only what is computed outside of its transforms becomes sparse"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "sparse or nested; pass a dense tensor"
+    if not is_plain(tensor):
+        return f"a {type(tensor).__name__}; pass a plain tensor"
+    return "changed in place later in a way that cannot be followed; compute a new tensor instead"
+
+
+def storages(tensor: torch.Tensor) -> set[StorageWeakRef | None]:
+    """Identities of the memory that a tensor of any kind lies in; None stands for any memory, where it is not known."""
+    try:
+        while is_functorch_wrapped_tensor(tensor):
+            tensor = get_unwrapped(tensor)
+        if torch._is_functional_tensor(tensor):
+            tensor = torch._from_functional_tensor(tensor)
+        if is_traceable_wrapper_subclass(tensor):
+            names, _ = tensor.__tensor_flatten__()
+            return set().union(*(storages(getattr(tensor, name)) for name in names))
+        return {StorageWeakRef(part.untyped_storage()) for part in _dense_parts(tensor)}
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError):
+        return {None}
+
+
+def _dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The dense tensors that a sparse one consists of; a dense tensor itself."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
+def is_inplace_view(name: str) -> bool:
+    """Whether a tensor method changes the shape of its tensor, or what it is a view of, in place."""
+    operator = getattr(torch.ops.aten, name, None)
+    if not isinstance(operator, OpOverloadPacket):
+        return False
+    return torch.Tag.inplace_view in getattr(operator, operator.overloads()[0]).tags
+
+
+def version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was changed in place, detaching not counted; None in inference mode, which does not count."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
 
 
 def is_aten(operator: OpOverloadPacket) -> bool:

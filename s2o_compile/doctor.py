@@ -18,7 +18,7 @@ from .version import VERSION
 LEAST_CAPABILITY = (8, 0)
 """The oldest GPUs that the kernels are compiled for in the tests."""
 TOLERANCE = 1e-2
-_PACKAGES = ("torch", "triton", "transformers")
+_PACKAGES = ("triton", "transformers")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Check:
 
 def examine() -> list[Check]:
     """Look at versions, devices and the backend, and run the operator on each device."""
-    versions = [Check("python", platform.python_version()), Check("s2o-compile", VERSION), *map(_version, _PACKAGES)]
-    checks = [*versions, _backend(), _compiler()]
+    versions = {"python": platform.python_version(), "s2o-compile": VERSION, "torch": torch.__version__}
+    checks = [Check(name, found) for name, found in versions.items()]
+    checks += [*map(_version, _PACKAGES), _backend(), _compiler()]
     if not torch.cuda.is_available():
         checks.append(Check("cuda", "none", advice="all runs on the CPU"))
     return checks + [check for device in _devices() for check in _device(device)]

@@ -19,6 +19,7 @@ from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import Device, DType, Json, make_folder, read_config
 from s2o_compile.demo.document import check_document
 from s2o_compile.demo.model import choose_device, choose_dtype
+from s2o_compile.writing import write_text
 
 from ..command import progress_bars, run, wide_console
 from .measure import Row, measure
@@ -74,7 +75,7 @@ def main(
             progress.advance(task)
             found = json.dumps(as_dict(subject, rows, note, repetitions), indent=2)
             if output:
-                (output / "prefill.json").write_text(found + "\n", encoding="utf-8")
+                write_text(output / "prefill.json", found + "\n")
     if as_json:
         print(found)
     else:

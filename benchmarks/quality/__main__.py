@@ -18,6 +18,7 @@ from s2o_compile.cli.options import Device, DType, Json, Model, make_folder, rea
 from s2o_compile.demo.memory import check_memory
 from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.ops import S2OConfig
+from s2o_compile.writing import write_text
 
 from ..command import progress_bars, run
 from .attention import COMPARED, METHODS, Attention, operator
@@ -132,7 +133,7 @@ def describe(model: Any, name: str, settings: Settings) -> dict[str, Any]:
 def save(outcomes: list[Outcome], facts: dict[str, Any], folder: Path) -> None:
     """Write quality.json and the picture of needles; after each document, as a run may be cut short."""
     text = json.dumps(as_dict(outcomes, facts), indent=2)
-    (folder / "quality.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "quality.json", text + "\n")
     save_picture(outcomes, folder / "quality.png")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from s2o_compile.writing import replacing
+
 from .cases import PLACES
 from .run import Outcome
 from .tasks import TASKS
@@ -43,7 +45,8 @@ def save_picture(outcomes: list[Outcome], path: Path) -> None:
         row[0].set_ylabel(f"asked, {place}\ndepth", fontsize=9)
     figure.supxlabel("tokens", fontsize=9)
     figure.colorbar(image, ax=panels, label="needles found", shrink=0.8)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as place:
+        figure.savefig(place, dpi=150)
 
 
 def needles(outcomes: list[Outcome], method: str, place: str) -> Grid:

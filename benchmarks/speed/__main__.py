@@ -20,6 +20,7 @@ from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import Device, DType, Json, make_folder, read_config
 from s2o_compile.demo.model import choose_device, choose_dtype
 from s2o_compile.ops import S2OConfig
+from s2o_compile.writing import write_text
 
 from ..command import progress_bars, run, wide_console
 from .contenders import DENSE, PRESETS
@@ -135,7 +136,7 @@ def read_setting(text: str) -> S2OConfig:
 
 def save(case: Case, rows: list[Row], repetitions: int, folder: Path) -> None:
     """Write speed.json and speed.png."""
-    (folder / "speed.json").write_text(json.dumps(as_dict(case, rows, repetitions), indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "speed.json", json.dumps(as_dict(case, rows, repetitions), indent=2) + "\n")
     save_plot(rows, folder / "speed.png")
 
 

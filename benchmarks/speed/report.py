@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from s2o_compile.writing import replacing
+
 from ..timing import device_name
 from .measure import Case, Row
 from .shapes import SHAPES
@@ -96,7 +98,8 @@ def save_plot(rows: list[Row], path: Path) -> None:
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * len(shapes), fontsize=8)
-    figure.savefig(path, dpi=200)
+    with replacing(path) as place:
+        figure.savefig(place, dpi=200)
 
 
 def wrapped(name: str) -> str:

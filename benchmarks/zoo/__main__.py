@@ -13,6 +13,7 @@ from rich.progress import track
 
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.cli.options import Json, check_file
+from s2o_compile.writing import write_text
 
 from ..command import run
 from . import report
@@ -46,7 +47,7 @@ def main(
     pending = list(calls(only or ARCHITECTURES))
     rows = [row(*call) for call in track(pending, "Compile", transient=True, console=Console(stderr=True))]
     if markdown:
-        markdown.write_text(report.markdown(rows), encoding="utf-8")
+        write_text(markdown, report.markdown(rows))
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..ops import S2OConfig
+from ..writing import write_text
 from .identity import Identity
 
 if TYPE_CHECKING:
@@ -76,22 +78,28 @@ class Calibration:
             raise CalibrationError(f"calibration {str(path)!r} is not a text file") from error
         try:
             found = json.loads(text)
-            if found.pop("format") != FORMAT:
-                raise ValueError
+            _require(found.pop("format") == FORMAT)
             found["model"] = Identity(**found["model"])
             found["sites"] = {name: Site(**site) for name, site in found["sites"].items()}
             calibration = cls(**found)
             calibration._check()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise CalibrationError(
                 f"calibration {str(path)!r} must be a file that s2o_compile.calibrate wrote ({FORMAT})"
             ) from error
         return calibration
 
     def _check(self) -> None:
-        """Raise TypeError or ValueError for settings that no operator has."""
+        """Raise AttributeError, TypeError or ValueError for what `calibrate` does not write."""
+        S2OConfig(error_budget=self.error_budget)
         for site in self.sites.values():
             S2OConfig.from_options(self.settings | {"threshold": site.threshold if not site.dense else 0.0})
+        measured = [x for site in self.sites.values() for x in (site.threshold, site.density, site.error)]
+        numbers = [self.error_budget, self.model.parameters, *self.lengths, *(x for x in measured if x is not None)]
+        weights = self.model.weights.values()
+        texts = [self.torch, self.model.kind, *weights, *(site.dense for site in self.sites.values())]
+        _require(all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers))
+        _require(all(isinstance(x, str) for x in texts) and isinstance(self.lengths, list))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file.
@@ -100,7 +108,7 @@ class Calibration:
             CalibrationError: It cannot be written.
         """
         with one_sentence(path):
-            Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, in types that JSON has."""
@@ -141,6 +149,11 @@ def one_sentence(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise CalibrationError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def _require(holds: bool) -> None:
+    if not holds:
+        raise ValueError
 
 
 def _shown(number: float | None, form: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from typing import Annotated
@@ -9,7 +10,13 @@ from typing import Annotated
 import typer
 
 from ..version import VERSION
+from ..writing import WriteError
 from .errors import UsageError
+
+INTERRUPTED = 130
+"""What shells say of a process that SIGINT ended, and typer of one that it interrupted."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(help="Sparse long-context attention as a torch.compile backend.", add_completion=False)
 
@@ -52,16 +59,22 @@ def run(command: typer.Typer, name: str | None = None, arguments: list[str] | No
     """
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # PyTorch's, and no command needs it
     try:
-        code = command(arguments, prog_name=name, standalone_mode=False)
+        code = command(arguments, prog_name=name, standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Exception as error:
         message = _user_message(error)
         if message is None:
             raise
-        print(f"{name}: {message}" if name else message, file=sys.stderr)
+        _complain(name, message)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(code or 0)
+    if code == INTERRUPTED:
+        _complain(name, "interrupted.")
+    sys.exit(code)
+
+
+def _complain(name: str | None, message: str) -> None:
+    print(f"{name}: {message}" if name else message, file=sys.stderr)
 
 
 def _user_message(error: Exception) -> str | None:
@@ -76,6 +89,8 @@ def _user_message(error: Exception) -> str | None:
     cause = getattr(error, "inner_exception", error)  # Dynamo wraps what a backend raises
     if calibration is not None and isinstance(cause, calibration.CalibrationError):
         return f"{cause}."
+    if isinstance(cause, WriteError) or (isinstance(cause, OSError) and cause.errno in _FULL):
+        return f"{cause.filename or 'The output'} cannot be written: {cause.strerror}."
     demo_errors = sys.modules.get("s2o_compile.demo.errors")
     if demo_errors is not None and isinstance(error, demo_errors.DemoError):
         return str(error)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..heat_map import heat_map
+from ..writing import replacing, write_text
 from .results import Lookups, Results
 
 BAR = 30
@@ -30,14 +31,16 @@ def print_report(results: Results, console: Console) -> None:
 
 def save_json(results: Results, path: Path) -> None:
     """Save everything as JSON."""
-    path.write_text(json.dumps(results.as_dict(), indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(results.as_dict(), indent=2) + "\n")
 
 
 def save_picture(results: Results, path: Path) -> None:
     """Save a heat map of density by layer and head."""
     grid = [site.density for site in results.sites if site.density]
     title = f"Share of attention computed\n{results.model}, {results.tokens:,} tokens"
-    heat_map(grid, title, "density (1 is dense)").savefig(path, dpi=150)
+    figure = heat_map(grid, title, "density (1 is dense)")
+    with replacing(path) as place:
+        figure.savefig(place, dpi=150)
 
 
 def _comparison(results: Results) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,25 +11,18 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..ops.visibility import Visibility
 
+_PROPERTIES = ("device", "dtype", "grad_fn", "is_cuda", "is_leaf", "layout", "ndim", "requires_grad", "shape")
 _ASKING = frozenset(
     {
+        *(getattr(torch.Tensor, name).__get__ for name in _PROPERTIES),
         torch.Tensor.__len__,
         torch.Tensor.contiguous,
         torch.Tensor.cpu,
         torch.Tensor.cuda,
-        torch.Tensor.device.__get__,
         torch.Tensor.dim,
-        torch.Tensor.dtype.__get__,
-        torch.Tensor.grad_fn.__get__,
         torch.Tensor.is_complex,
-        torch.Tensor.is_cuda.__get__,
         torch.Tensor.is_floating_point,
-        torch.Tensor.is_leaf.__get__,
-        torch.Tensor.layout.__get__,
-        torch.Tensor.ndim.__get__,
         torch.Tensor.numel,
-        torch.Tensor.requires_grad.__get__,
-        torch.Tensor.shape.__get__,
         torch.Tensor.size,
         torch.Tensor.to,
         torch.is_complex,
@@ -73,7 +66,7 @@ class LazyMask(torch.Tensor):
     _held: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, terms: Visibility, shape: tuple[int, int, int, int], device: torch.device) -> LazyMask:
+    def __new__(cls, terms: Visibility, shape: Sequence[int], device: torch.device) -> LazyMask:
         with torch.inference_mode(False):
             mask: LazyMask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         mask.terms, mask._held = terms, None

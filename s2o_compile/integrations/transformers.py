@@ -90,9 +90,9 @@ def s2o_attention(
 _collector = getattr(output_capturing, "_active_collector", None)
 """What the model that runs collects from its layers for its caller."""
 _REFUSED = {
-    "block_indices": "cannot attend to the blocks of keys that a model picks; use 'eager'",
+    "block_indices": "cannot attend to the blocks of keys that a model picks; use 'sdpa'",
     "cache": "cannot attend to a paged cache; use 'sdpa' for continuous batching",
-    "indices": "cannot attend to the keys that a model picks; use 'eager'",
+    "indices": "cannot attend to the keys that a model picks; use 'sdpa'",
     "sinks": "has one sink for each head, and the model one for each query too; use 'eager'",
 }
 """Arguments that change the result and are not passed on, and what to say of them."""
@@ -110,9 +110,9 @@ def _refuse(module: torch.nn.Module, mask: torch.Tensor | None, options: dict[st
     documents = options.get("cu_seq_lens_q")
     if documents is not None and documents.numel() > 2 and (mask is None or isinstance(mask, LazyMask)):
         raise ValueError(
-            f"cu_seq_lens_q packs {documents.numel() - 1} documents, which the mask does not tell apart: "
-            "attn_implementation='s2o' reads documents from position_ids, where there is neither an attention_mask nor "
-            "a cache (use_cache=False)"
+            f"cu_seq_lens_q packs {documents.numel() - 1} documents, which the mask does not tell apart, and "
+            "attn_implementation='s2o' follows the mask: most models make it of position_ids where there is neither an "
+            "attention_mask nor a cache (use_cache=False)"
         )
 
 

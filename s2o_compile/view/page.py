@@ -12,6 +12,7 @@ from string import Template
 
 from matplotlib.figure import Figure
 
+from ..writing import replacing, write_text
 from .errors import ViewError
 from .results import View
 
@@ -70,7 +71,7 @@ def save_page(view: View, pictures: dict[str, Figure], path: Path) -> None:
         ViewError: The file cannot be written.
     """
     try:
-        path.write_text(page(view, pictures), encoding="utf-8")
+        write_text(path, page(view, pictures))
     except OSError as error:
         raise ViewError(f"output must be a file that can be written, not {path}: {error.strerror}") from error
 
@@ -84,7 +85,8 @@ def save_pngs(pictures: dict[str, Figure], folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in pictures.items():
-            figure.savefig(folder / f"{name}.png", dpi=PAPER_DPI)
+            with replacing(folder / f"{name}.png") as place:
+                figure.savefig(place, dpi=PAPER_DPI)
     except OSError as error:
         raise ViewError(f"png must be a folder that can be written to, not {folder}: {error.strerror}") from error
 

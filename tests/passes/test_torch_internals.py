@@ -108,3 +108,37 @@ def test_patterns_for_attention() -> None:
         assert contextvars.Context().run(fused)[0] == 1, "another thread's compilation has them"
     assert fused()[0] == 1
     assert len(torch_internals._others(patterns).patterns) < len(patterns.patterns)
+
+
+def test_kinds_of_tensors() -> None:
+    seen: list[bool] = []
+
+    def see(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch_internals.is_plain(x))
+        assert torch_internals.storages(x) == torch_internals.storages(plain)
+        return x.sum()
+
+    plain = torch.ones(2, 2)
+    torch.func.vmap(see)(plain)
+    torch.func.grad(see)(plain)
+    assert seen == [True, False]
+    assert torch_internals.is_plain(plain)
+    assert torch_internals.storages(plain.view(4)) == torch_internals.storages(plain)
+    for other in (plain.to_sparse(), plain.to_sparse_csr(), torch.nested.as_nested_tensor([plain]), plain.to_mkldnn()):
+        assert not torch_internals.is_plain(other)
+        assert torch_internals.storages(other)
+        assert torch_internals.why_not_plain(other).startswith("sparse or nested")
+
+
+def test_changes_of_shape() -> None:
+    names = ["unsqueeze_", "squeeze_", "transpose_", "t_", "swapdims_", "as_strided_", "detach_", "set_", "resize_"]
+    assert all(map(torch_internals.is_inplace_view, names))
+    assert not any(map(torch_internals.is_inplace_view, ["add_", "unsqueeze", "copy_", "no_operator"]))
+
+
+def test_versions() -> None:
+    x = torch.ones(2)
+    assert torch_internals.version(x) == 0
+    assert torch_internals.version(x.unsqueeze_(0)) == 1
+    with torch.inference_mode():
+        assert torch_internals.version(torch.ones(2)) is None

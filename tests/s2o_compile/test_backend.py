@@ -129,6 +129,19 @@ def test_through_inductor() -> None:
     assert len(counts) == 1
 
 
+def test_a_scale_computed_from_the_length_is_compiled_once() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT * k.shape[2] ** -0.5).softmax(-1) @ v
+
+    counts.clear()
+    compiled = torch.compile(attend, backend=Counting(EXACT), dynamic=True, fullgraph=True)
+    for length in (20, 33, 48):
+        args = inputs(queries=length)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*args), attend(*args))
+    assert len(counts) == 1
+
+
 def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return sdpa(q[:, :, -1:], k, v)
 

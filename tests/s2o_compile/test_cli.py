@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from s2o_compile import cli, demo, doctor
+from s2o_compile.cli import app
 from s2o_compile.demo import prepare
 from s2o_compile.demo.document import Document
 
@@ -100,7 +103,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
         (demo.DemoError("Too short."), "Too short."),
         (ModuleNotFoundError("No module", name="gguf"), "needs the package gguf"),
         (MemoryError(), "not enough memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "not enough memory"),
     ],
 )
 def test_errors_of_the_demo(
@@ -181,3 +184,31 @@ def test_defects_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(demo, "run_demo", run_demo)
     with pytest.raises(AssertionError):
         cli.main(["demo", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["s2o", None])
+def test_an_interruption_is_one_line(name: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    command = typer.Typer()
+
+    @command.command()
+    def work() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SystemExit) as stop:
+        app.run(command, name, [])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == ("s2o: interrupted.\n" if name else "interrupted.\n")
+
+
+def test_a_reader_that_leaves() -> None:
+    code = "from s2o_compile.cli import main; main(['--help'])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() in (0, 1)
+
+
+def test_output_that_finds_no_room() -> None:
+    code = "from s2o_compile.cli import main; main(['--help'])"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0 and "No space left on device" in done.stderr and "Traceback" not in done.stderr
