@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version as installed
 from pathlib import Path
 
 import typer
@@ -10,10 +9,11 @@ from sphinx.application import Sphinx
 from typer.cli import get_docs_for_click
 
 from s2o_compile.cli.app import app
+from s2o_compile.version import VERSION
 
 project = "s2o-compile"
 html_title = project
-version = release = installed(project)
+version = release = VERSION
 copyright = "the authors of s2o-compile, Apache License 2.0"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]

@@ -10,6 +10,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+SETTINGS = 2**16
+"""How many settings each cache of them holds: a model that is calibrated may have one for each site."""
+
 
 @dataclass(frozen=True)
 class S2OConfig:
@@ -187,7 +190,7 @@ class S2OConfig:
 
     def without_ranking(self) -> S2OConfig:
         """The same, but that all queries attend all keys, one by one."""
-        return dataclasses.replace(self, last_queries=_EVERY_QUERY, stop="importance", tail="none")
+        return replaced(self, last_queries=_EVERY_QUERY, stop="importance", tail="none")
 
     @property
     def has_means(self) -> bool:
@@ -220,10 +223,16 @@ class S2OConfig:
         return json.dumps(self.arguments())
 
     @classmethod
-    @functools.lru_cache
+    @functools.lru_cache(maxsize=SETTINGS)
     def from_json(cls, text: str) -> S2OConfig:
         """The configuration that a text of `as_json` stands for, built once."""
         return cls(**json.loads(text))
+
+
+@functools.lru_cache(maxsize=SETTINGS)
+def replaced(config: S2OConfig, **changes: Any) -> S2OConfig:
+    """``dataclasses.replace``, once for each setting."""
+    return dataclasses.replace(config, **changes)
 
 
 def operator_fields() -> list[dataclasses.Field[Any]]:

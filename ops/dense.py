@@ -15,7 +15,7 @@ from .visibility import Visibility
 def dense_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visibility: Visibility, scale: float | None
 ) -> torch.Tensor:
-    """SDPA; shapes as in `ops.operator`. Rows with nothing to attend to give zeros."""
+    """SDPA with a scale above 0; shapes as in `ops.operator`. Rows with nothing to attend to give zeros."""
     grouped = query.shape[1] != key.shape[1]
     is_causal, offset, *terms = visibility
     if all(term is None for term in terms) and (not is_causal or statically_known_true(offset == 0)):
@@ -23,6 +23,16 @@ def dense_attention(
     mask = _mask(visibility, query, key)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return output.masked_fill(~mask.any(-1, keepdim=True), 0)
+
+
+def positive_scale(query: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float | None]:
+    """A query and a scale above 0 (or None, the default) with the same logits.
+
+    SDPA on a CPU multiplies the causal mask by the scale as well, so that one of 0 or below gives NaN.
+    """
+    if scale is None or scale > 0:
+        return query, scale
+    return (-query, -scale) if scale < 0 else (query * 0, 1.0)
 
 
 def decode_attention(

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from . import cpu
 from .choice import choose_sparse
-from .config import S2OConfig, operator_fields
-from .dense import decode_attention, dense_attention
+from .config import SETTINGS, S2OConfig, operator_fields
+from .dense import decode_attention, dense_attention, positive_scale
+from .distributed import refuse_context_parallel, refuse_dtensors
 from .memory import fit_into_memory
 from .recording import SparseCall, recorded
 from .result import AttentionResult
@@ -106,7 +110,8 @@ def attention(
         [B, Hq, Lq, Dv] in the dtype of `query`; zeros for rows with nothing to attend to.
 
     Raises:
-        TypeError: A dtype or a field's type is not supported.
+        RuntimeError: The call is inside torch's ``context_parallel``.
+        TypeError: A dtype or a field's type is not supported, or a tensor that sparse attention takes is a DTensor.
         ValueError: Shapes, devices or a value do not fit, or a gradient is asked for.
     """
     terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
@@ -114,8 +119,8 @@ def attention(
     sparse = call.chooses_sparse()
     if sparse is None:
         return torch.ops.s2o.attention_dynamic(
-            call.query, call.key, call.value, is_causal, causal_offset, key_padding, scale, window, query_documents,
-            key_documents, mask, softcap, sinks, site, **fields,
+            call.query, call.key, call.value, is_causal, causal_offset, key_padding, call.scale, window,
+            query_documents, key_documents, mask, softcap, sinks, site, **fields,
         )  # fmt: skip
     return call.sparse().output if sparse else call.dense()
 
@@ -152,7 +157,7 @@ def attention_dynamic(*arguments: Any, **options: Any) -> torch.Tensor:
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-_configured = functools.lru_cache(S2OConfig)
+_configured = functools.lru_cache(maxsize=SETTINGS)(S2OConfig)
 """`S2OConfig`, whose checks take longer than the launch of a kernel, so that each setting is checked once."""
 
 
@@ -183,9 +188,12 @@ class _Call(NamedTuple):
         fields: dict[str, Any],
     ) -> _Call:
         """Validate what an operator was called with; `fields` are those of `S2OConfig`."""
+        refuse_context_parallel()
         config = _configured(**fields)
         query, key, value = _autocast(query, key, value)
         validate(query, key, value, terms, scale, softcap, sinks)
+        query, key = _with_channels(query), _with_channels(key)
+        query, scale = positive_scale(query, scale)
         if terms.mask is not None:
             terms = terms._replace(mask=terms.mask[(None,) * (4 - terms.mask.dim())])
         terms = terms.simplified(query.shape[2], key.shape[2])
@@ -217,16 +225,19 @@ class _Call(NamedTuple):
 
     def sparse(self) -> AttentionResult:
         """Sparse attention as the configuration says."""
-        settings = self.config.as_json
-        arguments = (self.query, self.key, self.value, *self.visibility, self.factor, self.softcap)
+        refuse_dtensors(query=self.query, key=self.key, value=self.value)
+        settings, value = self.config.as_json, _with_channels(self.value)
+        arguments = (self.query, self.key, value, *self.visibility, self.factor, self.softcap)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
-        if self.query.is_cuda and not symbolic and _is_packaging():
+        if self.query.is_cuda and not symbolic and not _is_empty(self.query, self.key) and _is_packaging():
             from .kernels.launch import sparse_triton
 
             result = AttentionResult(*sparse_triton(*arguments, settings))
         else:
             result = AttentionResult(*torch.ops.s2o.sparse(*arguments, self.site, settings))
+        if value is not self.value:
+            result = result._replace(output=result.output[..., :0])
         return result if self.sinks is None else add_sinks(result, self.sinks)
 
 
@@ -236,26 +247,54 @@ def _is_packaging() -> bool:
     return virtualized is not None and virtualized.V.aot_compilation
 
 
+def _with_channels(x: torch.Tensor) -> torch.Tensor:
+    """A query, key or value; one channel of zeros where it has none, which says as much."""
+    return x.new_zeros(*x.shape[:-1], 1) if statically_known_true(x.shape[-1] == 0) else x
+
+
+def _is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether there are no queries, or no keys that they could see."""
+    return 0 in (*query.shape[:3], *key.shape[1:3])
+
+
 def _sparse_cpu(*arguments: Any) -> AttentionResult:
-    call = _recorded_call(*arguments)
-    operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
-    return recorded(call, lambda: fit_into_memory(lambda config: cpu.sparse_attention(*operands, config), call.config))
+    def attend(call: SparseCall, config: S2OConfig) -> AttentionResult:
+        operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
+        return cpu.sparse_attention(*operands, config)
+
+    return _dispatched(attend, *arguments)
 
 
 def _sparse_cuda(*arguments: Any) -> AttentionResult:
-    from .kernels.launch import sparse_triton
+    def attend(call: SparseCall, config: S2OConfig) -> AttentionResult:
+        from .kernels.launch import sparse_triton
 
-    call, operands = _recorded_call(*arguments), arguments[:-2]
-
-    def attend(config: S2OConfig) -> AttentionResult:
+        *operands, _, _ = arguments
         return AttentionResult(*sparse_triton(*operands, config.as_json))
 
-    return recorded(call, lambda: fit_into_memory(attend, call.config))
+    return _dispatched(attend, *arguments)
 
 
-def _recorded_call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> SparseCall:
+def _dispatched(
+    attend: Callable[[SparseCall, S2OConfig], AttentionResult],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *rest: Any,
+) -> AttentionResult:
+    """What an implementation computes, which is not asked where there is nothing to attend to."""
+    refuse_context_parallel()  # A graph may have been compiled outside.
     *terms, scale, softcap, site, settings = rest
-    return SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
+    call = SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
+    if _is_empty(query, key):
+        return AttentionResult.of_nothing(query, value, call.config.tile)
+    with _without_autocast(query.device.type):
+        return recorded(call, lambda: fit_into_memory(partial(attend, call), call.config))
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context in which nothing is cast: what an implementation computes has the dtypes that it chose."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

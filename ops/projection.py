@@ -60,7 +60,7 @@ def project(
     counted = masked(key, valid)
     some = _sampled(guides, guides.shape[-3] * guides.shape[-2]).flatten(-3, -2)
     some_keys = _sampled(counted, key.shape[-2])
-    of_guides, of_keys, neglected = principal_directions(some, some_keys, channels)
+    of_guides, of_keys, neglected = principal_directions(some, some_keys, channels, counted_keys(valid, key.shape[-2]))
     return Projected(guides @ of_guides[..., None, :, :], counted @ of_keys, neglected * scale**2)
 
 
@@ -73,7 +73,7 @@ def project_group(
 
 
 def principal_directions(
-    query: torch.Tensor, key: torch.Tensor, channels: int
+    query: torch.Tensor, key: torch.Tensor, channels: int, count: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Matrices A and B [..., D, channels] such that (q A) (k B)^T is close to q k^T, and `Projected.neglected`.
 
@@ -86,9 +86,10 @@ def principal_directions(
         query: [..., n, D].
         key: [..., Lk, D].
         channels: At most D.
+        count: How many of the keys count [...], the others being zeros; None for all.
     """
     queries, _ = _moments(query)
-    keys, mean = _moments(key)
+    keys, mean = _moments(key, count)
     strongest = (queries * keys).diagonal(dim1=-2, dim2=-1).topk(channels, -1).indices
     channel = torch.arange(key.shape[-1], device=key.device)
     of_queries = of_keys = (channel[:, None] == strongest[..., None, :]).to(keys.dtype)
@@ -117,15 +118,24 @@ def _root(gram: torch.Tensor) -> torch.Tensor:
     return torch.linalg.cholesky_ex(gram + torch.diag_embed(slack.expand_as(diagonal)))[0]
 
 
-def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Second moments and mean of the rows of X [..., n, D], float64; what is not finite counts as 0."""
+def _moments(x: torch.Tensor, count: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Second moments and mean of the rows of X [..., n, D], float64; what is not finite counts as 0.
+
+    Of `count` [...] rows where the others are zeros that do not count.
+    """
     rows = x.double().nan_to_num(0, 0, 0)
-    return rows.mT @ rows / rows.shape[-2], rows.mean(-2)
+    of_rows = rows.new_tensor(rows.shape[-2]) if count is None else count.clamp_min(1)
+    return rows.mT @ rows / of_rows[..., None, None], rows.sum(-2) / of_rows[..., None]
 
 
 def _sampled(x: torch.Tensor, rows: int) -> torch.Tensor:
     """X [..., n, D] with each n-th row only, such that about `_ROWS` of so many rows are left."""
     return x[..., :: sampling_step(rows), :]
+
+
+def counted_keys(valid: torch.Tensor | None, keys: int) -> torch.Tensor | None:
+    """How many of the keys that are looked at are `valid` [..., Lk]: [...], None for all."""
+    return None if valid is None else valid[..., :: sampling_step(keys)].sum(-1)
 
 
 def sampling_step(rows: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,3 +27,9 @@ class AttentionResult(NamedTuple):
             query.new_empty(batch, heads, length, dtype=torch.float32),
             query.new_empty(batch, heads, -(-length // tile), dtype=torch.int64),
         )
+
+    @classmethod
+    def of_nothing(cls, query: torch.Tensor, value: torch.Tensor, tile: int) -> AttentionResult:
+        """The results of a call without keys, or without queries."""
+        output, lse, visited = cls.empty(query, value, tile)
+        return cls(output.zero_(), lse.fill_(-math.inf), visited.zero_())

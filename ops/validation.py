@@ -42,8 +42,8 @@ def validate(
             raise ValueError(f"{name} must be on the device of query ({device}), not {tensor.device}")
         if shape[:1] != batch:
             raise ValueError(f"{name} must have the batch size of query ({batch[0]}), not {shape[0]}")
-        if not 1 <= shape[3] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name} must have 1 to {MAX_HEAD_DIM} channels, not {shape[3]}")
+        if shape[3] > MAX_HEAD_DIM:
+            raise ValueError(f"{name} must have at most {MAX_HEAD_DIM} channels, not {shape[3]}")
     if device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"query must be on a CPU or a CUDA device, not {device}")
     (_, heads, _, channels), (_, groups, keys, key_channels) = query.shape, key.shape
@@ -53,8 +53,8 @@ def validate(
         raise ValueError(f"value must have the heads of key ({groups}), not {value.shape[1]}")
     if value.shape[2] != keys:
         raise ValueError(f"value must have the length of key ({keys}), not {value.shape[2]}")
-    if groups == 0 or heads % groups or heads == 0:
-        raise ValueError(f"query must have a positive multiple of the heads of key ({groups}), not {heads} heads")
+    if groups and heads % groups:
+        raise ValueError(f"query must have a multiple of the heads of key ({groups}), not {heads} heads")
     _validate_visibility(query, key, visibility)
     if isinstance(scale, (int, float)) and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from typing import NamedTuple
 
 import torch
 
-from .config import S2OConfig
+from .config import S2OConfig, replaced
 from .sizes import statically_known_true
 
 
@@ -78,6 +77,14 @@ class Visibility(NamedTuple):
         seen = terms.seen(index[:, None, None, None], 0, row[:, None], column)
         return seen if mask is None else seen & mask
 
+    def of(self, batch: slice) -> Visibility:
+        """The same of some batch entries."""
+        padding, of_queries, of_keys = (
+            None if x is None else x[batch] for x in (self.key_padding, self.query_documents, self.key_documents)
+        )
+        mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[batch]
+        return self._replace(key_padding=padding, query_documents=of_queries, key_documents=of_keys, mask=mask)
+
     def ranking(self, config: S2OConfig) -> S2OConfig:
         """The configuration as far as such a call can follow it.
 
@@ -86,9 +93,9 @@ class Visibility(NamedTuple):
         queries see different keys of the history the tail is sampled.
         """
         if self.query_documents is not None or self.mask is not None:
-            config = dataclasses.replace(config, pool=1, guides="head")
+            config = replaced(config, pool=1, guides="head")
         if self.varies and config.tail == "means":
-            config = dataclasses.replace(config, tail="sampled")
+            config = replaced(config, tail="sampled")
         return config
 
 

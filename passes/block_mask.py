@@ -78,7 +78,7 @@ class BlockMask:
 
 def _operand(node: Any, name: str, *arguments: Any, **options: Any) -> Node | None:
     """The first operand of an operation with these other arguments, if a node is one."""
-    if not isinstance(node, Node) or operation_name(node) != name:
+    if not isinstance(node, Node) or operation_name(node) != name or not node.args:
         return None
     source: Any = node.args[0]
     return source if node.args[1:] == arguments and node.kwargs == options else None
@@ -105,7 +105,9 @@ def _ordered(counts: Node | None, indices: Node | None) -> Node | None:
 
 def _compared(node: Any, name: str, number: sympy.Expr) -> Node | None:
     """What a node compares with a number, if it does."""
-    if not isinstance(node, Node) or operation_name(node) != name or symbolic(node.args[1]) != number:
+    if not isinstance(node, Node) or operation_name(node) != name or len(node.args) != 2:
+        return None
+    if symbolic(node.args[1]) != number:
         return None
     source: Any = node.args[0]
     return source

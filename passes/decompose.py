@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from .torch_internals import enter_autocast, exit_autocast, fake_mode, make_fx, transformer_encoder_layer
-from .values import fake_tensor
+from .regions import autocast_at
+from .torch_internals import fake_mode, is_batched, make_fx, transformer_encoder_layer
+from .values import AS_COMPUTED, fake_tensor, held, objects
 
 
 def _encoder_layer(
@@ -117,7 +116,7 @@ def decompose(node: Node) -> Decomposition | None:
     if body is None:
         return None
     outputs = _outputs(node)
-    if not outputs:
+    if not outputs or not all(map(_is_readable, (*outputs, *node.all_input_nodes))):
         return None
     traced = _traced(node, body, outputs)
     copies: dict[Node, Node] = dict(zip(traced.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
@@ -125,9 +124,10 @@ def decompose(node: Node) -> Decomposition | None:
     with node.graph.inserting_before(node):
         results: Any = node.graph.graph_copy(traced, copies)
     made = {source: copy for source, copy in copies.items() if source not in inputs}
-    needs_gradients = any(output.meta["example_value"].requires_grad for output in outputs)
+    needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in map(fake_tensor, outputs))
     for source, copy in made.items():
         copy.meta = dict(node.meta, example_value=_marked(source.meta["val"], needs_gradients))
+        copy.meta.pop(AS_COMPUTED, None)
     replaced = dict(zip(outputs, results, strict=True))
     decomposition = Decomposition(node, tuple(made.values()), node.args, node.kwargs, replaced)
     node.args, node.kwargs = (), {}
@@ -138,29 +138,19 @@ def decompose(node: Node) -> Decomposition | None:
 
 def _outputs(node: Node) -> list[Node]:
     """The nodes that hold the tensors of a call's result."""
-    return [node] if fake_tensor(node) is not None else list(node.users)
+    return [node] if isinstance(held(node), Tensor) else list(node.users)
+
+
+def _is_readable(node: Node) -> bool:
+    """Whether a node holds a number, or a tensor that is known and can be traced with outside of vmap."""
+    tensor = fake_tensor(node)
+    return not objects(node) if tensor is None else not is_batched(tensor)
 
 
 def _marked(value: Any, needs_gradients: bool) -> Any:
     """A traced value, which tracing detached, as one that may need gradients."""
     is_differentiable = isinstance(value, Tensor) and value.is_floating_point()
     return value.requires_grad_(needs_gradients) if is_differentiable else value
-
-
-def _autocast(node: Node) -> ExitStack:
-    """The autocast regions of a graph that a node is in, as a context."""
-    regions: list[Any] = []
-    for other in node.graph.nodes:
-        if other is node:
-            break
-        if other.target is enter_autocast:
-            regions.append(other)
-        elif other.target is exit_autocast:
-            regions.remove(other.args[0])
-    stack = ExitStack()
-    for region in regions:
-        stack.enter_context(torch.autocast(*region.args))
-    return stack
 
 
 def _traced(node: Node, body: Callable[..., Any], outputs: list[Node]) -> Graph:
@@ -173,8 +163,8 @@ def _traced(node: Node, body: Callable[..., Any], outputs: list[Node]) -> Graph:
         result = body(*args, **kwargs)
         return tuple(result if output is node else operator.getitem(result, output.args[1]) for output in outputs)
 
-    values = [item.meta["example_value"] for item in inputs]
-    with fake_mode(values), _autocast(node):
+    values = list(map(held, inputs))
+    with fake_mode(values), autocast_at(node):
         traced = make_fx(call, pre_dispatch=True)(*values)
     traced.graph.eliminate_dead_code()
     return traced.graph

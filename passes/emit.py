@@ -13,12 +13,17 @@ from sympy.core.function import AppliedUndef
 from torch.fx import Graph, Node
 
 from .clauses import literal_of
+from .symbolic import INTEGERS
+from .torch_internals import FloorDiv, Max, Min, Mod, PythonMod
 from .values import fake_tensor, symbolic, symbolic_shape
 
 Value = int | Node
 _SIZES: dict[type, Callable[[Any, Any], Any]] = {
-    sympy.Add: operator.add, sympy.Mul: operator.mul, sympy.Min: torch.sym_min,
+    sympy.Add: operator.add, sympy.Mul: operator.mul, FloorDiv: operator.floordiv,
+    Mod: operator.mod, PythonMod: operator.mod,
+    **dict.fromkeys((sympy.Min, Min), torch.sym_min), **dict.fromkeys((sympy.Max, Max), torch.sym_max),
 }  # fmt: skip
+"""Of torch's `Mod` both operands are known to be at least zero."""
 
 
 class NotComputed(Exception):
@@ -63,6 +68,13 @@ def _folded(graph: Graph, form: Callable[[Any, Any], Any], values: Iterable[Any]
     return reduce(lambda one, other: graph.call_function(form, (one, other)), values)
 
 
+def _by_sign(expression: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """Two sums, of which the first less the second is the expression."""
+    negative = [term for term in sympy.Add.make_args(expression) if term.could_extract_minus_sign()]
+    less = -sympy.Add(*negative)
+    return expression + less, less
+
+
 class Emitter:
     """Writes expressions over `axes` as tensors with one dimension for each, of size 1 where they do not vary.
 
@@ -93,12 +105,29 @@ class Emitter:
             found: Node = _folded(self.graph, form, map(self.predicate, expression.args))
             return found
         literal = literal_of(expression)
-        leaf = literal.lhs
-        if isinstance(leaf, AppliedUndef) and self._is_boolean(leaf):
-            node = self.leaf(leaf)
+        if isinstance(literal.lhs, AppliedUndef) and self._dtype(literal.lhs) not in INTEGERS:
+            node = self._flag(literal.lhs)
             return node if isinstance(literal, sympy.Ne) else self.graph.call_function(torch.logical_not, (node,))
-        forms = {sympy.Ge: torch.ge, sympy.Eq: torch.eq, sympy.Ne: torch.ne}
-        return self.graph.call_function(forms[type(literal)], self._sides(leaf))
+        if isinstance(literal, sympy.Ge):
+            return self._at_least_zero(literal.lhs)
+        form = torch.eq if isinstance(literal, sympy.Eq) else torch.ne
+        left, right = _by_sign(literal.lhs)
+        return self.graph.call_function(form, (self.integers(left), self._value(right)))
+
+    def _at_least_zero(self, expression: sympy.Expr) -> Node:
+        """Where a sum is at least zero; an unknown number stays alone on its side, as a sum with it might overflow."""
+        known, unknown = expression.as_independent(AppliedUndef, as_Add=True)
+        form = torch.ge
+        if known.as_coeff_Add()[0].is_negative:
+            form, known = torch.gt, known + 1
+        left, right = _by_sign(unknown)
+        if left == right == 0:
+            left, right = _by_sign(known)
+        elif right == 0:
+            right = -known
+        else:
+            left += known
+        return self.graph.call_function(form, (self.integers(left), self._value(right)))
 
     def integers(self, expression: sympy.Expr) -> Node:
         """Whole numbers as a tensor of int64."""
@@ -140,17 +169,14 @@ class Emitter:
             return node
         return self.graph.call_function(operator.getitem, (node, items))
 
-    def _is_boolean(self, leaf: AppliedUndef) -> bool:
+    def _dtype(self, leaf: AppliedUndef) -> torch.dtype | None:
         tensor = fake_tensor(self.leaves[leaf.func.__name__])
-        return tensor is not None and tensor.dtype == torch.bool
+        return None if tensor is None else tensor.dtype
 
-    def _sides(self, difference: sympy.Expr) -> tuple[Any, Any]:
-        """Two sums, of which the first less the second is the difference: subtraction might overflow."""
-        terms = sympy.Add.make_args(difference)
-        negative = [term for term in terms if term.could_extract_minus_sign()]
-        left = sympy.Add(*(term for term in terms if term not in negative))
-        right = -sympy.Add(*negative)
-        return self.integers(left), self._value(right)
+    def _flag(self, leaf: AppliedUndef) -> Node:
+        """Where a leaf that holds no whole numbers is not zero."""
+        node = self.leaf(leaf)
+        return node if self._dtype(leaf) == torch.bool else self.graph.call_method("to", (node, torch.bool))
 
     def _varies(self, expression: sympy.Expr) -> bool:
         return bool(expression.atoms(AppliedUndef) or expression.free_symbols & self.axes.keys())

@@ -21,9 +21,9 @@ from .walk import Changed, Walker, shape_of, source_layout
 
 def handwritten_site(walker: Walker, node: Node, product: Product) -> AttentionSite | None:
     """The attention whose output is a product of probabilities and a value, if it is one."""
-    layout = fresh(shape_of(node))
     if product.bias is not None or product.scale != 1:
         return None
+    layout = fresh(shape_of(node))
     for swapped in (False, True):
         try:
             return _Matched.of(walker, node, product, layout, swapped).site()

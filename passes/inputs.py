@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from .axes import Axis, Layout, Misaligned, Step, all_leaves, leaves, relayout
+from .torch_internals import unbatched
 from .values import fake_tensor
 from .walk import Operand
 
@@ -31,7 +32,7 @@ class Input:
     def tensor(self) -> torch.Tensor | None:
         """A fake tensor of the resulting shape; None where the node's is not known."""
         tensor = fake_tensor(self.node)
-        return tensor if tensor is None or self.shape is None else tensor.new_empty(self.shape)
+        return tensor if tensor is None or self.shape is None else unbatched(tensor).new_empty(self.shape)
 
 
 def fewest_axes(operands: Sequence[Operand]) -> set[Axis]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy
@@ -14,15 +13,17 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from .clauses import is_zero
+from .constants import Number, as_number, computed, held
 from .operations import Permuted, read_operation
 from .symbolic import (
     INTEGERS,
     Choice,
     Handler,
+    Index,
     Reader,
     Shape,
     Unreadable,
-    as_sympy,
+    as_choice,
     at_least_zero_within,
     axis,
     bounds,
@@ -35,6 +36,8 @@ from .symbolic import (
 )
 from .values import fake_tensor, is_nonnegative, symbolic_shape
 
+_LONGEST = 2**24
+"""The longest attention for which reading is right: positions may be added, multiplied and scaled in 64 bits."""
 _ZEROS = Choice(sympy.true, sympy.Integer(0), sympy.Integer(0))
 
 
@@ -61,35 +64,86 @@ def _need(holds: bool) -> None:
 
 
 def _whole(node: Node, expression: sympy.Expr) -> sympy.Expr:
-    """The result of arithmetic on integers; that of unknown ones may overflow where it is not of 64 bits."""
-    _need(_dtype(node) == torch.int64 or (_dtype(node) == torch.int32 and not expression.atoms(AppliedUndef)))
-    return sympy.expand(expression)
+    """The result of arithmetic on integers.
+
+    Where unknown ones of 64 bits overflow, sums and multiples of them are as equal as without; nothing else is read
+    from these.
+    """
+    expression, dtype = sympy.expand(expression), _dtype(node)
+    _need(dtype in INTEGERS and _fits(expression, dtype))
+    return expression
 
 
-def _combined(node: Node, form: Callable[[float, float], float], left: Choice, right: Choice) -> sympy.Basic:
-    """The reading of an operation on the numbers of two choices."""
+def _fits(expression: sympy.Expr, dtype: torch.dtype | None) -> bool:
+    """Whether whole numbers of a dtype hold an expression of indices and sizes up to `_LONGEST`.
+
+    Of unknown numbers, those of 32 bits may be more, and those of 64 bits are left to what reads them.
+    """
+    if dtype == torch.int32 and expression.atoms(AppliedUndef):
+        return False
+    most = 0
+    for term, factor in expression.as_coefficients_dict().items():
+        degree = 0 if term.is_number else sum(term.as_powers_dict().values())
+        if not sympy.sympify(degree).is_Integer:
+            return False
+        most += abs(factor) * _LONGEST**degree
+    return bool(most < (2**31 if dtype == torch.int32 else 2**62))
+
+
+def _cannot_overflow(expression: sympy.Expr) -> bool:
+    """Whether no sum or multiple of unknown numbers is in an expression."""
+    return isinstance(expression, (AppliedUndef, sympy.floor, sympy.Mod)) or not expression.atoms(AppliedUndef)
+
+
+def _exact(reader: Reader, value: Any, shape: Shape) -> sympy.Expr:
+    """An operand as whole numbers that are those of an arithmetic without overflow."""
+    expression = reader.integers(value, shape)
+    _need(_cannot_overflow(expression))
+    return expression
+
+
+def _compared(
+    reader: Reader, shape: Shape, input: Any, other: Any, read: Callable[[Reader, Any, Shape], sympy.Expr]
+) -> tuple[sympy.Expr, sympy.Expr]:
+    """Both operands of a comparison of whole numbers, which both fit the dtype that they are compared in."""
+    tensors = [tensor for tensor in map(fake_tensor, (input, other)) if tensor is not None]
+    wide = any(tensor.dtype == torch.int64 for tensor in [t for t in tensors if t.dim()] or tensors)
+    sides = read(reader, input, shape), read(reader, other, shape)
+    dtype = torch.int64 if wide else torch.int32
+    _need(all(_dtype(value) == dtype or _fits(side, dtype) for value, side in zip((input, other), sides, strict=True)))
+    return sides
+
+
+def _merged(node: Any, found: Iterable[tuple[Boolean, Number]]) -> sympy.Basic:
+    """The reading of a node from the numbers that stand where predicates hold, as its dtype holds them."""
     dtype = _dtype(node)
-    most = torch.finfo(dtype).max if dtype is not None and dtype.is_floating_point else math.inf
-
-    def rounded(first: float, second: float) -> float:
-        value = form(first, second)
-        return math.copysign(math.inf, value) if abs(value) > most else value
-
-    try:
-        return merge(
-            (sympy.And(in_first, in_second), rounded(first, second))
-            for in_first, first in cases(left)
-            for in_second, second in cases(right)
-        )
-    except ZeroDivisionError:
-        raise Unreadable from None
+    if dtype is None:
+        raise Unreadable
+    return merge((predicate, held(value, dtype)) for predicate, value in found)
 
 
-def _selected(predicate: Boolean, first: Choice, second: Choice) -> sympy.Basic:
+def _cases(choice: Choice) -> list[tuple[Boolean, Number]]:
+    return [(predicate, as_number(value)) for predicate, value in cases(choice)]
+
+
+def _combined(reader: Reader, node: Node, form: Callable[..., Any], input: Any, other: Any) -> sympy.Basic:
+    """The reading of an operation on two operands, each of two numbers."""
+    shape = _shape(node)
+    return _merged(
+        node,
+        [
+            (sympy.And(in_first, in_second), computed(form, (first, input), (second, other)))
+            for in_first, first in cases(reader.choice(input, shape))
+            for in_second, second in cases(reader.choice(other, shape))
+        ],
+    )
+
+
+def _selected(node: Node, predicate: Boolean, first: Choice, second: Choice) -> sympy.Basic:
     """The reading of one choice where a predicate holds and another elsewhere."""
-    inside = [(sympy.And(predicate, place), value) for place, value in cases(first)]
-    outside = [(sympy.And(sympy.Not(predicate), place), value) for place, value in cases(second)]
-    return merge(inside + outside)
+    inside = [(sympy.And(predicate, place), value) for place, value in _cases(first)]
+    outside = [(sympy.And(sympy.Not(predicate), place), value) for place, value in _cases(second)]
+    return _merged(node, inside + outside)
 
 
 def _arange(
@@ -114,10 +168,7 @@ def _zeros(reader: Reader, node: Node, *_: Any, **__: Any) -> sympy.Basic:
 def _full(reader: Reader, node: Node, *args: Any, fill_value: Any = None, **_: Any) -> sympy.Basic:
     value = args[-1] if fill_value is None else fill_value
     _need(isinstance(value, (bool, int, float)))
-    if isinstance(value, bool) or _dtype(node) == torch.bool:
-        return sympy.true if value else sympy.false
-    _need(_is_floating(node) or _dtype(node) in INTEGERS)
-    return as_sympy(float(value)) if _is_floating(node) else sympy.Integer(value)
+    return _merged(node, [(sympy.true, value)])
 
 
 def _tensor(reader: Reader, node: Node, data: Any, **_: Any) -> sympy.Basic:
@@ -127,7 +178,7 @@ def _tensor(reader: Reader, node: Node, data: Any, **_: Any) -> sympy.Basic:
 def _triangle(reader: Reader, node: Node, input: Any, diagonal: Any, sign: int) -> sympy.Basic:
     shape = _shape(node)
     below = axis(2) + reader.integer(diagonal) - axis(1)
-    return _selected(at_least_zero_within(sign * below, shape), reader.choice(input, shape), _ZEROS)
+    return _selected(node, at_least_zero_within(sign * below, shape), reader.choice(input, shape), _ZEROS)
 
 
 def _tril(reader: Reader, node: Node, input: Any, diagonal: Any = 0) -> sympy.Basic:
@@ -150,8 +201,7 @@ def _masked_fill(reader: Reader, node: Node, input: Any, mask: Any, value: Any) 
 
 def _filled(reader: Reader, node: Node, predicate: Boolean, first: Any, second: Any) -> sympy.Basic:
     shape = _shape(node)
-    chosen = _selected(predicate, reader.choice(first, shape), reader.choice(second, shape))
-    return nonzero(chosen) if _dtype(node) == torch.bool else chosen
+    return _selected(node, predicate, reader.choice(first, shape), reader.choice(second, shape))
 
 
 def _flag(expression: sympy.Basic) -> Boolean:
@@ -161,23 +211,26 @@ def _flag(expression: sympy.Basic) -> Boolean:
     return expression
 
 
-def _comparison(compare: Callable[[float, float], bool], form: Callable[[Any, Any], Any]) -> Handler:
+def _comparison(compare: Callable[..., Any], form: Callable[[Any, Any], Any]) -> Handler:
     """The handler of a comparison that holds where `form` of both operands is at least zero."""
 
     def handler(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
         shape = _shape(node)
-        if _is_floating(input) or isinstance(other, float):
-            left, right = reader.choice(input, shape), reader.choice(other, shape)
-            _need(right.predicate == sympy.true)
-            return where(left, lambda value: compare(float(value), float(right.values[0])))
-        difference = form(reader.integers(input, shape), reader.integers(other, shape))
-        return _at_least_zero(sympy.expand(difference), shape)
+        if _is_floating(input) or _is_floating(other) or isinstance(other, float):
+            return _tested(compare, input, other, reader.choice(input, shape), reader.choice(other, shape))
+        return _at_least_zero(sympy.expand(form(*_compared(reader, shape, input, other, _exact))), shape)
 
     return handler
 
 
+def _tested(compare: Callable[..., Any], input: Any, other: Any, left: Choice, right: Choice) -> Boolean:
+    """Where two numbers pass a comparison with one."""
+    _need(right.predicate == sympy.true)
+    return where(left, lambda value: bool(computed(compare, (value, input), (right.values[0], other))))
+
+
 def _at_least_zero(difference: sympy.Expr, shape: Shape) -> Boolean:
-    distance = next(iter(difference.atoms(sympy.Abs)), None)
+    distance = next((term for term in difference.atoms(sympy.Abs) if term.atoms(Index)), None)
     if distance is None:
         return at_least_zero_within(difference, shape)
     both = (_at_least_zero(difference.xreplace({distance: sign * distance.args[0]}), shape) for sign in (1, -1))
@@ -187,14 +240,12 @@ def _at_least_zero(difference: sympy.Expr, shape: Shape) -> Boolean:
 def _equal(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
     shape = _shape(node)
     left, right = reader.operand(input, shape), reader.operand(other, shape)
-    if isinstance(left, Choice) and right.is_number:
-        return where(left, lambda value: float(value) == float(right))
     if is_predicate(left) and is_predicate(right):
         return sympy.Or(sympy.And(left, right), sympy.And(sympy.Not(left), sympy.Not(right)))
-    if is_predicate(left):
-        _need(right in (0, 1))
-        return left if right == 1 else sympy.Not(left)
-    return is_zero(reader.integers(input, shape) - reader.integers(other, shape))
+    choices = as_choice(left), as_choice(right)
+    if choices[0] is not None and choices[1] is not None:
+        return _tested(torch.eq, input, other, choices[0], choices[1])
+    return is_zero(operator.sub(*_compared(reader, shape, input, other, Reader.integers)))
 
 
 def _not_equal(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
@@ -233,7 +284,7 @@ def _arithmetic(form: Callable[[Any, Any], Any]) -> Handler:
         shape = _shape(node)
         _need(_dtype(node) != torch.bool)
         if _is_floating(node) or torch.bool in (_dtype(input), _dtype(other)):
-            return _combined(node, form, reader.choice(input, shape), reader.choice(other, shape))
+            return _combined(reader, node, form, input, other)
         return _whole(node, form(reader.integers(input, shape), reader.integers(other, shape)))
 
     return handler
@@ -244,7 +295,7 @@ def _multiply(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic
     if _dtype(node) == torch.bool:
         return _and(reader, node, input, other)
     if _is_floating(node):
-        return _combined(node, operator.mul, reader.choice(input, shape), reader.choice(other, shape))
+        return _combined(reader, node, operator.mul, input, other)
     factors = reader.integers(input, shape), reader.integers(other, shape)
     _need(any(factor.is_Integer for factor in factors))
     return _whole(node, factors[0] * factors[1])
@@ -255,46 +306,56 @@ def _negative(reader: Reader, node: Node, input: Any) -> sympy.Basic:
 
 
 def _absolute(reader: Reader, node: Node, input: Any) -> sympy.Basic:
-    return _whole(node, sympy.Abs(reader.integers(input, _shape(node))))
+    expression = reader.integers(input, _shape(node))
+    _need(not expression.atoms(AppliedUndef))
+    return _whole(node, sympy.Abs(expression))
 
 
 def _divide(reader: Reader, node: Node, input: Any, other: Any, *, rounding_mode: Any = None) -> sympy.Basic:
     if rounding_mode == "floor":
         return _floor_divide(reader, node, input, other)
-    _need(rounding_mode is None)
-    shape = _shape(node)
-    return _combined(node, operator.truediv, reader.choice(input, shape), reader.choice(other, shape))
+    _need(rounding_mode is None and 0 not in reader.choice(other, _shape(node)).values)
+    return _combined(reader, node, operator.truediv, input, other)
 
 
 def _floor_divide(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
-    _need(isinstance(other, int) and not isinstance(other, bool) and other > 0)
-    return _whole(node, sympy.floor(reader.integers(input, _shape(node)) / other))
+    return _whole(node, sympy.floor(_exact(reader, input, _shape(node)) / _divisor(other)))
 
 
 def _remainder(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
-    _need(isinstance(other, int) and not isinstance(other, bool) and other > 0)
-    return _whole(node, sympy.Mod(reader.integers(input, _shape(node)), other))
+    return _whole(node, sympy.Mod(_exact(reader, input, _shape(node)), _divisor(other)))
+
+
+def _divisor(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise Unreadable
+    return value
 
 
 def _sqrt(reader: Reader, node: Node, input: Any) -> sympy.Basic:
-    value = reader.number(input)
-    if value is None or value < 0:
-        raise Unreadable
-    return as_sympy(math.sqrt(value))
+    choice = reader.choice(input, _shape(node))
+    return _merged(node, [(place, computed(torch.sqrt, (value, input))) for place, value in cases(choice)])
 
 
 def _cumulative_sum(reader: Reader, node: Node, input: Any, dim: Any) -> sympy.Basic:
     """The running sum of a constant."""
     choice, shape = reader.choice(input, _shape(node)), _shape(node)
-    _need(choice.predicate == sympy.true and choice.values[0].is_Integer and isinstance(dim, int))
-    return _whole(node, choice.values[0] * (axis(len(shape) - dim % len(shape)) + 1))
+    _need(choice.predicate == sympy.true and choice.values[0].is_Integer)
+    return _whole(node, choice.values[0] * (_along(shape, dim) + 1))
+
+
+def _along(shape: Shape, dim: Any) -> Index:
+    """The index along a dimension."""
+    if not isinstance(dim, int) or not shape:
+        raise Unreadable
+    return axis(len(shape) - dim % len(shape))
 
 
 def _difference(reader: Reader, node: Node, input: Any, n: Any = 1, dim: Any = -1, prepend: Any = None) -> sympy.Basic:
     """The step from each position to the next, where it is the same everywhere."""
     shape = _shape(input)
-    _need(n == 1 and isinstance(dim, int))
-    place = axis(len(shape) - dim % len(shape))
+    _need(n == 1)
+    place = _along(shape, dim)
     values = reader.integers(input, shape)
     step = sympy.expand(values - values.xreplace({place: place - 1}))
     _need(not step.free_symbols & {place} and not step.atoms(AppliedUndef))
@@ -311,10 +372,10 @@ def _cast(reader: Reader, node: Node, input: Any, *_: Any, **__: Any) -> sympy.B
         return nonzero(expression)
     if old == new or is_predicate(expression):
         return expression
-    if old in INTEGERS and new in INTEGERS:
-        return _whole(node, reader.integers(input, _shape(node)))
-    _need(_is_floating(node) and (_is_floating(input) or expression.is_Integer))
-    return expression
+    choice = as_choice(expression)
+    if choice is not None:
+        return _merged(node, _cases(choice))
+    return _whole(node, reader.integers(input, _shape(node)))
 
 
 def _same(reader: Reader, node: Node, input: Any, *_: Any, **__: Any) -> sympy.Basic:
@@ -342,8 +403,8 @@ def _permute(reader: Reader, node: Node, *_: Any, **__: Any) -> sympy.Basic:
 def _concatenated(reader: Reader, node: Node, tensors: Any, dim: Any = 0) -> sympy.Basic:
     """Booleans one after another along `dim`."""
     shape = _shape(node)
-    _need(_dtype(node) == torch.bool and isinstance(dim, int))
-    place = axis(len(shape) - dim % len(shape))
+    _need(_dtype(node) == torch.bool)
+    place = _along(shape, dim)
     found, start = [], sympy.Integer(0)
     for tensor in tensors:
         end = start + _shape(tensor)[dim]

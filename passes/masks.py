@@ -21,11 +21,12 @@ from .clauses import Clause, TooMany, clauses
 from .mask_operations import HANDLERS
 from .mutation import Writes
 from .packing import with_indices_for_positions
-from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis
-from .values import fake_tensor, symbolic_shape
+from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis, level
+from .values import fake_tensor, holds, symbolic_shape, why_unknown
 
 KEY, QUERY, HEAD, BATCH = (axis(place) for place in range(1, 5))
 AXES = (BATCH, HEAD, QUERY, KEY)
+_MAPPED_AXES = tuple(map(level, range(1, 9)))
 OTHER_AXES = tuple(axis(place) for place in range(5, 13))
 HIDDEN = -1e4
 """Added to scores, or put in their place, numbers from here down hide a key.
@@ -33,6 +34,10 @@ HIDDEN = -1e4
 Where a row sees no key at all, scores filled with a finite number give equal weights, while the operator gives zeros;
 such a row has no meaning, and SDPA differs there likewise.
 """
+
+
+VAST = 2**40
+"""Numbers that a mask depends on, such as windows, are smaller."""
 
 
 class NotProven(Exception):
@@ -79,6 +84,18 @@ class Mask:
     documents: tuple[sympy.Expr, sympy.Expr] | None = None
     rest: Boolean = sympy.true
     sources: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def predicate(self) -> Boolean:
+        """All terms together."""
+        terms = [self.key_padding, self.rest]
+        if self.is_causal:
+            terms.append(sympy.Ge(QUERY + self.offset - KEY, 0))
+        if self.window is not None:
+            terms.append(sympy.Ge(KEY + self.window - 1 - self.offset - QUERY, 0))
+        if self.documents is not None:
+            terms.append(sympy.Eq(self.documents[0] - self.documents[1], 0))
+        return sympy.And(*terms)
 
     def __str__(self) -> str:
         terms = [f"causal, offset {self.offset}"] * self.is_causal
@@ -140,16 +157,20 @@ class Prover:
         shape = scores_shape(query, key)
         try:
             found = [_within(clause, shape) for clause in with_indices_for_positions(clauses(allowed), self.reader)]
+        except Unreadable as unreadable:
+            raise NotProven(f"the mask cannot be read: {unreadable}") from None
         except TooMany:
             raise NotProven("the mask combines more conditions than can be told apart; build it from fewer") from None
-        split = _split(clause for clause in found if clause is not None)
+        _refuse_vast_numbers(found, shape, query)
+        split = _split((clause for clause in found if clause is not None), query)
         return replace(split, sources=self._sources_in_words(split))
 
     def _allowed(self, mask: MaskTerm) -> Boolean:
         """Where a mask lets a query see a key, as a predicate over `AXES`."""
         tensor = fake_tensor(mask.node)
         if tensor is None:
-            raise NotProven("the shape of the mask is not known while compiling")
+            kind = why_unknown(mask.node)
+            raise NotProven(f"the mask is {kind}" if kind else "the shape of the mask is not known while compiling")
         if mask.keep is not None and tensor.dtype != torch.bool:
             raise NotProven(f"the mask is {_short(tensor.dtype)}, not boolean; use a boolean mask to fill scores")
         try:
@@ -171,6 +192,8 @@ class Prover:
             predicate = expression if mask.keep else sympy.Not(expression)
         rank = tensor.dim()
         predicate = predicate.xreplace({axis(rank - place): symbol for place, symbol in enumerate(mask.axes)})
+        if predicate.free_symbols & {*_MAPPED_AXES}:
+            raise NotProven(f"the mask {_origin(mask.node)} is another for each of what torch.vmap maps over")
         if predicate.free_symbols & {*OTHER_AXES}:
             raise NotProven(f"the mask {_origin(mask.node)} varies over another dimension than batch, heads and keys")
         return predicate
@@ -236,7 +259,16 @@ def _within(clause: Clause, shape: tuple[sympy.Expr, ...]) -> Clause | None:
     return frozenset(literal for literal in literals if literal != sympy.false)
 
 
-def _split(found: Iterable[Clause]) -> Mask:
+def _refuse_vast_numbers(found: Iterable[Clause | None], shape: tuple[sympy.Expr, ...], query: torch.Tensor) -> None:
+    """Raise NotProven for a number that is only known when the graph runs and so large that sums might overflow."""
+    sizes = set().union(*(size.free_symbols for size in shape))
+    literals = [literal for clause in found if clause is not None for literal in clause]
+    for symbol in set().union(*(literal.free_symbols for literal in literals)) - sizes - {*AXES, *OTHER_AXES}:
+        if holds(symbol - VAST, query) or holds(-symbol - VAST, query):
+            raise NotProven(f"the mask depends on a number, {symbol}, beyond {VAST}")
+
+
+def _split(found: Iterable[Clause], query: torch.Tensor) -> Mask:
     """The operator's terms that clauses are, and the rest of them."""
     offsets: list[sympy.Expr] = []
     distances: list[sympy.Expr] = []
@@ -258,19 +290,19 @@ def _split(found: Iterable[Clause]) -> Mask:
         else:
             rest.append(predicate)
     others = Mask(key_padding=sympy.And(*padding), documents=documents, rest=sympy.And(*rest))
-    return _with_band(others, offsets, distances)
+    return _with_band(others, offsets, distances, query)
 
 
-def _with_band(mask: Mask, offsets: list[sympy.Expr], distances: list[sympy.Expr]) -> Mask:
+def _with_band(mask: Mask, offsets: list[sympy.Expr], distances: list[sympy.Expr], query: torch.Tensor) -> Mask:
     """A mask with the terms ``j - i <= offset`` and ``i - j <= distance`` too."""
     offset = sympy.Min(*offsets) if offsets else sympy.Integer(0)
     if not distances:
         return replace(mask, is_causal=bool(offsets), offset=offset)
     distance = sympy.Min(*distances)
-    if not offsets and not distance.is_nonnegative:
+    if not offsets and not holds(distance, query):
         offset = -distance
     window = sympy.expand(distance + offset + 1)
-    if not window.is_positive:
+    if not holds(window - 1, query):
         raise NotProven(f"the mask shows each query {window} keys, which may be none")
     return replace(mask, is_causal=bool(offsets), offset=offset, window=window)
 

@@ -16,12 +16,15 @@ from .torch_internals import (
     OpOverloadPacket,
     StorageWeakRef,
     flex_attention,
+    is_inplace_view,
     is_wrapper,
+    storages,
     tree_leaves,
-    unbatched,
     written_arguments,
 )
-from .values import fake_tensor
+from .values import objects
+
+_Storage = StorageWeakRef | None
 
 _IN_PLACE_OPERATORS = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv,
@@ -40,41 +43,86 @@ _PURE = {"and_", "or_", "not_", "is_"}
 
 
 class Writes:
-    """The nodes that write to each storage; a view shares the storage of its base."""
+    """The nodes that write to each storage; a view shares the storage of its base.
+
+    Where a tensor's memory is not known it may be any, as that of a tensor which `set_` gives other memory.
+    """
 
     def __init__(self, nodes: Iterable[Node]) -> None:
-        self._writers: dict[StorageWeakRef, list[Node]] = {}
-        self._holders: dict[StorageWeakRef, list[Node]] = {}
+        self._writers: dict[_Storage, list[Node]] = {}
+        self._holders: dict[_Storage, list[Node]] = {}
+        self._moved: set[int] = set()
+        self._memory: dict[Node, set[_Storage]] = {}
         self.add(nodes)
 
     def add(self, nodes: Iterable[Node]) -> None:
         """Note nodes, in the order of their graph, that write to none of the storages that are known so far."""
+        nodes = list(nodes)
+        self._moved |= {id(tensor) for node in nodes if _moves(node) for tensor in objects(node.all_input_nodes[0])}
         for node in nodes:
-            held = fake_tensor(node)
-            if held is not None:
-                self._holders.setdefault(_storage(held), []).append(node)
-            tensors = map(fake_tensor, tree_leaves(list(_written(node))))
-            for written in {_storage(tensor) for tensor in tensors if tensor is not None}:
-                self._writers.setdefault(written, []).append(node)
+            for storage in self._storages(node):
+                self._holders.setdefault(storage, []).append(node)
+            written = [item for item in tree_leaves(list(_written(node))) if isinstance(item, Node)]
+            for storage in set().union(*map(self._storages, written)):
+                self._writers.setdefault(storage, []).append(node)
 
     def to(self, node: Node) -> list[Node]:
         """The nodes that write to the memory of a node's tensor, in order."""
-        tensor = fake_tensor(node)
-        return [] if tensor is None else self._writers.get(_storage(tensor), [])
+        return self._among(self._writers, node)
 
     def readers(self, node: Node) -> set[Node]:
         """What may read what a node writes in place, its own users included; inputs are read by their owners."""
-        tensor = fake_tensor(node)
-        if tensor is None or node not in self.to(node):
+        if node not in self.to(node):
             return set(node.users)
-        holders = self._holders[_storage(tensor)]
+        holders = self._among(self._holders, node)
         users = {user for holder in holders for user in holder.users if node < user}
         return users | {holder for holder in holders if holder.op in ("placeholder", "get_attr")}
 
+    def _among(self, nodes: dict[_Storage, list[Node]], node: Node) -> list[Node]:
+        """Those of the nodes by storage that share memory with a node, in order."""
+        own = self._storages(node)
+        if not own:
+            return []
+        shared = nodes.keys() if None in own else {*own, None} & nodes.keys()
+        if len(shared) == 1:
+            return nodes[next(iter(shared))]
+        return sorted({other for storage in shared for other in nodes[storage]})
 
-def _storage(tensor: torch.Tensor) -> StorageWeakRef:
-    """An identity of a tensor's memory."""
-    return StorageWeakRef(unbatched(tensor).untyped_storage())
+    def _storages(self, node: Node) -> set[_Storage]:
+        """Identities of the memory of the tensors that a node holds."""
+        if node not in self._memory:
+            tensors = objects(node)
+            is_known = self._moved.isdisjoint(map(id, tensors))
+            self._memory[node] = set().union(*map(storages, tensors), () if is_known else {None})
+        return self._memory[node]
+
+
+def changes_shape(node: Node) -> bool:
+    """Whether a node changes in place the shape of its tensor, its memory or its place in the graph of gradients."""
+    return is_inplace_view(called_name(node)) and (node.op == "call_method" or not _is_unknown(node.target))
+
+
+def may_change_anything(node: Node) -> bool:
+    """Whether a node calls what is not known, which may change the shape of its inputs, or writes to an output."""
+    return "out" in node.kwargs or (node.op == "call_function" and _is_unknown(node.target))
+
+
+def _is_unknown(target: Any) -> bool:
+    """Whether a function is none that PyTorch knows what it changes of."""
+    return not isinstance(target, (OpOverload, OpOverloadPacket, HigherOrderOperator)) and not _is_of_torch(target)
+
+
+def _moves(node: Node) -> bool:
+    """Whether a node gives its tensor other memory."""
+    return called_name(node) == "set_"
+
+
+def called_name(node: Node) -> str:
+    """The name of what a node calls, of whatever library."""
+    target = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
+    if node.op == "call_function":
+        return getattr(target, "__name__", "")
+    return str(target) if node.op == "call_method" else ""
 
 
 def _written(node: Node) -> Iterator[Any]:

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from .torch_internals import OpOverload, OpOverloadPacket, is_aten, namespaces
-from .values import are_tensors, constant, fake_tensor, symbolic_shape
+from .values import are_tensors, constant, fake_tensor, objects, symbolic_shape
 
 _MODULES = (operator, torch, torch.nn.functional, torch.special, *namespaces)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -207,13 +207,18 @@ def read_operation(node: Node) -> Operation | None:
     if name is None or "out" in node.kwargs:
         return None
     handler = _HANDLERS.get(out_of_place(name))
-    if handler is None:
+    if handler is None or fake_tensor(node) is None or not all(map(_is_known, node.all_input_nodes)):
         return None
     try:
         inspect.signature(handler).bind(node, *node.args, **node.kwargs)
     except TypeError:
         return None
     return handler(node, *node.args, **node.kwargs)
+
+
+def _is_known(node: Node) -> bool:
+    """Whether a node holds a number, or a tensor that is known."""
+    return fake_tensor(node) is not None or not objects(node)
 
 
 def _rank(node: Any) -> int:
@@ -395,13 +400,24 @@ def _t(node: Node, input: Node) -> Operation | None:
     return _permuted(input, (1, 0))
 
 
+def _matrix_transpose(node: Node, input: Node) -> Operation | None:
+    return _transpose(node, input, -2, -1)
+
+
+def _reversed(node: Node, input: Node) -> Operation | None:
+    return _permuted(input, range(_rank(input))[::-1])
+
+
 def _getattr(node: Node, input: Node, name: str) -> Operation | None:
-    return _transpose(node, input, -2, -1) if name == "mT" or (name == "T" and _rank(input) == 2) else None
+    handler = _ATTRIBUTES.get(name)
+    return None if handler is None else handler(node, input)
 
 
 def _movedim(node: Node, input: Node, source: Any, destination: Any) -> Operation | None:
     pairs = [dims if isinstance(dims, (tuple, list)) else (dims,) for dims in (source, destination)]
     rank = _rank(input)
+    if not rank:
+        return None
     moved = {to % rank: dim % rank for dim, to in zip(*pairs, strict=True)}
     rest = iter(dim for dim in range(rank) if dim not in moved.values())
     return _permuted(input, [moved[place] if place in moved else next(rest) for place in range(rank)])
@@ -421,11 +437,12 @@ def _repeat(node: Node, input: Node, *sizes: Any) -> Operation | None:
 
 
 def _repeat_interleave(node: Node, input: Node, repeats: Any, dim: Any = None, **_: Any) -> Operation | None:
-    if fake_tensor(repeats) is not None or not isinstance(dim, int):
+    if fake_tensor(repeats) is not None or not isinstance(dim, int) or not _rank(input):
         return None
     return Repeated(input, dim % _rank(input))
 
 
+_ATTRIBUTES = {"T": _reversed, "mT": _matrix_transpose}
 _HANDLERS: dict[str, Callable[..., Operation | None]] = {
     "matmul": _matmul,
     "bmm": _bmm,
@@ -452,6 +469,8 @@ _HANDLERS: dict[str, Callable[..., Operation | None]] = {
     **dict.fromkeys(("unsqueeze", "squeeze"), _view),
     "getitem": _getitem,
     "getattr": _getattr,
+    "numpy_T": _reversed,
+    "mT": _matrix_transpose,
     "permute": _permute,
     "transpose": _transpose,
     **dict.fromkeys(("swapaxes", "swapdims"), _swapaxes),

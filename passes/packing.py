@@ -16,7 +16,7 @@ from torch.fx import Node
 from .clauses import Clause, literal_of
 from .operations import operation_name
 from .symbolic import Reader, axis
-from .values import are_tensors, symbolic_shape
+from .values import are_tensors
 
 
 def with_indices_for_positions(found: Iterable[Clause], reader: Reader) -> list[Clause]:
@@ -53,7 +53,7 @@ def _positions(documents: Node, reader: Reader) -> sympy.Basic | None:
     if len(difference.args) != 1 or not isinstance(source, Node) or not are_tensors(source):
         return None
     reading = reader.read(source)
-    has_shape = reading.shape == symbolic_shape(documents.meta["example_value"])
+    has_shape = reading.shape == reader.read(documents).shape
     return reading.expression if has_shape and isinstance(reading.expression, AppliedUndef) else None
 
 

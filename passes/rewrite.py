@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops.choice import choose_sparse, why_dense
 from ..ops.config import S2OConfig
@@ -19,7 +21,8 @@ from .axes import Step
 from .decompose import decompose
 from .emit import Emitter, NotComputed, emit_size
 from .find import find_attention
-from .masks import BATCH, HEAD, KEY, QUERY, Mask, NotProven, Prover, scores_shape
+from .masks import AXES, BATCH, HEAD, KEY, QUERY, Mask, NotProven, Prover, scores_shape
+from .metadata import as_computed
 from .mutation import Writes
 from .nested import nested_graphs
 from .operations import operation_name
@@ -27,7 +30,7 @@ from .report import Decision, site_name, source_location
 from .site import AttentionSite
 from .symbolic import is_predicate
 from .torch_internals import guard_or_false, is_erased
-from .values import constant, fake_tensor
+from .values import constant, fake_tensor, why_unknown
 from .walk import Factor, Walker
 
 _LAYOUTS = {"transpose", "permute", "swapaxes", "movedim", "to", "float", "half", "bfloat16"}
@@ -39,7 +42,10 @@ class Refused(Exception):
 
 
 def rewrite(
-    module: GraphModule, config: S2OConfig, of_site: Callable[[str], S2OConfig] | None = None
+    module: GraphModule,
+    config: S2OConfig,
+    of_site: Callable[[str], S2OConfig] | None = None,
+    fuse_dense: bool = False,
 ) -> list[Decision]:
     """Replace every attention site that can be proven safe, in place; the rest of the graph stays as it is.
 
@@ -49,27 +55,37 @@ def rewrite(
         module: The graph that Dynamo hands to a backend.
         config: The settings of the operator.
         of_site: The settings of a site by name, by default `config`; raises `Refused` for one that is to stay dense.
+        fuse_dense: Whether attention that is written out and stays dense becomes a call of SDPA where it is proven to
+            be one.
 
     Returns:
         One decision per site. The node of a rewritten site has its decision in ``meta["s2o_decision"]``.
     """
     chosen = of_site or (lambda name: config)
-    return [decision for graph in nested_graphs(module) for decision in _rewrite_graph(graph, config, chosen)]
+    return [
+        decision for graph in nested_graphs(module) for decision in _rewrite_graph(graph, config, chosen, fuse_dense)
+    ]
 
 
-def _rewrite_graph(module: GraphModule, config: S2OConfig, of_site: Callable[[str], S2OConfig]) -> list[Decision]:
+def _rewrite_graph(
+    module: GraphModule, config: S2OConfig, of_site: Callable[[str], S2OConfig], fuse_dense: bool
+) -> list[Decision]:
     """Rewrite the sites of one graph, and not those of the graphs that it calls."""
-    rewriter = _Rewriter(module.graph, config, of_site)
-    decisions = [decision for node in list(module.graph.nodes) for decision in rewriter.visit(node)]
-    if any(decision.rewritten for decision in decisions):
+    with as_computed(module.graph) as out_of_place:
+        rewriter = _Rewriter(module.graph, config, of_site, fuse_dense)
+        decisions = [decision for node in list(module.graph.nodes) for decision in rewriter.visit(node)]
+    if rewriter.changed:
         module.graph.lint()
         module.recompile()
+    else:
+        out_of_place.undo()
     return decisions
 
 
 class _Rewriter:
-    def __init__(self, graph: Graph, config: S2OConfig, of_site: Callable[[str], S2OConfig]) -> None:
-        self.graph, self.config, self.of_site = graph, config, of_site
+    def __init__(self, graph: Graph, config: S2OConfig, of_site: Callable[[str], S2OConfig], fuse_dense: bool) -> None:
+        self.graph, self.config, self.of_site, self.fuse_dense = graph, config, of_site, fuse_dense
+        self.changed = False
         self.writes = Writes(graph.nodes)
         self.prover = Prover(self.writes)
         self.walker = Walker(self.writes, self.prover.reader)
@@ -81,15 +97,24 @@ class _Rewriter:
             return []
         decomposition = decompose(node)
         if decomposition is None:
-            site = find_attention(self.walker, node)
-            return [] if site is None else [self.decide(site)]
+            return self.visit_site(node, self.fuse_dense)
         self.writes.add(decomposition.nodes)
-        decisions = [decision for part in decomposition.nodes for decision in self.visit(part)]
+        decisions = [decision for part in decomposition.nodes for decision in self.visit_site(part, fuse_dense=False)]
         if any(decision.rewritten for decision in decisions):
             decomposition.keep()
         else:
             decomposition.undo()
         return decisions
+
+    def visit_site(self, node: Node, fuse_dense: bool) -> list[Decision]:
+        """Rewrite the attention site whose output a node is, if it is one, or leave it, and say which."""
+        site = None if is_erased(node) else find_attention(self.walker, node)
+        if site is None:
+            return []
+        decision = self.decide(site)
+        if fuse_dense and not decision.rewritten:
+            self.fuse(site)
+        return [decision]
 
     def decide(self, site: AttentionSite) -> Decision:
         """Rewrite one site or leave it, and say which."""
@@ -114,15 +139,20 @@ class _Rewriter:
 
     def accept(self, site: AttentionSite) -> Mask:
         """What the masks of a site say, if the site can become the operator."""
+        query, key = self.check_inputs(site)
+        _check_call(site)
+        _check_length(query, key, self.config)
+        return self.mask(site, query, key)
+
+    def check_inputs(self, site: AttentionSite) -> tuple[torch.Tensor, torch.Tensor]:
+        """The fake tensors of a site's query and key, if the operator takes them and its value."""
         if site.obstacle:
             raise Refused(site.obstacle)
         query, key, value = (item.tensor for item in (site.query, site.key, site.value))
         if query is None or key is None or value is None:
-            raise Refused("the shapes of query, key and value are not known while compiling")
+            raise Refused(_why_unknown(site))
         _check_tensors(query, key, value, constant(site.enable_gqa))
-        _check_call(site)
-        _check_length(query, key, self.config)
-        return self.mask(site, query, key)
+        return query, key
 
     def mask(self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor) -> Mask:
         """What the masks and the causal flag of a site say together."""
@@ -142,19 +172,73 @@ class _Rewriter:
         Raises:
             Refused: The operator cannot compute what the site does; the site is as it was.
         """
-        if not site.scores <= unused:
-            raise Refused("the attention scores or probabilities are used elsewhere; do not return or keep them")
-        with self.graph.inserting_before(site.node):
-            arguments = {**self.masking(mask, site), **self.logits(site), "site": decision.name}
-            inputs = tuple(self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
-            node = self.graph.call_function(torch.ops.s2o.attention.default, inputs, arguments | config.arguments())
-            output = self.apply(site.output, node)
-            node.meta = dict(site.node.meta, s2o_decision=decision)
-            if output is not node:
-                output.meta = dict(site.node.meta)
-                node.meta.pop("example_value", None)
-        site.node.replace_all_uses_with(self.laid_out(output, site.node))
+        _check_scores(site, unused)
+        with self.graph.inserting_before(site.node), self.removing_if_refused(site.node):
+            arguments = {**self.masking(mask, site), **self.logits(site), "site": decision.name, **config.arguments()}
+            node = self.put(torch.ops.s2o.attention.default, arguments, site)
+        node.meta["s2o_decision"] = decision
         self.erase(unused)
+
+    def fuse(self, site: AttentionSite) -> None:
+        """Put SDPA where attention is written out that stays dense, if it is proven to be what SDPA computes."""
+        with suppress(Refused, NotProven), self.graph.inserting_before(site.node), self.removing_if_refused(site.node):
+            mask = self.accept_dense(site)
+            unused = self.unused_without(site)
+            _check_scores(site, unused)
+            arguments = {"scale": self.scale(site), "enable_gqa": bool(site.enable_gqa)}
+            self.put(scaled_dot_product_attention, arguments | self.dense_masking(mask, site), site)
+            self.erase(unused)
+
+    def accept_dense(self, site: AttentionSite) -> Mask:
+        """What the masks of a site say, if it is written out and SDPA computes the same, with the same gradients."""
+        query, key = self.check_inputs(site)
+        if not site.scores or site.softcap is not None or site.sinks is not None or not _is_positive(site.scale):
+            raise Refused("this is not what SDPA computes")
+        if not _gains_by_fusion(query):
+            raise Refused("SDPA is not faster")
+        mask = self.mask(site, query, key)
+        if not _keeps_gradients(site) or (
+            _needs_gradients(site.node) and not _shows_each_query_a_key(mask, query, key)
+        ):
+            raise Refused("SDPA has other gradients")
+        return mask
+
+    def dense_masking(self, mask: Mask, site: AttentionSite) -> dict[str, Any]:
+        """The arguments of SDPA for a mask."""
+        if mask == Mask(is_causal=True, sources=mask.sources):
+            return {"is_causal": True}
+        if mask.predicate == sympy.true:
+            return {}
+        assert site.query.tensor is not None and site.key.tensor is not None
+        axes = dict(zip(AXES, scores_shape(site.query.tensor, site.key.tensor), strict=True))
+        return {"attn_mask": self.tensor(mask.predicate, axes, site)}
+
+    def put(self, function: Callable[..., Any], arguments: dict[str, Any], site: AttentionSite) -> Node:
+        """A call of an operator of query, key and value, whose output is laid out and used as a site's is."""
+        query, key, value = (self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
+        if isinstance(arguments["scale"], Node):  # The operator's is a constant, which would fix the length.
+            query, arguments["scale"] = self.graph.call_function(operator.mul, (query, arguments["scale"])), 1.0
+        node = self.graph.call_function(function, (query, key, value), arguments)
+        output = self.apply(site.output, node)
+        node.meta = dict(site.node.meta)
+        if output is not node:
+            output.meta = dict(site.node.meta)
+            node.meta.pop("example_value", None)
+        site.node.replace_all_uses_with(self.laid_out(output, site.node))
+        self.changed = True
+        return node
+
+    @contextmanager
+    def removing_if_refused(self, before: Node) -> Iterator[None]:
+        """A context that removes the nodes that were put before one where a site is refused after all."""
+        last, known = before.prev, dict(self.tensors)
+        try:
+            yield
+        except Refused:
+            self.tensors = known
+            while before.prev is not last:
+                self.graph.erase_node(before.prev)
+            raise
 
     def logits(self, site: AttentionSite) -> dict[str, Any]:
         """The operator's arguments for what is done to the logits before they are masked."""
@@ -250,7 +334,10 @@ class _Rewriter:
             query = site.query.tensor
             assert query is not None
             emitter = Emitter(self.graph, self.prover.reader.leaves, axes, site.node, query.device)
-            node = emitter.predicate(expression) if is_predicate(expression) else emitter.integers(expression)
+            try:
+                node = emitter.predicate(expression) if is_predicate(expression) else emitter.integers(expression)
+            except NotComputed:
+                raise Refused(f"the mask depends on {expression}, which the graph does not compute") from None
             if expanded:
                 sizes = (self.size(size, site) for size in axes.values())
                 node = self.graph.call_method("expand", (node, *sizes))
@@ -300,12 +387,19 @@ def _shape(tensor: torch.Tensor | None) -> tuple[int | str, ...]:
     return () if tensor is None else tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
 
 
+def _why_unknown(site: AttentionSite) -> str:
+    """Why the tensor of query, key or value is not known."""
+    for name, item in {"query": site.query, "key": site.key, "value": site.value}.items():
+        kind = why_unknown(item.node) if item.tensor is None else None
+        if kind is not None:
+            return f"{name} is {kind}"
+    return "the shapes of query, key and value are not known while compiling"
+
+
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, enable_gqa: Any) -> None:
     for name, tensor in {"query": query, "key": key, "value": value}.items():
         if tensor.dim() != 4:
             raise Refused(f"{name} has {tensor.dim()} dimensions; pass [batch, heads, length, channels]")
-        if tensor.layout != torch.strided or tensor.is_nested:
-            raise Refused(f"{name} is sparse or nested; pass a dense tensor")
         if tensor.dtype not in DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise Refused(f"{name} is {kind}; use float16, bfloat16 or float32")
@@ -339,6 +433,46 @@ def _check_call(site: AttentionSite) -> None:
     output = fake_tensor(site.node)
     if output is None or output.requires_grad:
         raise Refused("gradients are needed and the operator has no backward; run under torch.no_grad()")
+
+
+def _check_scores(site: AttentionSite, unused: set[Node]) -> None:
+    if not site.scores <= unused:
+        raise Refused("the attention scores or probabilities are used elsewhere; do not return or keep them")
+
+
+def _gains_by_fusion(query: torch.Tensor) -> bool:
+    """Whether SDPA may be faster: on a GPU it is not in float32, unless products may be rounded."""
+    return not (query.is_cuda and query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
+
+
+def _shows_each_query_a_key(mask: Mask, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether the shapes alone say that no query has all its keys hidden, where outputs and gradients differ."""
+    if (mask.key_padding, mask.documents, mask.rest) != (sympy.true, None, sympy.true):
+        return False
+    if mask.window is None:
+        return not mask.is_causal or bool(mask.offset.is_nonnegative)
+    return mask.offset == 0 and guard_or_false(query.shape[2] <= key.shape[2])
+
+
+def _is_positive(scale: tuple[Factor, ...] | None) -> bool:
+    """Whether a scale is known to be above 0, where SDPA is right with every mask."""
+    return scale is None or (len(_known(scale)) == len(scale) and math.prod(_known(scale)) > 0)
+
+
+def _keeps_gradients(site: AttentionSite) -> bool:
+    """Whether gradients flow through all that a site is read from, if they flow into it."""
+    nodes = [node for node in {site.node, *site.scores, *site.passed} if _is_floating(node)]
+    return all(_needs_gradients(node) for node in nodes if any(map(_needs_gradients, node.all_input_nodes)))
+
+
+def _is_floating(node: Node) -> bool:
+    tensor = fake_tensor(node)
+    return tensor is not None and tensor.is_floating_point()
+
+
+def _needs_gradients(node: Node) -> bool:
+    tensor = fake_tensor(node)
+    return tensor is not None and tensor.requires_grad
 
 
 def _check_length(query: torch.Tensor, key: torch.Tensor, config: S2OConfig) -> None:

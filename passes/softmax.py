@@ -95,7 +95,7 @@ def find_reduction(node: Node, *names: str) -> Reduction | None:
         return None
     source, dim, keepdim = _arguments(reduced)
     tensor = fake_tensor(source)
-    if tensor is None or not isinstance(dim, int) or keepdim is not True:
+    if tensor is None or not tensor.dim() or not isinstance(dim, int) or keepdim is not True:
         return None
     return Reduction(source, dim % tensor.dim(), nodes)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import sympy
 import torch
-from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
@@ -30,14 +29,18 @@ Shape = tuple[sympy.Expr, ...]
 Handler = Callable[..., sympy.Basic]
 
 
-def axis(place: int) -> sympy.Symbol:
+class Index(sympy.Symbol):
+    """The index along a dimension."""
+
+
+def axis(place: int) -> Index:
     """The index along the axis that is `place`-th from the right, starting at 1."""
-    return sympy.Symbol(f"axis{place}", integer=True, nonnegative=True)
+    return Index(f"axis{place}", integer=True, nonnegative=True)
 
 
-def level(number: int) -> sympy.Symbol:
+def level(number: int) -> Index:
     """The index along the dimension that vmap hides at a level of its nesting."""
-    return sympy.Symbol(f"level{number}", integer=True, nonnegative=True)
+    return Index(f"level{number}", integer=True, nonnegative=True)
 
 
 class Unreadable(Exception):
@@ -176,7 +179,10 @@ class Reader:
         tensor = fake_tensor(node)
         if tensor is None or tensor.dtype == torch.bool:
             return None
-        choice = as_choice(self.read(node).expression)
+        try:
+            choice = as_choice(self.read(node).expression)
+        except Unreadable:
+            return None
         return float(choice.values[0]) if choice is not None and choice.predicate == sympy.true else None
 
     def choice(self, value: Any, shape: Shape) -> Choice:
@@ -200,7 +206,7 @@ class Reader:
     def integers(self, value: Any, shape: Shape) -> sympy.Expr:
         """An operand as whole numbers, of axes and leaves."""
         tensor = fake_tensor(value)
-        if tensor is not None and tensor.dtype not in INTEGERS:
+        if isinstance(value, float) or (tensor is not None and tensor.dtype not in INTEGERS):
             raise Unreadable
         expression = self.operand(value, shape)
         if not isinstance(expression, sympy.Expr) or not expression.is_integer:
@@ -210,6 +216,8 @@ class Reader:
 
 def as_sympy(value: float) -> sympy.Expr:
     """A number, as an integer where it is one."""
+    if isinstance(value, int):
+        return sympy.Integer(value)
     return sympy.Integer(int(value)) if value.is_integer() and abs(value) < 2**53 else sympy.Float(value)
 
 
@@ -230,24 +238,18 @@ def is_predicate(expression: sympy.Basic) -> bool:
 
 
 def nonzero(expression: sympy.Basic) -> Boolean:
-    """Where an expression is not zero.
-
-    Raises:
-        Unreadable: It is of floating point.
-    """
+    """Where an expression is not zero."""
     if is_predicate(expression):
         return expression
-    if isinstance(expression, Choice):
-        return where(expression, lambda value: value != 0)
-    if expression.is_integer or isinstance(expression, AppliedUndef):
-        return sympy.Not(is_zero(expression))
-    raise Unreadable
+    choice = as_choice(expression)
+    if choice is not None:
+        return where(choice, lambda value: value != 0)
+    return sympy.Not(is_zero(expression))
 
 
-def cases(choice: Choice) -> list[tuple[Boolean, float]]:
+def cases(choice: Choice) -> list[tuple[Boolean, sympy.Expr]]:
     """Where each of the two numbers of a choice stands."""
-    first, second = map(float, choice.values)
-    return [(choice.predicate, first), (sympy.Not(choice.predicate), second)]
+    return [(choice.predicate, choice.values[0]), (sympy.Not(choice.predicate), choice.values[1])]
 
 
 def merge(found: Iterable[tuple[Boolean, float]]) -> sympy.Basic:
@@ -280,14 +282,15 @@ def where(choice: Choice, test: Callable[[sympy.Expr], bool]) -> Boolean:
 
 def bounds(expression: sympy.Expr, shape: Shape) -> tuple[sympy.Expr, sympy.Expr] | None:
     """The least and the greatest value of an expression over a shape; None if it is not affine in its axes."""
-    if expression.atoms(sympy.Function, sympy.Mod):
+    ends = {axis(len(shape) - place): (sympy.Integer(0), size - 1) for place, size in enumerate(shape)}
+    if any(term.free_symbols & ends.keys() for term in expression.atoms(sympy.Function, sympy.Mod)):
         return None
     low, high = {}, {}
-    for place, size in enumerate(shape):
-        symbol = axis(len(shape) - place)
-        ends = (sympy.Integer(0), size - 1)
+    for symbol, (first, last) in ends.items():
         slope = expression.coeff(symbol)
-        low[symbol], high[symbol] = ends if slope >= 0 else ends[::-1]
+        if slope.is_nonnegative is None:
+            return None
+        low[symbol], high[symbol] = (first, last) if slope.is_nonnegative else (last, first)
     return expression.xreplace(low), expression.xreplace(high)
 
 

@@ -1,4 +1,8 @@
-"""What Dynamo knows about a node's value: its fake tensor, or its number."""
+"""What is known of a node's value while compiling: its fake tensor, or its number.
+
+Nothing else reads what Dynamo noted at nodes: its fake tensors are those of the end of the graph (`metadata`), and some
+are of kinds that the passes leave alone.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,39 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .torch_internals import guard_or_false
+from .torch_internals import guard_or_false, guarded, is_plain, tree_leaves, why_not_plain
+
+AS_COMPUTED = "s2o_as_computed"
+"""The key of a node's `meta` under which `metadata` puts its tensor where Dynamo's is that of a later node."""
+
+
+def held(node: Node) -> Any:
+    """What a node held when it was computed: a tensor, a number or a structure of them; None where it is not known."""
+    return node.meta.get(AS_COMPUTED, node.meta.get("example_value"))
 
 
 def fake_tensor(node: Any) -> torch.Tensor | None:
-    """The tensor that stands for a node while it is traced; None where the node is none or holds none."""
-    value = node.meta.get("example_value") if isinstance(node, Node) else None
-    return value if isinstance(value, torch.Tensor) else None
+    """The tensor that stands for a node, as it was when the node was computed.
+
+    None where the node is none or holds none, where its tensor was changed later and is not known any more, and where
+    the tensor is of another kind than a dense one: sparse, nested, of a subclass or differentiated by torch.func.
+    """
+    value = held(node) if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) and is_plain(value) else None
+
+
+def objects(node: Node) -> list[torch.Tensor]:
+    """The tensors of all kinds that a node holds, also in tuples, as they are at the end of the graph.
+
+    They are for telling which nodes hold the same tensor, or share memory; for all else there is `fake_tensor`.
+    """
+    return [leaf for leaf in tree_leaves(node.meta.get("example_value")) if isinstance(leaf, torch.Tensor)]
+
+
+def why_unknown(node: Node) -> str | None:
+    """Why there is no `fake_tensor` of a node that holds a tensor, as the end of a sentence; None if it holds none."""
+    tensors = objects(node)
+    return why_not_plain(tensors[0]) if tensors else None
 
 
 def are_tensors(*values: Any) -> bool:
@@ -26,7 +56,7 @@ def are_tensors(*values: Any) -> bool:
 def symbolic(value: Any) -> sympy.Expr | None:
     """A size, an index or a node that holds one, as a sympy expression; None for anything else."""
     if isinstance(value, Node):
-        value = value.meta.get("example_value")
+        value = held(value)
     if isinstance(value, torch.SymInt):
         return sympy.sympify(value.node.expr)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -37,8 +67,15 @@ def symbolic(value: Any) -> sympy.Expr | None:
 def is_nonnegative(value: Any) -> bool:
     """Whether a size, an index or a node that holds one is at least zero; the graph is guarded by the answer."""
     if isinstance(value, Node):
-        value = value.meta.get("example_value")
+        value = held(value)
     return isinstance(value, (int, torch.SymInt)) and guard_or_false(value >= 0)
+
+
+def holds(expression: sympy.Expr, tensor: torch.Tensor) -> bool:
+    """Whether an expression of sizes is at least zero; the graph of the fake `tensor` is guarded by the answer."""
+    if expression.is_nonnegative is not None:
+        return bool(expression.is_nonnegative)
+    return guarded(sympy.Ge(expression, 0), tensor)
 
 
 def symbolic_size(size: int | torch.SymInt) -> sympy.Expr:
@@ -55,17 +92,16 @@ def constant(value: Any) -> Any:
     """`value`, or the number a node is known to hold; the node itself where its number is not known."""
     if not isinstance(value, Node):
         return value
-    held = value.meta.get("example_value")
-    if isinstance(held, (torch.SymInt, torch.SymFloat)):
-        expression = held.node.expr
-        held = expression if not expression.free_symbols else None
-    return float(held) if isinstance(held, (numbers.Real, sympy.Number)) else value
+    known = held(value)
+    if isinstance(known, (torch.SymInt, torch.SymFloat)):
+        expression = known.node.expr
+        known = expression if not expression.free_symbols else None
+    return float(known) if isinstance(known, (numbers.Real, sympy.Number)) else value
 
 
 def number(value: Any) -> float | Node | None:
     """A number that is known, or a node that holds one while the graph runs; None for anything else."""
     value = constant(value)
     if isinstance(value, Node):
-        held = value.meta.get("example_value")
-        return value if isinstance(held, (torch.SymInt, torch.SymFloat)) else None
+        return value if isinstance(held(value), (torch.SymInt, torch.SymFloat)) else None
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None

@@ -1,11 +1,12 @@
 """Sparse long-context attention as a compiler feature of PyTorch: ``torch.compile(model, backend="s2o")``.
 
-Nothing is imported before it is used, PyTorch included. The operator ``torch.ops.s2o.attention`` is there once this
-package and PyTorch are imported, in any order, and ``attn_implementation="s2o"`` once transformers is too.
+Nothing is imported before it is used, PyTorch included. The operator ``torch.ops.s2o.attention`` and the backend are
+there once this package and PyTorch are imported, in any order, and ``attn_implementation="s2o"`` once transformers is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.import_module("importlib.metadata").version("s2o-compile")
+        return importlib.import_module(".version", __name__).VERSION
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
@@ -79,6 +80,14 @@ def _register_operator() -> None:
     importlib.import_module(".ops", __name__)
 
 
+def _register_backend() -> None:
+    """Register the backend where no entry point does: this is a copy of the package that is not installed."""
+    metadata, dynamo = map(importlib.import_module, ("importlib.metadata", "torch._dynamo"))
+    if not metadata.entry_points(group="torch_dynamo_backends", name="s2o"):
+        with contextlib.suppress(AssertionError):  # This module was reloaded.
+            dynamo.register_backend(importlib.import_module(".backend", __name__).s2o, name="s2o")
+
+
 def _register_with_transformers() -> None:
     try:
         importlib.import_module(".integrations.transformers", __name__)
@@ -87,4 +96,5 @@ def _register_with_transformers() -> None:
 
 
 after_import("torch", _register_operator)
+after_import("torch._dynamo", _register_backend)
 after_import("transformers.modeling_utils", _register_with_transformers)

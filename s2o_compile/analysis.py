@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from .calibration.file import CalibrationError
 from .calibration.settings import site_settings
 from .ops import S2OConfig
 from .ops.density import dense_pairs
 from .passes.nested import nested_graphs
 from .passes.report import Decision, Report
 from .passes.rewrite import rewrite
+from .passes.safety import Safeguard
 
 _GRAPHS_PER_CODE = 4096
 
@@ -89,7 +91,10 @@ class _Analysis:
         self.report = Report()
 
     def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.report.decisions += rewrite(module, self.config, site_settings(self.config, module, example_inputs))
+        def rewritten() -> list[Decision]:
+            return rewrite(module, self.config, site_settings(self.config, module, example_inputs))
+
+        self.report.decisions += Safeguard(module).run(rewritten, list, CalibrationError)
         if self.measure:
             replace_operator(module, self._counted)
         return module.forward

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib.metadata
 import logging
-from collections.abc import Callable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .ops import S2OConfig
+from .version import fingerprint
+
+if TYPE_CHECKING:
+    from .passes.report import Decision, Report
 
 log = logging.getLogger(__name__)
 
@@ -21,17 +27,27 @@ class S2OBackend:
     """A backend for ``torch.compile(model, backend="s2o")``, or ``backend=s2o_compile.s2o``.
 
     ``TORCH_LOGS=s2o_compile`` logs a line for each graph, ``TORCH_LOGS=+s2o_compile`` one for each attention site
-    too; `s2o_compile.explain` reports them.
+    too; `s2o_compile.explain` reports them. An error in the graph passes leaves the graph to Inductor as it was, with
+    a warning; with ``S2O_RAISE_ERRORS=1`` in the environment it is raised.
 
     Attributes:
-        config: The settings of the operator.
+        config: The settings of the operator; they cannot be changed, but for another backend by `with_config`.
     """
 
     config: S2OConfig = field(default_factory=S2OConfig)
+    _decisions: list[Decision] = field(default_factory=list, init=False, repr=False)
+    _warned: bool = field(default=False, init=False, repr=False)
     __name__ = "s2o"
 
     def __post_init__(self) -> None:
-        self.config = S2OConfig.of(self.config)
+        object.__setattr__(self, "config", S2OConfig.of(self.config))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "config" and "config" in vars(self):
+            raise AttributeError(
+                "config cannot be changed, as graphs may be compiled with it; pass backend=s2o.with_config(config)"
+            )
+        super().__setattr__(name, value)
 
     def with_config(self, config: S2OConfig) -> S2OBackend:
         """This backend with other settings.
@@ -40,6 +56,21 @@ class S2OBackend:
             TypeError: They are no `S2OConfig`.
         """
         return dataclasses.replace(self, config=config)
+
+    @property
+    def report(self) -> Report:
+        """What was decided of the attention of all graphs compiled since the last ``torch.compiler.reset()``.
+
+        Those of graph breaks and of recompilations are among them, as are those of other models with this backend.
+        """
+        from .passes.report import Report
+
+        return Report(list(self._decisions))
+
+    def reset(self) -> None:
+        """Forget the report; ``torch.compiler.reset()`` calls this."""
+        self._decisions.clear()
+        self._warned = False
 
     def __call__(
         self,
@@ -66,20 +97,43 @@ class S2OBackend:
         """
         from torch._inductor.compile_fx import compile_fx
 
+        from .calibration.file import CalibrationError
         from .calibration.settings import site_settings
-        from .passes.report import Report
         from .passes.rewrite import rewrite
+        from .passes.safety import Safeguard
+        from .passes.torch_internals import redirections
 
         config, patches = self.split_options(options or {}, mode)
-        report = Report(rewrite(module, config, site_settings(config, module, example_inputs)))
-        log.info("%d of %d attention sites rewritten", report.rewritten, len(report.decisions))
-        for decision in report.decisions:
+
+        def rewritten() -> list[Decision]:
+            return rewrite(module, config, site_settings(config, module, example_inputs), fuse_dense=True)
+
+        def compiled() -> Any:
+            return compile_fx(module, example_inputs, config_patches=patches or None, **kwargs)
+
+        def compiled_apart() -> Any:
+            with _apart():
+                return compiled()
+
+        safeguard = Safeguard(module)
+        self._note(safeguard.run(rewritten, list, CalibrationError))
+        return safeguard.run(compiled_apart, compiled, *redirections())
+
+    def _note(self, decisions: list[Decision]) -> None:
+        """Keep the decisions on the sites of a graph, log them, and warn once if they come to nothing."""
+        self._decisions += decisions
+        log.info("%d of %d attention sites rewritten", sum(each.rewritten for each in decisions), len(decisions))
+        for decision in decisions:
             log.debug("%s", decision)
-        # Inductor's caches know the operator's name, not what it does in this release.
-        tag = f"{torch.compiler.config.cache_key_tag}s2o-{importlib.metadata.version('s2o-compile')}"
-        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-            compiled: Any = compile_fx(module, example_inputs, config_patches=patches or None, **kwargs)
-        return compiled
+        prefills = [decision for decision in decisions if decision.shapes["query"][2:3] != (1,)]
+        if prefills and not self._warned and not any(decision.rewritten for decision in self._decisions):
+            self._warned = True
+            reason, count = Counter(decision.reason for decision in prefills).most_common(1)[0]
+            warnings.warn(
+                f"s2o leaves {len(prefills)} of {len(prefills)} attention sites of a graph dense, {count} because: "
+                f"{reason}. s2o_compile.explain tells of each; this warning is given once",
+                stacklevel=2,
+            )
 
     def split_options(self, options: dict[str, Any], mode: str | None = None) -> tuple[S2OConfig, dict[str, Any]]:
         """The settings that options ask for, and what is left for Inductor, with the options of `mode`.
@@ -98,6 +152,19 @@ class S2OBackend:
             S2OConfig.from_options({name: value for name, value in others.items() if name not in known})
         patches = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
         return dataclasses.replace(self.config, **changes), patches | others
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Let Inductor compile other than without s2o, and not take from its caches what was compiled otherwise.
+
+    The caches know the operator's name, not what it does in this release, nor which backends SDPA is to take.
+    """
+    from .passes.torch_internals import attention_preferences, without_attention_patterns
+
+    tag = f"{torch.compiler.config.cache_key_tag}s2o-{fingerprint()} {attention_preferences()}"
+    with torch.compiler.config.patch(cache_key_tag=tag), without_attention_patterns():  # type: ignore[attr-defined]
+        yield
 
 
 s2o = S2OBackend()

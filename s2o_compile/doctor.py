@@ -13,11 +13,12 @@ import torch
 
 from .ops import S2OConfig
 from .ops.choice import SLOW_CPU, default_min_length, is_slow
+from .version import VERSION
 
 LEAST_CAPABILITY = (8, 0)
 """The oldest GPUs that the kernels are compiled for in the tests."""
 TOLERANCE = 1e-2
-_PACKAGES = ("s2o-compile", "torch", "triton", "transformers")
+_PACKAGES = ("triton", "transformers")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Check:
 
 def examine() -> list[Check]:
     """Look at versions, devices and the backend, and run the operator on each device."""
-    checks = [Check("python", platform.python_version()), *map(_version, _PACKAGES), _backend(), _compiler()]
+    versions = {"python": platform.python_version(), "s2o-compile": VERSION, "torch": torch.__version__}
+    checks = [Check(name, found) for name, found in versions.items()]
+    checks += [*map(_version, _PACKAGES), _backend(), _compiler()]
     if not torch.cuda.is_available():
         checks.append(Check("cuda", "none", advice="all runs on the CPU"))
     return checks + [check for device in _devices() for check in _device(device)]
@@ -54,7 +57,7 @@ def _version(package: str) -> Check:
 
 def _backend() -> Check:
     found = "s2o" in torch._dynamo.list_backends(exclude_tags=())
-    advice = "" if found else "reinstall s2o-compile: its entry point is missing"
+    advice = "" if found else "report this"
     return Check('torch.compile(backend="s2o")', "registered" if found else "unknown", found, advice)
 
 

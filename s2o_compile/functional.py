@@ -94,7 +94,9 @@ def attention(
         The output [B, Hq, Lq, Dv]; with `return_stats` an `AttentionResult` of output, lse and visited.
 
     Raises:
-        TypeError: A dtype is not supported, or `config` has the wrong type.
+        RuntimeError: The call is inside torch's ``context_parallel``.
+        TypeError: A dtype is not supported, a tensor that sparse attention takes is a DTensor, or `config` has the
+            wrong type.
         ValueError: Shapes, devices or a number do not fit, or a gradient is asked for.
     """
     operator = torch.ops.s2o.attention_stats if return_stats else torch.ops.s2o.attention

@@ -13,6 +13,9 @@ if not torch.cuda.is_available():
     # Before anything imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# What a pass cannot do is no warning in the tests; the processes that they start inherit it.
+os.environ["S2O_RAISE_ERRORS"] = "1"
+
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("dev", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))

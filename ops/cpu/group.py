@@ -84,7 +84,7 @@ class Group:
     @functools.cached_property
     def scored(self) -> Projected:
         """What keys are scored by: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
-        scored = project_group(self.pooled, self.key, self.config.channels, 1.0)
+        scored = project_group(self.pooled, self.key, self.config.channels, 1.0, self.valid)
         whole = scored.neglected is None
         return scored._replace(guides=self.guides if whole else self.by_segment(scored.guides))
 

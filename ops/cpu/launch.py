@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ..config import S2OConfig
@@ -24,7 +22,7 @@ def sparse_attention(
     softcap: float,
     config: S2OConfig,
 ) -> AttentionResult:
-    """Sparse attention without sinks; shapes as in `ops.reference`.
+    """Sparse attention without sinks, of some queries and keys; shapes as in `ops.reference`.
 
     Arithmetic is in float32 at least, but for the scores that rank keys, which are in bfloat16 where that is fast.
     """
@@ -32,9 +30,6 @@ def sparse_attention(
     geometry = Geometry.of(query, key, visibility, config)
     batch, groups = query.shape[0], key.shape[1]
     result = AttentionResult.empty(query, value, config.tile)
-    if 0 in (batch, geometry.queries, geometry.keys):
-        result.output.zero_(), result.lse.fill_(-math.inf), result.visited.zero_()
-        return result
     parts = [x.unflatten(1, (groups, -1)) for x in result]
     for b in range(batch):
         for g in range(groups):

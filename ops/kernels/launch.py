@@ -21,6 +21,9 @@ from .means import block_means
 from .rank import Lists, Ranking, select, sort
 from .tiling import MAX_ROWS, attend_tiling, shared_memory
 
+MOST_PROGRAMS = 2**16 - 1
+"""Programs along all axes of a launch but the first: one for each list of a batch entry, of a segment."""
+
 
 @triton_op("s2o::sparse_triton", mutates_args={})
 def sparse_triton(
@@ -54,21 +57,39 @@ def sparse_attention(
     softcap: float,
     config: S2OConfig,
 ) -> AttentionResult:
-    """Sparse attention without sinks; shapes as in `ops.reference`."""
+    """Sparse attention without sinks, of some queries and keys and a scale above 0; shapes as in `ops.reference`."""
     config = visibility.ranking(config)
-    geometry = Geometry.of(query, key, visibility, config)
     result = AttentionResult.empty(query, value, config.tile)
-    if 0 in (*query.shape[:3], geometry.keys):
-        output, lse, visited = result
-        return AttentionResult(torch.zeros_like(output), torch.full_like(lse, -math.inf), torch.zeros_like(visited))
+    batch, heads = query.shape[:2]
+    at_once = max(1, MOST_PROGRAMS // (heads if config.lists == "head" else key.shape[1]))
+    if batch <= at_once:
+        attend_batch(query, key, value, visibility, scale, softcap, config, result)
+        return result
+    for first in range(0, batch, at_once):
+        part = slice(first, first + at_once)
+        of_part = AttentionResult(*(x[part] for x in result))
+        attend_batch(query[part], key[part], value[part], visibility.of(part), scale, softcap, config, of_part)
+    return result
+
+
+def attend_batch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visibility: Visibility,
+    scale: float,
+    softcap: float,
+    config: S2OConfig,
+    result: AttentionResult,
+) -> None:
+    """Fill the `result` of so many batch entries as one launch can have programs for."""
+    geometry = Geometry.of(query, key, visibility, config)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    if scale < 0:
-        query, scale = -query, -scale
     means: tuple[torch.Tensor, ...] = (query.new_empty(1), query.new_empty(1))
     if not geometry.ranked_segments:
         call = Call(query, key, value, visibility, geometry, scale, softcap, config.without_ranking())
         attend(call, Lists.empty(call), means, range(geometry.segments), result)
-        return result
+        return
     call = Call(query, key, value, visibility, geometry, scale, softcap, config)
     guides = pool_guides(query.unflatten(1, (call.groups, call.group)), config)
     if config.has_means:
@@ -77,7 +98,6 @@ def sparse_attention(
     for segments in runs(call):
         lists = sort(call, guides, segments) if ranking is None else select(call, ranking, segments)
         attend(call, lists, means, segments, result)
-    return result
 
 
 def runs(call: Call) -> tuple[range, ...]:
@@ -92,7 +112,7 @@ def runs(call: Call) -> tuple[range, ...]:
     return _runs(call.geometry, is_sorted, 8 * call.config.workspace // bits)
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=2**12)
 def _runs(geometry: Geometry, is_sorted: bool, room: int) -> tuple[range, ...]:
     """`runs`, of one list for each segment and so many keys in all; at least one segment each."""
 

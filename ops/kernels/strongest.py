@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-from ..projection import sampling_step
+from ..projection import counted_keys, sampling_step
 from .call import channels as padded
 from .helpers import float32
 
@@ -36,7 +36,7 @@ def strongest_channels(
     Args:
         guides: [B, Hkv, guide heads, guides, D].
         key: [B, Hkv, Lk, D].
-        padding: [B, Lk], False for keys that count as zeros; None for none.
+        padding: [B, Lk], False for keys that do not count; None for none.
         channels: How many to pick, at least half of all.
         scale: Factor of the logits.
     """
@@ -52,7 +52,7 @@ def strongest_channels(
         torch.empty(batch, groups, channels, dtype=torch.int32, device=key.device),
         torch.empty(batch, groups, dtype=torch.float32, device=key.device),
     )
-    columns = min(width, _COLUMNS)
+    columns, counted = min(width, _COLUMNS), counted_keys(padding, key.shape[2])
     wrap_triton(moments_kernel)[(parts, 2 * (width // columns), batch * groups)](
         guides, key, key if padding is None else padding, moments, sums,
         *guides.stride()[:4], *key.stride()[:3], 0 if padding is None else padding.stride(0),
@@ -61,8 +61,9 @@ def strongest_channels(
         D=size, PART=_PART, BLOCK_N=_ROWS, BLOCK_D=width, BLOCK_C=columns, num_warps=4, num_stages=2,
     )  # fmt: skip
     wrap_triton(choose_kernel)[(batch * groups,)](
-        moments, sums, energies, *found, *rows, scale,
-        PARTS=parts, CHANNELS=channels, D=size, BLOCK_D=width, BLOCK_C=min(width, 32), num_warps=8, num_stages=1,
+        moments, sums, energies, *found, sums if counted is None else counted, *rows, groups, scale,
+        HAS_PADDING=padding is not None, PARTS=parts, CHANNELS=channels,
+        D=size, BLOCK_D=width, BLOCK_C=min(width, 32), num_warps=8, num_stages=1,
     )  # fmt: skip
     return found
 
@@ -148,9 +149,12 @@ def choose_kernel(
     energies,
     channels,
     neglected,
+    counted,
     guide_rows,
     key_rows,
+    groups,
     scale,
+    HAS_PADDING: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
     D: tl.constexpr,
@@ -159,10 +163,13 @@ def choose_kernel(
 ):
     """Write the CHANNELS channels of most energy, in order, and the variance of logits that the others carry.
 
-    Energy is the product of the mean squares of guides and of keys. `energies` [B * groups, BLOCK_D] hands energies and
+    Energy is the product of the mean squares of guides and of keys, of which with HAS_PADDING some are `counted` [B],
+    and else all `key_rows`. `energies` [B * groups, BLOCK_D] hands energies and
     then ranks from rows to columns. Program (batch entry and group).
     """
     scale = float32(scale)
+    if HAS_PADDING:
+        key_rows = tl.maximum(tl.load(counted + tl.program_id(0) // groups), 1).to(tl.float32)
     square: tl.constexpr = BLOCK_D * BLOCK_D
     of_guides = moments + tl.program_id(0).to(tl.int64) * (2 * PARTS * square)
     of_keys = of_guides + PARTS * square

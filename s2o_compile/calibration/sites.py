@@ -15,6 +15,7 @@ from ..ops import AttentionResult, S2OConfig
 from ..ops.choice import DENSE_AT_ANY_LENGTH
 from ..ops.density import density, ranking_share, share_in_all_channels
 from ..passes import Decision, rewrite
+from ..passes.safety import Safeguard
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def call_sites(
         return attention
 
     def backend(module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found(rewrite(module, dataclasses.replace(config, min_length=0)))
+        forced = dataclasses.replace(config, min_length=0)
+        found(Safeguard(module).run(lambda: rewrite(module, forced), list))
         replace_operator(module, implementation)
         return module.forward
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import sys
 import warnings
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from ..version import VERSION
 from ..writing import WriteError
 from .errors import UsageError
 
@@ -23,7 +23,7 @@ app = typer.Typer(help="Sparse long-context attention as a torch.compile backend
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"s2o-compile {version('s2o-compile')}")
+        print(f"s2o-compile {VERSION}")
         raise typer.Exit
 
 

@@ -125,8 +125,8 @@ def s2o_mask(
             keys = visible_keys(terms, q_length, kv_length)
             if choose_sparse(q_length, keys, torch.device(device), settings_of(config)):
                 padding = _padding(attention_mask, kv_length, kv_offset)
-                hides = padding is not None and not padding[:, :keys].all()
-                terms = terms._replace(key_padding=padding if hides else None)
+                if padding is not None and not padding[:, :keys].all():
+                    terms = terms._replace(key_padding=padding.clone())
                 return LazyMask(terms, (batch_size, 1, q_length, kv_length), torch.device(device))
     return sdpa_mask(
         batch_size,

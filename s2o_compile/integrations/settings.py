@@ -10,6 +10,7 @@ import torch
 from ..calibration.file import CalibrationError
 from ..calibration.settings import module_settings
 from ..ops import S2OConfig
+from ..ops.config import SETTINGS
 
 IMPLEMENTATION = "s2o"
 """The name of the attention implementation, and the attribute of a model's configuration that holds its settings."""
@@ -86,7 +87,7 @@ def settings_of(config: Any) -> S2OConfig:
     return _checked(**(getattr(config, IMPLEMENTATION, None) or {}))
 
 
-@functools.lru_cache(typed=True)
+@functools.lru_cache(maxsize=SETTINGS, typed=True)
 def _checked(**fields: Any) -> S2OConfig:
     """The settings of these fields, checked once: each layer asks for them in each forward pass."""
     return S2OConfig.from_options(fields)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import output_capturing
 from transformers.utils.import_utils import is_tracing
 
 from ..ops.choice import choose_sparse
+from ..ops.dense import positive_scale
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from ..ops.visibility import Visibility
 from .lazy_mask import LazyMask
@@ -34,7 +36,7 @@ def s2o_attention(
 
     Calls that the operator cannot take, or need not, go to the SDPA attention of transformers: dropout, gradients,
     position biases, one query, short calls, and all that is traced, where a backend decides. With a soft cap or sinks,
-    which SDPA lacks, all calls go to the operator.
+    which SDPA lacks, all calls go to the operator. What SDPA would drop, though it changes the result, is refused.
 
     Args:
         module: The layer, which may have `is_causal` and has the `config` of its model.
@@ -53,10 +55,11 @@ def s2o_attention(
         The output [B, Lq, Hq, Dv], and no probabilities.
 
     Raises:
-        ValueError: A soft cap or sinks come with what only SDPA can do, or continuous batching is asked for.
+        ValueError: A soft cap or sinks come with what only SDPA can do, or something is asked for that neither does,
+            such as attention weights or continuous batching.
     """
-    if kwargs.get("cache") is not None:
-        raise ValueError("attn_implementation='s2o' cannot attend to a paged cache; use 'sdpa' for continuous batching")
+    attention_mask = _as_given(attention_mask, query, key)
+    _refuse(module, attention_mask, kwargs)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     obstacle = _obstacle(query, key, value, dropout, kwargs.get("position_bias"))
@@ -83,6 +86,51 @@ def s2o_attention(
         **fields_of(module),
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+_collector = getattr(output_capturing, "_active_collector", None)
+"""What the model that runs collects from its layers for its caller."""
+_REFUSED = {
+    "block_indices": "cannot attend to the blocks of keys that a model picks; use 'sdpa'",
+    "cache": "cannot attend to a paged cache; use 'sdpa' for continuous batching",
+    "indices": "cannot attend to the keys that a model picks; use 'sdpa'",
+    "sinks": "has one sink for each head, and the model one for each query too; use 'eager'",
+}
+"""Arguments that change the result and are not passed on, and what to say of them."""
+
+
+def _refuse(module: torch.nn.Module, mask: torch.Tensor | None, options: dict[str, Any]) -> None:
+    for name, reason in _REFUSED.items():
+        if options.get(name) is not None:
+            raise ValueError(f"attn_implementation='s2o' {reason}")
+    if _asks_for_weights(module, options):
+        raise ValueError(
+            "attn_implementation='s2o' computes no attention weights, which output_attentions=True asks for; "
+            "use 'eager' (model.set_attn_implementation('eager'))"
+        )
+    documents = options.get("cu_seq_lens_q")
+    if documents is not None and documents.numel() > 2 and (mask is None or isinstance(mask, LazyMask)):
+        raise ValueError(
+            f"cu_seq_lens_q packs {documents.numel() - 1} documents, which the mask does not tell apart, and "
+            "attn_implementation='s2o' follows the mask: most models make it of position_ids where there is neither an "
+            "attention_mask nor a cache (use_cache=False)"
+        )
+
+
+def _asks_for_weights(module: torch.nn.Module, options: dict[str, Any]) -> bool:
+    """Whether the caller of the model wants attention weights, as far as an attention function is told."""
+    asked = options.get("output_attentions", getattr(module.config, "output_attentions", False))
+    collected = None if torch.compiler.is_compiling() or _collector is None else _collector.get()
+    return bool(asked) or any(name.endswith("attentions") for name in collected or ())
+
+
+def _as_given(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """The mask as a plain tensor where it is no longer what the mask interface made, or made for another call."""
+    if not isinstance(mask, LazyMask):
+        return mask
+    if mask.is_lazy and mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2]):
+        return mask
+    return mask.read()
 
 
 def _site(module: torch.nn.Module) -> str:
@@ -129,7 +177,8 @@ def _sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if isinstance(mask, LazyMask):
-        mask = mask.dense()
+        mask = mask.read()
+    query, scaling = positive_scale(query, scaling)
     output: torch.Tensor
     output, _ = sdpa_attention_forward(
         module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs

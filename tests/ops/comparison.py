@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from s2o_compile.ops import AttentionResult
 from s2o_compile.ops.visibility import Visibility
@@ -46,6 +48,35 @@ def dense(
     if sinks is not None:
         logits = torch.cat([logits, sinks.double()[:, None, None].expand(*logits.shape[:-1], 1)], -1)
     return torch.softmax(logits, -1)[..., : key.shape[2]].masked_fill(~mask, 0) @ value
+
+
+ROUNDING = (1e-6, 1e-5, 1e-4, 1e-3)
+"""How far importances in float32 may be off, relative to themselves."""
+
+
+def share_at_the_threshold(
+    got: AttentionResult, specified: Callable[[float], AttentionResult], threshold: float, tile: int, tolerance: float
+) -> float:
+    """Compare all tiles with what is specified, and say of how many a key is too close to the threshold to decide.
+
+    Those must be what is specified for some threshold that differs by no more than `ROUNDING`.
+    """
+    exact = agreeing_tiles(got, specified(threshold), tile, tolerance)
+    agreed = exact
+    for step in (sign * size for size in ROUNDING for sign in (1, -1)):
+        if agreed.all():
+            break
+        agreed = agreed | agreeing_tiles(got, specified(threshold * (1 + step)), tile, tolerance + 10 * abs(step))
+    assert agreed.all(), f"tiles that differ [batch, head, tile]: {(~agreed).nonzero().tolist()}"
+    return float((~exact).double().mean())
+
+
+def agreeing_tiles(got: AttentionResult, want: AttentionResult, tile: int, tolerance: float) -> torch.Tensor:
+    """Of which tiles output, log-sum-exp and visited work agree [B, Hq, tiles]."""
+    output = (got.output.double() - want.output.double()).abs().amax(-1)
+    lse = torch.where(got.lse == want.lse, 0, (got.lse.double() - want.lse.double()).abs())
+    worst = pad(output.maximum(lse), (0, -output.shape[-1] % tile)).unflatten(-1, (-1, tile)).amax(-1)
+    return (worst <= tolerance) & (got.visited == want.visited)
 
 
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

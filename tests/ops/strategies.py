@@ -2,163 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from hypothesis import strategies as st
 
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.visibility import Visibility
 
+from .drawing import THRESHOLDS, Call, draw_call, draw_config
 
-@dataclass(frozen=True)
-class Call:
-    """A call of the operator, described by sizes, so that a failing example prints as something to read."""
-
-    batch: int
-    groups: int
-    group: int
-    queries: int
-    keys: int
-    channels: int
-    value_channels: int
-    is_causal: bool
-    offset: int
-    padded: bool
-    window: int | None
-    documents: int
-    mask: tuple[bool, bool, bool, bool] | None
-    softcap: float
-    sunk: bool
-    layout: str
-    seed: int
-    config: S2OConfig
-
-    def tensors(
-        self, dtype: torch.dtype = torch.float32, device: str = "cpu"
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value."""
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def draw(heads: int, length: int, channels: int) -> torch.Tensor:
-            x = torch.randn(self.batch, heads, length, channels, generator=generator, dtype=torch.float64)
-            return self.lay_out(x.to(dtype).to(device))
-
-        query = draw(self.heads, self.queries, self.channels) * 2
-        key = draw(self.groups, self.keys, self.channels)
-        return query, key, draw(self.groups, self.keys, self.value_channels)
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-        return self.groups * self.group
-
-    def visibility(self, device: str = "cpu") -> Visibility:
-        """The terms of the mask."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        padding = torch.rand(self.batch, self.keys, generator=generator) < 0.7 if self.padded else None
-        documents: list[torch.Tensor | None] = [None, None]
-        if self.documents:
-            ids = torch.randint(self.documents, (self.batch, max(self.queries, self.keys)), generator=generator)
-            ids = ids.sort(dim=1)[0]
-            documents = [ids[:, : self.queries].int(), ids[:, -self.keys :]]
-        mask = None
-        if self.mask is not None:
-            full = (self.batch, self.heads, self.queries, self.keys)
-            shape = [size if whole else 1 for size, whole in zip(full, self.mask, strict=True)]
-            mask = self.lay_out(torch.rand(shape, generator=generator) < 0.6)
-            mask = mask if self.layout == "contiguous" else mask.expand(full)
-        tensors = [None if x is None else x.to(device) for x in (padding, *documents, mask)]
-        return Visibility(self.is_causal, self.offset, tensors[0], self.window, *tensors[1:])
-
-    def sinks(self, device: str = "cpu") -> torch.Tensor | None:
-        """A sink per head."""
-        return torch.linspace(-2, 4, self.heads, device=device) if self.sunk else None
-
-    def arguments(self, device: str = "cpu") -> dict[str, Any]:
-        """The operator's arguments but for tensors and fields."""
-        return {**self.visibility(device)._asdict(), "softcap": self.softcap, "sinks": self.sinks(device)}
-
-    def lay_out(self, x: torch.Tensor) -> torch.Tensor:
-        """The same values with other strides."""
-        if self.layout == "heads last":
-            return x.transpose(1, 2).contiguous().transpose(1, 2)
-        if self.layout == "strided":
-            wide = x.new_empty(*x.shape[:2], 2 * x.shape[2], x.shape[3] + 3)
-            wide[:, :, ::2, 1:-2] = x
-            return wide[:, :, ::2, 1:-2]
-        if self.layout == "channels strided":
-            return x.transpose(2, 3).contiguous().transpose(2, 3)
-        return x
+__all__ = ["Call", "calls", "configs"]
 
 
 @st.composite
-def configs(draw: st.DrawFn, thresholds: tuple[float, ...] = (0.0, 1e-3, 1e-2, 5e-2)) -> S2OConfig:
+def configs(draw: st.DrawFn, thresholds: Sequence[float] = THRESHOLDS) -> S2OConfig:
     """Configurations over all fields, small enough for small calls."""
-    stop = draw(st.sampled_from(["importance", "importance", "gain"]))
-    guides = "head" if stop == "gain" else draw(st.sampled_from(["head", "group"]))
-    lists = "head" if stop == "gain" else draw(st.sampled_from(["group", "head"])) if guides == "head" else "group"
-    segment = draw(st.sampled_from([16, 32, 64]))
-    mean_weight = draw(st.sampled_from([0.0, 3.0]))
-    return S2OConfig(
-        threshold=draw(st.sampled_from(thresholds)),
-        min_length=0,
-        segment=segment,
-        tile=draw(st.sampled_from([t for t in (16, 32, 64) if t <= segment])),
-        pool=draw(st.sampled_from([1, 2, 4, 16])),
-        guides=guides,
-        channels=None if stop == "gain" else draw(st.sampled_from([None, None, 5, 16])),
-        lists=lists,
-        measure="mass" if stop == "gain" else draw(st.sampled_from(["mass", "output"])),
-        max_weight=draw(st.sampled_from([1.0, 0.5, 0.0] if mean_weight else [1.0, 0.5])),
-        mean_weight=mean_weight,
-        sample=draw(st.sampled_from([1, 4, 16])),
-        stop=stop,
-        chunk=64,
-        first_keys=draw(st.sampled_from([0, 1, 5])),
-        near_keys=draw(st.sampled_from([0, 20, 64])),
-        last_queries=draw(st.sampled_from([0, 0, 40])),
-        workspace=draw(st.sampled_from([2**30, 2**30, 2**14])),
-        tail="none" if stop == "gain" else draw(st.sampled_from(["sampled", "means", "none"])),
-    )
-
-
-@st.composite
-def terms(draw: st.DrawFn) -> dict[str, Any]:
-    """The optional terms of a call, mostly one or none, sometimes all together."""
-    chosen = draw(st.sampled_from(["none", "none", "window", "documents", "mask", "softcap", "sinks", "some", "some"]))
-
-    def has(name: str) -> bool:
-        return chosen == name or (chosen == "some" and draw(st.booleans()))
-
-    return {
-        "window": draw(st.sampled_from([1, 7, 40, 100, 1000])) if has("window") else None,
-        "documents": draw(st.integers(1, 4)) if has("documents") else 0,
-        "mask": draw(st.tuples(*[st.booleans()] * 4)) if has("mask") else None,
-        "softcap": draw(st.sampled_from([1.5, 20.0])) if has("softcap") else 0.0,
-        "sunk": has("sinks"),
-    }
+    return draw_config(lambda options: draw(st.sampled_from(options)), thresholds)
 
 
 @st.composite
 def calls(draw: st.DrawFn, longest: int = 300, settings: st.SearchStrategy[S2OConfig] | None = None) -> Call:
     """Calls over batches, head counts, ragged lengths, widths, offsets, terms and layouts."""
-    queries, keys = draw(st.integers(1, longest)), draw(st.integers(1, longest))
-    is_causal = draw(st.booleans())
-    return Call(
-        batch=draw(st.integers(1, 2)),
-        groups=draw(st.integers(1, 2)),
-        group=draw(st.sampled_from([1, 2, 3, 7])),
-        queries=queries,
-        keys=keys,
-        channels=draw(st.sampled_from([16, 24, 64])),
-        value_channels=draw(st.sampled_from([16, 40])),
-        is_causal=is_causal,
-        offset=draw(st.sampled_from([0, keys - queries, -10, 50])),
-        padded=draw(st.booleans()),
-        **draw(terms()),
-        layout=draw(st.sampled_from(["contiguous", "heads last", "strided", "channels strided"])),
-        seed=draw(st.integers(0, 2**31)),
-        config=draw(configs() if settings is None else settings),
-    )
+    config = draw(configs() if settings is None else settings)
+    return draw_call(lambda options: draw(st.sampled_from(options)), longest, config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 from typing import Any
 from unittest.mock import Mock
 
@@ -15,8 +17,10 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.ops import AttentionResult, S2OConfig, choice
+from s2o_compile.integrations import settings
+from s2o_compile.ops import AttentionResult, S2OConfig, choice, config
 from s2o_compile.ops.kernels import launch
+from s2o_compile.ops.operator import _configured
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
@@ -116,6 +120,115 @@ def test_empty(shape: tuple[int, int, int, int], min_length: int | None) -> None
     assert not output.any() and torch.equal(lse, sinks[:, None].expand_as(lse))
 
 
+SIZES = ["batch", "heads", "groups", "queries", "keys", "channels", "value_channels"]
+
+
+@pytest.mark.parametrize("min_length", [0, None])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("zeros", [x for n in (1, 2) for x in itertools.combinations(SIZES, n)], ids="-".join)
+def test_sizes_of_zero_give_what_sdpa_gives(zeros: tuple[str, ...], is_causal: bool, min_length: int | None) -> None:
+    sizes = dict(zip(SIZES, (2, 4, 2, 30, 40, 16, 24), strict=True)) | dict.fromkeys(zeros, 0)
+    batch, heads, groups, queries, keys, channels, value_channels = sizes.values()
+    query = torch.randn(batch, heads, queries, channels)
+    key, value = (torch.randn(batch, groups, keys, size) for size in (channels, value_channels))
+    want = scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
+    arguments = {"is_causal": is_causal, "min_length": min_length, "threshold": 0.0}
+    output = torch.ops.s2o.attention(query, key, value, **arguments)
+    assert output.dtype == want.dtype and output.shape == want.shape
+    assert largest_difference(output, want) < 1e-6
+    result = AttentionResult(*torch.ops.s2o.attention_stats(query, key, value, **arguments))
+    assert torch.equal(result.output, output) or largest_difference(result.output, want) < 1e-6
+    seen_keys = torch.arange(1, queries + 1).float() if is_causal else torch.full((queries,), float(keys))
+    if "channels" in zeros and keys and groups:
+        assert largest_difference(result.lse, seen_keys.log().expand_as(result.lse)) < 1e-5
+    assert result.lse.shape == query.shape[:3]
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (query, key, value)]
+        assert torch.ops.s2o.attention(*fake, **arguments).shape == want.shape
+        assert [x.shape for x in torch.ops.s2o.attention_stats(*fake, **arguments)] == [x.shape for x in result]
+
+
+@pytest.mark.parametrize("zero", [{"batch"}, {"heads", "groups"}, {"queries"}, {"keys"}, {"channels"}, {"values"}])
+def test_sizes_of_zero_compile(zero: set[str]) -> None:
+    names = ("batch", "heads", "groups", "queries", "keys", "channels", "values")
+    batch, heads, groups, queries, keys, channels, values = (
+        0 if name in zero else size for name, size in zip(names, (2, 4, 4, 30, 40, 16, 24), strict=True)
+    )
+    query = torch.randn(batch, heads, queries, channels)
+    key, value = torch.randn(batch, groups, keys, channels), torch.randn(batch, groups, keys, values)
+    torch.compiler.reset()
+    attend = torch.compile(scaled_dot_product_attention, backend="s2o", options={"threshold": 0.0, "min_length": 0})
+    want, got = scaled_dot_product_attention(query, key, value), attend(query, key, value)
+    assert got.shape == want.shape and largest_difference(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [-0.5, -1e-40, 0.0])
+@pytest.mark.parametrize("min_length", [0, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [90, 5])
+def test_scales_of_zero_and_below(queries: int, dtype: torch.dtype, min_length: int, scale: float) -> None:
+    """SDPA itself gives NaN for them with a causal mask, on a CPU."""
+    (query, *rest), triangle = inputs(90, dtype), torch.ones(90, 90, dtype=torch.bool).tril()[-queries:]
+    query, arguments = query[:, :, -queries:], {"scale": scale, "min_length": min_length, "threshold": 0.0}
+    causal = {"is_causal": True, "causal_offset": 90 - queries}
+    capped, sunk = {"softcap": 3.0}, {"sinks": torch.tensor([0.0, -2.0, 3.0, -torch.inf])}
+    for terms, mask, extra in (
+        (causal, triangle, {}),
+        (causal, triangle, capped),
+        (causal, triangle, sunk),
+        ({"mask": triangle}, triangle, {}),
+        ({}, triangle | True, {}),
+    ):
+        want = dense(query, *rest, mask, scale=scale, **extra)
+        got = torch.ops.s2o.attention(query, *rest, **terms, **extra, **arguments)
+        assert got.dtype == dtype
+        assert largest_difference(got, want) < (1e-5 if dtype == torch.float32 else 0.02)
+    stats = torch.ops.s2o.attention_stats(query, *rest, **causal, **arguments)
+    assert largest_difference(stats[0], torch.ops.s2o.attention(query, *rest, **causal, **arguments)) < 0.02
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-2])
+def test_the_sign_of_a_scale_is_that_of_queries(threshold: float) -> None:
+    query, key, value = inputs(300)
+    arguments = {"is_causal": True, "min_length": 0, "threshold": threshold}
+    got = torch.ops.s2o.attention(query, key, value, scale=-0.3, **arguments)
+    assert torch.equal(got, torch.ops.s2o.attention(-query, key, value, scale=0.3, **arguments))
+
+
+def test_scales_that_change_their_sign_compile() -> None:
+    def model(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        return torch.ops.s2o.attention(query, key, value, is_causal=True, scale=scale, threshold=0.0)
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    mask = torch.ones(100, 100, dtype=torch.bool).tril()
+    for scale in (0.3, 0.4, -0.5, 0.0, 0.6):
+        assert largest_difference(compiled(*inputs(100), scale), dense(*inputs(100), mask, scale=scale)) < 1e-5
+
+
+def test_a_thousand_settings_stay_cached() -> None:
+    """Those of a calibrated model: each is checked and parsed once, however many there are."""
+
+    class Configuration:
+        def __init__(self, threshold: float) -> None:
+            self.s2o = {"threshold": threshold, "min_length": 10**6}
+
+    query = torch.empty(1, 2, 20, 16, device="meta")
+    thresholds = [n / 2000 for n in range(1000)]
+
+    def attend_with_each() -> None:
+        for threshold in thresholds:
+            torch.ops.s2o.attention_stats(query, query, query, threshold=threshold, min_length=10**6)
+            settings.settings_of(Configuration(threshold))
+
+    caches = [_configured, S2OConfig.from_json, config.replaced, settings._checked]
+    attend_with_each()
+    before = [cache.cache_info() for cache in caches]
+    attend_with_each()
+    for cache, info in zip(caches, before, strict=True):
+        now = cache.cache_info()
+        assert now.misses == info.misses and now.hits >= info.hits + 1000
+
+
 @pytest.mark.parametrize("min_length", [0, 10**6])
 def test_rows_that_see_nothing_are_zero(min_length: int) -> None:
     query, key, value = inputs(100)
@@ -171,6 +284,39 @@ def test_what_padding_holds_does_not_matter(bad: float) -> None:
     want = torch.ops.s2o.attention(query, key, value, **arguments)
     key[:, :, :50], value[:, :, :50] = bad, bad
     assert torch.equal(torch.ops.s2o.attention(query, key, value, **arguments), want)
+
+
+def packed() -> list[torch.Tensor]:
+    """Query, key and value in one tensor [batch, length, heads, 3, channels], past its first elements."""
+    storage = torch.randn(2 * 90 * 4 * 3 * 16 + 7)[7:].view(2, 90, 4, 3, 16)
+    return [x.transpose(1, 2) for x in storage.unbind(3)]
+
+
+LAYOUTS = {
+    "packed": packed,
+    "channels first": lambda: [torch.randn(2, 16, 4, 90).permute(0, 2, 3, 1) for _ in "qkv"],
+    "one head for all": lambda: [torch.randn(2, 4, 90, 16), *torch.randn(2, 2, 1, 90, 16).expand(2, 2, 4, 90, 16)],
+    "one batch entry for all": lambda: list(torch.randn(3, 1, 4, 90, 16).expand(3, 2, 4, 90, 16)),
+    "one key for all": lambda: [torch.randn(2, 4, 90, 16), *torch.randn(2, 2, 4, 1, 16).expand(2, 2, 4, 90, 16)],
+    "one channel for all": lambda: list(torch.randn(3, 2, 4, 90, 1).expand(3, 2, 4, 90, 16)),
+    "overlapping": lambda: list(torch.randn(3, 2, 4, 105).unfold(-1, 16, 1)),
+    "single": lambda: list(torch.randn(3, 1, 1, 1, 1).as_strided((3, 1, 1, 1, 1), (1, 9, 9, 9, 9))),
+}
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-2])
+@pytest.mark.parametrize("min_length", [0, 10**6])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_do_not_matter(layout: str, min_length: int, threshold: float) -> None:
+    torch.manual_seed(3)
+    tensors, arguments = LAYOUTS[layout](), {"is_causal": True, "min_length": min_length, "threshold": threshold}
+    want = torch.ops.s2o.attention(*(x.contiguous() for x in tensors), **arguments)
+    for mode in (contextlib.nullcontext(), torch.no_grad(), torch.inference_mode()):
+        with mode:
+            got = torch.ops.s2o.attention(*tensors, **arguments)
+        assert largest_difference(got, want) < 1e-6
+    for dtype in (torch.float16, torch.bfloat16):
+        assert torch.ops.s2o.attention(*(x.to(dtype) for x in tensors), **arguments).dtype == dtype
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -269,6 +415,15 @@ def test_autocast(min_length: int | None) -> None:
     assert largest_difference(output, want) < 0.05
 
 
+@pytest.mark.parametrize("extra", [{}, {"softcap": 2.0}, {"measure": "output"}, {"tail": "means"}, {"channels": 16}])
+def test_autocast_reaches_no_step_of_the_computation(extra: dict[str, Any]) -> None:
+    query, key, value = (x.bfloat16() for x in inputs(300))
+    arguments = {"is_causal": True, "min_length": 0, **extra}
+    want = torch.ops.s2o.attention(query, key, value, **arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.ops.s2o.attention(query, key, value, **arguments), want)
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -289,7 +444,7 @@ def test_autocast(min_length: int | None) -> None:
         ),
         ({"query": torch.zeros(1, 4, 10, 16, dtype=torch.float64)}, TypeError, "query must be float16"),
         ({"key": torch.zeros(1, 2, 10, 16, device="meta")}, ValueError, "key must be on the device of query"),
-        ({"query": torch.zeros(1, 4, 10, 300)}, ValueError, "query must have 1 to 256 channels"),
+        ({"query": torch.zeros(1, 4, 10, 300)}, ValueError, "query must have at most 256 channels, not 300"),
         ({"key_padding": torch.zeros(1, 9, dtype=torch.bool)}, ValueError, "key_padding must be"),
         ({"key_padding": torch.zeros(1, 10)}, TypeError, "key_padding must be boolean"),
         ({"scale": float("nan")}, ValueError, "scale must be finite"),

@@ -79,6 +79,18 @@ def test_keys_that_do_not_count_have_no_say() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("channels", [4, 10])
+def test_padding_does_not_dilute_what_is_neglected(channels: int) -> None:
+    torch.manual_seed(4)
+    guides, key, valid = torch.randn(2, 50, 16), torch.randn(60, 16) + 0.3, torch.arange(60) >= 45
+    of_valid = project(guides, key[valid], channels, 0.5).neglected
+    torch.testing.assert_close(project(guides, key, channels, 0.5, valid).neglected, of_valid)
+    for sizes in ((2, 3), (1, 1)):
+        many = (x.expand(*sizes, *x.shape) for x in (guides, key))
+        several = project(*many, channels, 0.5, valid.expand(sizes[0], 1, 60)).neglected
+        torch.testing.assert_close(several, of_valid.expand(sizes))
+
+
 def test_all_channels_are_left_as_they_are() -> None:
     guides, key = torch.randn(2, 5, 16), torch.randn(6, 16)
     for channels in (None, 16, 40):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .capture import Capture, capture, inputs
+from .compare import compare
 
 L = 12
 Build = Callable[[torch.Tensor], torch.Tensor]
@@ -263,11 +265,143 @@ def test_the_less_of_a_number_and_a_symbolic_offset() -> None:
 
 def test_an_offset_that_the_graph_does_not_compute_stays_dense() -> None:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        half = (k.shape[2] + 2) // 2
-        mask = torch.arange(k.shape[2]) < torch.arange(q.shape[2])[:, None] + half
+        offset = (k.shape[2] - 21) ** 2 - 140
+        mask = torch.arange(k.shape[2]) < torch.arange(q.shape[2])[:, None] + offset
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     args = inputs(queries=20, keys=33)
     captured, output = capture(attend, *args, dynamic=True)
     torch.testing.assert_close(output, attend(*args))
     assert "does not compute as a number" in captured.only().reason
+
+
+Sizes = Callable[[int, int], int]
+WINDOWS: dict[str, Sizes] = {
+    "argument": lambda w, length: w,
+    "third": lambda w, length: length // 3,
+    "half, rounded up": lambda w, length: (length + 1) // 2,
+    "less of two": lambda w, length: min(w, length),
+    "more of two": lambda w, length: max(w, 2),
+    "remainder": lambda w, length: length % 7 + 2 * (length // 5) + 1,
+    "absolute": lambda w, length: abs(-w),
+}
+
+
+def windowed(size: Sizes, causal: bool) -> Callable[..., torch.Tensor]:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: int) -> torch.Tensor:
+        i, j, distance = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2]), size(w, q.shape[2])
+        mask = (j <= i) & (i - j < distance) if causal else (i - j).abs() <= distance
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return attend
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_that_vary(name: str, causal: bool) -> None:
+    """From the second distinct value on one graph serves them all, guarded by what was assumed of them."""
+    calls = [([*inputs(queries=length), w], length) for length, w in ((20, 5), (23, 7), (31, 3), (26, 9), (40, 60))]
+    captured = compare(windowed(WINDOWS[name], causal), *(args for args, _ in calls), dynamic=True)
+    assert captured.only().rewritten, captured.only().reason
+    assert "window" in captured.only().mask
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_that_becomes_dynamic(causal: bool) -> None:
+    captured = Capture()
+    attend = windowed(WINDOWS["argument"], causal)
+    compiled = torch.compile(attend, backend=captured)
+    for w in (5, 7, 3, 11):
+        args = inputs(queries=20)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*args, w), attend(*args, w))
+    assert [decision.rewritten for decision in captured.decisions] == [True, True]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("first", [5, 0, -3, sys.maxsize])
+def test_windows_that_hide_all_or_nothing(first: int, causal: bool) -> None:
+    """What the first window lets the prover assume does not hold for the others."""
+    calls = [[*inputs(queries=20), w] for w in (first, 5, 0, 1, -1, -30, sys.maxsize, 2**41, 7)]
+    compare(windowed(WINDOWS["argument"], causal), *calls, dynamic=True)
+
+
+@pytest.mark.parametrize("first", [4, -4])
+def test_bounds_of_either_sign(first: int) -> None:
+    """``i - j <= w`` alone is a window, and ``j <= i + w`` an offset, whatever the sign of w."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: int) -> torch.Tensor:
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        before, after = (scaled_dot_product_attention(q, k, v, attn_mask=mask) for mask in (i - j <= w, j <= i + w))
+        return before + after
+
+    captured = compare(attend, *([*inputs(queries=20), w] for w in (first, 3, -2, 9, -7, -25)), dynamic=True)
+    assert all(decision.rewritten for decision in captured.decisions)
+
+
+NUMBERS: dict[str, tuple[list[float], torch.dtype]] = {
+    "fractions": ([0.0, 0.3, -0.2, 0.9], torch.float32),
+    "bfloat16": ([0.0, 0.3, 1e-30, -0.0], torch.bfloat16),
+    "float16": ([0.0, 0.3, 6e-8, math.nan], torch.float16),
+    "float64": ([0.0, 1e-300, math.inf, -math.inf], torch.float64),
+    "float8": ([0.0, 0.3, 2.0, 0.0], torch.float8_e4m3fn),
+    "complex": ([0.0, 0.3, 2.0, -0.0], torch.complex64),
+    "uint8": ([0, 255, 1, 128], torch.uint8),
+    "int16": ([0, -1, 256, 5], torch.int16),
+    "int64": ([0, 2**62, -(2**63), 2**32], torch.int64),
+}
+TO_BOOL: dict[str, Build] = {
+    "bool": lambda m: m.bool(),
+    "to": lambda m: m.to(torch.bool),
+    "not": lambda m: m.to(torch.bool).logical_not(),
+    "joined": lambda m: torch.logical_and(m.bool()[:, None, None], j() <= i()).squeeze(1),
+    "ones": lambda m: (m.bool().float() == 1).bool(),
+}
+
+
+@pytest.mark.parametrize("cast", TO_BOOL)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_as_booleans(name: str, cast: str) -> None:
+    values, dtype = NUMBERS[name]
+    numbers = torch.tensor(values).repeat(2, L)[:, :L].to(dtype)
+
+    def build(m: torch.Tensor) -> torch.Tensor:
+        mask = TO_BOOL[cast](m)
+        return mask[:, None] if mask.dim() == 3 else mask[:, None, None, :]
+
+    assert prove(build, numbers).only().mask.split(" from ")[0].split("; ")[-1] == "key padding"
+
+
+LARGEST = 2**63 - 1
+SENTINELS: dict[str, Build] = {
+    "window of each": lambda w: i() - j() < w[:, None, None, None, 0],
+    "window on both sides": lambda w: (i() - j()).abs() <= w[:, None, None, None, 0],
+    "lengths": lambda w: (j() < w[:, None, None, None, 0]) | (j() == 0),
+    "order": lambda w: (w[:, None, :, None] >= w[:, None, None, :]) & (w[:, None, :, None] < w[:, None, None, :] + 5),
+    "strict order": lambda w: (w[:, None, :, None] > w[:, None, None, :]) | (i() == j()),
+    "difference": lambda w: (w[:, None, :, None] - w[:, None, None, :] < 4) | (i() == j()),
+    "halves": lambda w: (w[:, None, :, None] + 1) // 2 == (w[:, None, None, :] + 1) // 2,
+    "remainders": lambda w: (w[:, None, :, None] + 3) % 3 == w[:, None, None, :] % 3,
+    "next": lambda w: (w + 1)[:, None, :, None] == (w + 1)[:, None, None, :],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("name", SENTINELS)
+def test_largest_numbers(name: str, dtype: torch.dtype) -> None:
+    """The largest number of a dtype often stands for no limit, and sums with it overflow."""
+    info = torch.iinfo(dtype)
+    values = torch.tensor([[info.max, 1, 2, info.max, info.min, 7, 8, 3, 4, 5, 0, info.max], [3] * L], dtype=dtype)
+    assert prove(SENTINELS[name], values).only().rewritten
+
+
+def test_numbers_that_a_dtype_rounds() -> None:
+    """What is compared is what the dtype holds: float16 rounds 0.1, and float32 2 ** 24 + 1."""
+    for build in (
+        lambda pad: (torch.full((L, L), 0.1, dtype=torch.float16).float() == 0.1) | (j() <= i()),
+        lambda pad: (torch.full((L, L), 2**24 + 1).float() == 2**24) & (j() <= i()),
+        lambda pad: (torch.full((L, L), 0.1).tril() < 0.1) | (j() <= i() - 2) | (j() == i()),
+        lambda pad: (pad.long() * (2**24 + 1))[:, None, None, :] == 2.0**24,
+    ):
+        torch._dynamo.reset()
+        prove(build)

@@ -248,6 +248,8 @@ SPELLINGS: dict[Callable[[int, int], list[Tensor]], dict[str, Attend]] = {
         "baddbmm of nothing": baddbmm_of_nothing,
         "baddbmm of zeros": baddbmm_of_zeros,
         "one head": lambda q, k, v: (q[0] @ k[0].T * SCALE).softmax(-1).mm(v[0]),
+        "aten.mT": lambda q, k, v: torch.ops.aten.mT((k @ q.mT * SCALE).softmax(-2)) @ v,
+        "aten.numpy_T": lambda q, k, v: torch.ops.aten.numpy_T((k[0] @ q[0].T * SCALE).softmax(0)) @ v[0],
     },
     heads_in_channels: {
         "split and merged": split_and_merged,

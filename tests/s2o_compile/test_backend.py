@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +129,19 @@ def test_through_inductor() -> None:
     assert len(counts) == 1
 
 
+def test_a_scale_computed_from_the_length_is_compiled_once() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT * k.shape[2] ** -0.5).softmax(-1) @ v
+
+    counts.clear()
+    compiled = torch.compile(attend, backend=Counting(EXACT), dynamic=True, fullgraph=True)
+    for length in (20, 33, 48):
+        args = inputs(queries=length)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*args), attend(*args))
+    assert len(counts) == 1
+
+
 def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return sdpa(q[:, :, -1:], k, v)
 
@@ -167,6 +181,181 @@ def test_gradients_still_work() -> None:
     args = [x.requires_grad_() for x in inputs()]
     torch.compile(causal, backend=s2o.with_config(EXACT))(*args).sum().backward()
     assert all(x.grad is not None for x in args)
+
+
+def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return q @ k.transpose(-1, -2) * 0.25
+
+
+def filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """As GPT-2 writes its mask, with a number that hides nothing."""
+    hidden = torch.arange(k.shape[2]) % 3 == 0
+    logits = torch.matmul(q.permute(0, 2, 1, 3), k.permute(0, 2, 1, 3).permute(0, 1, 3, 2)).div(torch.full([], 4.0))
+    return torch.where(hidden, torch.full((), -1.0), logits).softmax(-1).matmul(v.permute(0, 2, 1, 3))
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q, k, v: torch.softmax(scores(q, k), -2) @ v,
+        lambda q, k, v: torch.softmax(scores(q, k), 1) @ v,
+        lambda q, k, v: torch.softmax(scores(q, k.transpose(-1, -2)), -1) @ v,
+        lambda q, k, v: torch.softmax(scores(q.permute(0, 3, 2, 1), k.permute(0, 2, 1, 3)), -1) @ v.transpose(1, 2),
+        filled,
+    ],
+    ids=["over queries", "over heads", "not transposed", "permuted", "filled"],
+)
+def test_what_inductor_takes_for_attention(attend: Callable[..., torch.Tensor]) -> None:
+    """Its patterns compare neither dimensions nor numbers that hide."""
+    args = torch.randn(3, 8, 8, 8, 8).unbind()
+    with torch.no_grad():
+        output = torch.compile(lambda *x: attend(*x), backend="s2o")(*args)
+    torch.testing.assert_close(output, attend(*args), atol=1e-5, rtol=1e-5)
+
+
+def test_what_inductor_takes_for_attention_in_training() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(scores(q, k), -2) @ v
+
+    args = torch.randn(3, 2, 8, 8, 8, requires_grad=True).unbind()
+    outputs = torch.compile(attend, backend="s2o")(*args), attend(*args)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(output.square().sum(), args) for output in outputs), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_written_out_attention_that_stays_dense_is_fused() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        return torch.softmax(scores(q, k).masked_fill(hidden, -torch.inf), -1) @ v
+
+    args = inputs(batch=1, queries=64)
+    with torch.no_grad(), fresh_cache():
+        output, (code,) = run_and_get_code(torch.compile(attend, backend="s2o"), *args)
+        torch.testing.assert_close(output, attend(*args))
+    assert code.count("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(") == 1
+
+
+PREFERRING = """
+import sys, torch, s2o_compile
+from torch._inductor.utils import run_and_get_code
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
+
+def attend(q):
+    return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+backends = [getattr(SDPBackend, name) for name in sys.argv[1].split(",")]
+with torch.no_grad(), sdpa_kernel(backends, set_priority=True):
+    q = torch.randn(1, 2, 64, 16)
+    compiled = torch.compile(attend, backend="s2o")
+    compiled(q)
+    with profile() as profiled:
+        compiled(q)
+    print(any("scaled_dot_product_flash" in event.key for event in profiled.key_averages()))
+    hits = torch._dynamo.utils.counters
+    print(hits["aot_autograd"]["autograd_cache_hit"] + hits["inductor"]["fxgraph_cache_hit"] > 0)
+"""
+
+
+def test_caches_know_the_preferred_backends_of_sdpa(tmp_path: Path) -> None:
+    """Across processes, in both directions; and they still serve what was compiled alike."""
+
+    def fuses_and_hits(backends: str) -> list[str]:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-W", "ignore", "-c", PREFERRING, backends]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.split()
+
+    both = "FLASH_ATTENTION,MATH"
+    assert fuses_and_hits("MATH") == ["False", "False"]
+    assert fuses_and_hits(both) == ["True", "False"]
+    assert fuses_and_hits("MATH") == ["False", "True"]
+    assert fuses_and_hits(both) == ["True", "True"]
+    assert fuses_and_hits("MATH,FLASH_ATTENTION")[1] == "False"
+
+
+def test_a_rewritten_graph_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor gets the graph as it was, unless errors are asked for."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("the operator is broken")
+
+    monkeypatch.setattr("s2o_compile.ops.operator.validate", fail)
+    backend, args = s2o.with_config(EXACT), inputs()
+    with torch.no_grad():
+        with pytest.raises(Exception, match="the operator is broken"):
+            torch.compile(causal, backend=backend)(*args)
+        monkeypatch.setenv("S2O_RAISE_ERRORS", "")
+        torch._dynamo.reset()
+        with pytest.warns(RuntimeWarning, match="the operator is broken"):
+            output = torch.compile(causal, backend=backend)(*args)
+        torch.testing.assert_close(output, causal(*args))
+
+
+def test_errors_of_inductor_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S2O_RAISE_ERRORS", "")
+    with torch.no_grad(), pytest.raises(Exception, match="not supported between instances of 'str'"):
+        torch.compile(causal, backend="s2o", options={"cpp.threads": "no_such_value"})(*inputs())
+
+
+def test_settings_cannot_change() -> None:
+    backend = S2OBackend(EXACT)
+    with pytest.raises(AttributeError, match=r"^config cannot be changed, .* pass backend=s2o\.with_config\(config\)$"):
+        backend.config = S2OConfig()
+    assert backend.config == EXACT and backend.with_config(S2OConfig()).config == S2OConfig()
+
+
+@pytest.mark.usefixtures("sparse_calls")
+class TestReport:
+    """What a backend tells of the graphs that it compiled."""
+
+    def test_accumulates_until_reset(self) -> None:
+        def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            x = causal(q, k, v)
+            torch._dynamo.graph_break()
+            return sdpa(x, k, v)
+
+        backend = s2o.with_config(S2OConfig(min_length=30))
+        assert backend.report.decisions == []
+        with torch.no_grad():
+            compiled = torch.compile(broken, backend=backend, dynamic=False)
+            compiled(*inputs(queries=40))
+            assert (backend.report.rewritten, backend.report.dense) == (2, 0)
+            compiled(*inputs(queries=20))
+            assert (backend.report.rewritten, backend.report.dense) == (2, 2)
+            assert backend.with_config(EXACT).report.decisions == []
+        torch.compiler.reset()
+        assert backend.report.decisions == []
+
+    def test_the_registered_backend(self) -> None:
+        with torch.no_grad():
+            torch.compile(causal, backend="s2o", options={"min_length": 0})(*inputs())
+        assert s2o_compile.s2o.report.rewritten == 1
+
+    def test_a_warning_once_where_nothing_is_rewritten(self) -> None:
+        def two(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return causal(causal(q, k, v), k, v) + sdpa(q, k, v, attn_mask=q[:, :, :, :1])
+
+        backend = S2OBackend()
+        with torch.no_grad(), pytest.warns(UserWarning) as caught:
+            torch.compile(two, backend=backend)(*inputs())
+            torch.compile(causal, backend=backend)(*inputs())
+        assert len(caught) == 1
+        assert "3 of 3 attention sites" in str(caught[0].message)
+        assert "3 because: 20 queries over 20 keys are too few" in str(caught[0].message)
+        assert "min_length=0" in str(caught[0].message)
+
+    @pytest.mark.filterwarnings("error")
+    def test_no_warning_where_a_site_is_rewritten_or_decodes(self) -> None:
+        backend = s2o.with_config(S2OConfig(min_length=30))
+        with torch.no_grad():
+            torch.compile(decoding, backend=backend)(*inputs(queries=40))
+            torch.compile(causal, backend=backend, dynamic=False)(*inputs(queries=40))
+            torch.compile(lambda *x: causal(*x), backend=backend, dynamic=False)(*inputs(queries=20))
+            torch.compile(lambda q: q + 1, backend=S2OBackend())(torch.ones(2))
 
 
 @pytest.mark.usefixtures("sparse_calls")

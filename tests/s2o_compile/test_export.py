@@ -62,6 +62,20 @@ def test_masks_and_scores_are_gone(attention: str) -> None:
     assert not any(isinstance(value, torch.Tensor) and value.shape[-2:] == (40, 40) for value in values)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_scale_computed_from_the_length(strict: bool) -> None:
+    class Scaled(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ x.mT * x.shape[2] ** -0.5 / 3).softmax(-1) @ x
+
+    args, shapes = (torch.randn(1, 2, 40, 8),), ({2: Dim.AUTO},)
+    program = s2o_compile.export(Scaled(), args, dynamic_shapes=shapes, config=EXACT, strict=strict)
+    assert operators(program) == 1
+    for length in (40, 20, 77):
+        x = torch.randn(1, 2, length, 8)
+        torch.testing.assert_close(program.module()(x), Scaled()(x))
+
+
 def test_settings_are_in_the_program() -> None:
     program = s2o_compile.export(Logits(tiny("llama")), (tokens(40),), config=S2OConfig(threshold=0.25, min_length=0))
     nodes = program.graph.find_nodes(op="call_function", target=torch.ops.s2o.attention.default)

@@ -124,6 +124,19 @@ def test_calls_that_run_dense_are_those_of_sdpa(terms: list[dict[str, Any]]) -> 
     assert not terms
 
 
+@pytest.mark.parametrize("scaling", [-0.4, 0.0])
+@pytest.mark.parametrize("config", [EXACT, S2OConfig()], ids=["sparse", "dense"])
+def test_scales_of_zero_and_below(config: S2OConfig, scaling: float) -> None:
+    """SDPA gives NaN for them, of which it would be handed those that run dense."""
+    models, inputs = pair("llama", config), {"input_ids": prompts()["input_ids"]}
+    for model in models:
+        for layer in model.model.layers:
+            layer.self_attn.scaling = scaling
+    with torch.no_grad():
+        want, got = (model(**inputs).logits for model in models)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
 def test_models_keep_their_own_settings(terms: list[dict[str, Any]]) -> None:
     (_, one), (_, other) = pair("llama", EXACT), pair("llama", dataclasses.replace(EXACT, threshold=0.25))
     with torch.no_grad():
@@ -208,6 +221,105 @@ def test_a_soft_cap_has_no_gradients() -> None:
         sparse(**prompts())
 
 
+def test_checkpointing_runs_dense(terms: list[dict[str, Any]]) -> None:
+    _, sparse = pair("llama")
+    sparse.train()
+    sparse.gradient_checkpointing_enable()
+    sparse(**prompts()).logits.sum().backward()
+    assert not terms and all(parameter.grad is not None for parameter in sparse.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+def test_autocast(name: str, terms: list[dict[str, Any]]) -> None:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        want, got = (model(**prompts()).logits[:, 9:].float() for model in pair(name))
+    assert len(terms) == 2
+    torch.testing.assert_close(got, want, atol=2e-2 * float(want.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_on_the_right(name: str) -> None:
+    ids, mask = prompts()["input_ids"], prompts()["attention_mask"].flip(1)
+    with torch.inference_mode():
+        want, got = (model(ids, attention_mask=mask).logits[mask.bool()] for model in pair(name))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+PACKED: dict[str, Any] = {
+    "input_ids": torch.arange(1, 51)[None],
+    "position_ids": torch.cat([torch.arange(20), torch.arange(30)])[None],
+}
+LENGTHS = {"cu_seq_lens_q": torch.tensor([0, 20, 50]), "cu_seq_lens_k": torch.tensor([0, 20, 50])}
+
+
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"gpt_oss"}))
+def test_packed_documents(name: str) -> None:
+    with torch.no_grad():
+        want, got = (model(**PACKED, **LENGTHS, use_cache=False).logits for model in pair(name))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [EXACT, S2OConfig()])
+@pytest.mark.parametrize(("name", "use_cache"), [("llama", True), ("gpt_oss", False)])
+def test_packed_documents_that_no_mask_tells_apart(name: str, use_cache: bool, config: S2OConfig) -> None:
+    _, sparse = pair(name, config)
+    with torch.no_grad(), pytest.raises(ValueError, match="cu_seq_lens_q packs 2 documents, which the mask does not"):
+        sparse(**PACKED, **LENGTHS, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("config", [EXACT, S2OConfig()], ids=["sparse", "dense"])
+def test_attention_weights_are_refused(name: str, config: S2OConfig) -> None:
+    model = tiny(name)
+    model.set_attn_implementation("s2o")
+    s2o_compile.configure(model, config)
+    ids = prompts()["input_ids"]
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"'s2o' computes no attention weights.* use 'eager'"):
+            model(ids, output_attentions=True)
+        model(ids, output_attentions=False)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.config.output_attentions = True
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_attention_weights_that_a_configuration_asks_for_are_refused(name: str) -> None:
+    model = tiny(name)
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    model.set_attn_implementation("s2o")
+    with torch.no_grad(), pytest.raises(ValueError, match="'s2o' computes no attention weights"):
+        model(prompts()["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cache", "'sdpa' for continuous batching"),
+        ("indices", "the keys that a model picks"),
+        ("block_indices", "the blocks of keys that a model picks"),
+        ("sinks", "one sink for each head, and the model one for each query"),
+    ],
+)
+def test_arguments_that_are_not_passed_on_are_refused(name: str, reason: str) -> None:
+    attention = transformers.AttentionInterface()["s2o"]
+    layer = pair("llama")[1].model.layers[0].self_attn
+    with torch.no_grad(), pytest.raises(ValueError, match=reason):
+        attention(layer, *[torch.randn(1, 4, 20, 8)] * 3, None, **{name: torch.ones(1, dtype=torch.long)})
+
+
+def test_models_that_pick_their_keys_are_refused() -> None:
+    if not hasattr(transformers, "DeepseekV32ForCausalLM"):
+        pytest.skip("comes with a later transformers")
+    config = transformers.DeepseekV32Config(
+        **{**COMMON, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, index_topk=8, index_n_heads=2, index_head_dim=16, first_k_dense_replace=2,
+    )  # fmt: skip
+    model = transformers.DeepseekV32ForCausalLM._from_config(config, attn_implementation="s2o").eval()
+    with torch.no_grad(), pytest.raises(ValueError, match="cannot attend to the keys that a model picks; use 'sdpa'"):
+        model(prompts()["input_ids"])
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_masks_of_users(dtype: torch.dtype) -> None:
     dense, sparse = pair("llama")
@@ -282,6 +394,40 @@ def test_other_masks_stay_tensors(function: Any) -> None:
         found = masks.s2o_mask(2, 20, 30, 10, mask_function=function, config=config)
         assert type(found) is torch.Tensor
         assert torch.equal(found, masking.sdpa_mask(2, 20, 30, 10, mask_function=function))
+
+
+@pytest.mark.parametrize("overlay", ["or_mask_function", "and_mask_function"])
+def test_masks_of_models_that_add_to_them(overlay: str) -> None:
+    def function(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (query // 5 == key // 5) ^ (key == 3)
+
+    made = [
+        masking.create_causal_mask(
+            transformers.LlamaConfig(attn_implementation=implementation, s2o=EXACT.arguments()),
+            torch.zeros(2, 20, 8), prompts(20)["attention_mask"], None, **{overlay: function},
+        )
+        for implementation in ("sdpa", "s2o")
+    ]  # fmt: skip
+    assert type(made[1]) is torch.Tensor and torch.equal(*made)
+
+
+def test_masks_keep_what_padding_was() -> None:
+    config = transformers.LlamaConfig(s2o=EXACT.arguments())
+    padding = prompts(20)["attention_mask"].bool()
+    with torch.no_grad():
+        want = masking.sdpa_mask(2, 20, 20, attention_mask=padding)
+        lazy = masks.s2o_mask(2, 20, 20, attention_mask=padding, config=config)
+    padding.fill_(False)
+    assert torch.equal(lazy, want)
+
+
+def test_masks_made_for_other_lengths_are_wrong_as_with_sdpa() -> None:
+    layer = pair("llama")[1].model.layers[0].self_attn
+    query, key = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 30, 8)
+    for implementation in ("sdpa", "s2o"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"must match the (existing )?size"):
+            mask = masks.s2o_mask(2, 20, 20, attention_mask=prompts(20)["attention_mask"].bool(), config=layer.config)
+            transformers.AttentionInterface()[implementation](layer, query, key, key, mask)
 
 
 def test_registered_when_transformers_is_imported_later() -> None:
