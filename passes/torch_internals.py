@@ -1,4 +1,4 @@
-"""What the passes use of torch that its documentation does not promise; torch 2.11 to 2.13 have all of it."""
+"""What the passes use of torch that its documentation does not promise; torch 2.11 to 2.14 have all of it."""
 
 from __future__ import annotations
 
