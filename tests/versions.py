@@ -62,6 +62,7 @@ def make(environment: Environment, folder: Path) -> Path:
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-cache-dir"]
     install = [*pip, "install", "--quiet", "--progress-bar", "off"]
     subprocess.run([f"python{environment.python}", "-m", "venv", str(folder)], check=True)
+    subprocess.run([*install, "--upgrade", "pip"], check=True)  # Python's own may take hours to see that nothing fits.
     subprocess.run([*install, f"torch=={environment.torch}"], check=True)
     pinned = ["-c", "requirements-dev.txt", f"torch=={environment.torch}", "-e", ".[demo,test]"]
     subprocess.run([*install, *pinned], check=True, cwd=ROOT)
