@@ -131,7 +131,10 @@ def test_sizes_of_zero_give_what_sdpa_gives(zeros: tuple[str, ...], is_causal: b
     batch, heads, groups, queries, keys, channels, value_channels = sizes.values()
     query = torch.randn(batch, heads, queries, channels)
     key, value = (torch.randn(batch, groups, keys, size) for size in (channels, value_channels))
-    want = scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
+    # Of heads without keys SDPA is not asked: some releases divide by their number.
+    want = torch.zeros(batch, heads, queries, value_channels)
+    if groups:
+        want = scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
     arguments = {"is_causal": is_causal, "min_length": min_length, "threshold": 0.0}
     output = torch.ops.s2o.attention(query, key, value, **arguments)
     assert output.dtype == want.dtype and output.shape == want.shape
