@@ -118,7 +118,10 @@ def decompose(node: Node) -> Decomposition | None:
     outputs = _outputs(node)
     if not outputs or not all(map(_is_readable, (*outputs, *node.all_input_nodes))):
         return None
-    traced = _traced(node, body, outputs)
+    try:
+        traced = _traced(node, body, outputs)
+    except (RuntimeError, ValueError):  # The shapes that are known are not those that the call has.
+        return None
     copies: dict[Node, Node] = dict(zip(traced.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
     inputs = set(copies)
     with node.graph.inserting_before(node):

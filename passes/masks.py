@@ -173,17 +173,14 @@ class Prover:
             raise NotProven(f"the mask is {kind}" if kind else "the shape of the mask is not known while compiling")
         if mask.keep is not None and tensor.dtype != torch.bool:
             raise NotProven(f"the mask is {_short(tensor.dtype)}, not boolean; use a boolean mask to fill scores")
-        try:
-            expression = self.reader.read(mask.node).expression
-        except Unreadable as unreadable:
-            raise NotProven(f"the mask cannot be read: {unreadable}") from None
+        expression = _read(self.reader, mask.node)
         if self._is_changed(mask):
             writers = self._writes.to(mask.node)
             if writers and (tensor.dtype != torch.bool or any(mask.user < writer for writer in writers)):
                 if mask.keep is None and not writers[0] < mask.user:
                     _where_nothing_is_added(mask, expression)
                 raise NotProven(f"the mask {_origin(mask.node)} is changed in place; build it without that")
-            expression = self._careful.read(mask.node).expression
+            expression = _read(self._careful, mask.node)
         if mask.keep is None:
             predicate = _where_nothing_is_added(mask, expression)
         else:
@@ -229,6 +226,14 @@ class Prover:
 def scores_shape(query: torch.Tensor, key: torch.Tensor) -> tuple[sympy.Expr, ...]:
     """The shape [B, Hq, Lq, Lk] of the scores of a query [B, Hq, Lq, D] and a key [B, Hkv, Lk, D]."""
     return (*symbolic_shape(query)[:3], symbolic_shape(key)[2])
+
+
+def _read(reader: Reader, node: Node) -> sympy.Basic:
+    """What a mask holds."""
+    try:
+        return reader.read(node).expression
+    except Unreadable as unreadable:
+        raise NotProven(f"the mask cannot be read: {unreadable}") from None
 
 
 def _where_nothing_is_added(mask: MaskTerm, expression: sympy.Basic) -> Boolean:

@@ -197,6 +197,8 @@ def _run(node: Node, found: dict[int, _Changed]) -> Sequence[Tensor | None] | No
         return now.data
 
     target: Any = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
+    if changes_shape(node):  # In place, on a tensor of symbolic sizes, it may end the process.
+        target = getattr(Tensor, called_name(node).removesuffix("_"))
     try:
         with fake_mode(objects(node)), torch.no_grad(), autocast_at(node):
             args, kwargs = map_arg((node.args, node.kwargs), lambda item: tree_map(copy, item.meta["example_value"]))

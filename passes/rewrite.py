@@ -26,6 +26,7 @@ from .metadata import as_computed
 from .mutation import Writes
 from .nested import nested_graphs
 from .operations import operation_name
+from .regions import autocast_at
 from .report import Decision, site_name, source_location
 from .site import AttentionSite
 from .symbolic import is_predicate
@@ -34,6 +35,8 @@ from .values import constant, fake_tensor, why_unknown
 from .walk import Factor, Walker
 
 _LAYOUTS = {"transpose", "permute", "swapaxes", "movedim", "to", "float", "half", "bfloat16"}
+_VIEWING = {"reshape", "flatten"}
+"""What stores elements anew only where it cannot view them, as it can where sizes are 1."""
 _STORING = {"reshape", "flatten", "contiguous", "matmul", "linear", "einsum"}
 
 
@@ -152,6 +155,7 @@ class _Rewriter:
         if query is None or key is None or value is None:
             raise Refused(_why_unknown(site))
         _check_tensors(query, key, value, constant(site.enable_gqa))
+        _check_dtype(site, query)
         return query, key
 
     def mask(self, site: AttentionSite, query: torch.Tensor, key: torch.Tensor) -> Mask:
@@ -196,6 +200,8 @@ class _Rewriter:
             raise Refused("this is not what SDPA computes")
         if not _gains_by_fusion(query):
             raise Refused("SDPA is not faster")
+        if _needs_gradients(site.node) and self.writes.to(site.node):
+            raise Refused("SDPA keeps its output for the gradients, and it is changed in place")
         mask = self.mask(site, query, key)
         if not _keeps_gradients(site) or (
             _needs_gradients(site.node) and not _shows_each_query_a_key(mask, query, key)
@@ -356,13 +362,18 @@ def _memory_order(tensor: torch.Tensor) -> list[int]:
     return places if tensor.is_contiguous() else sorted(places, key=functools.cmp_to_key(compare))
 
 
+def _is_contiguous(node: Node) -> bool:
+    tensor = fake_tensor(node)
+    return tensor is not None and tensor.is_contiguous()
+
+
 def _is_read_alike_in_any_memory(node: Node) -> bool:
     """Whether all users of a tensor, through transposes, store its elements anew or multiply with it."""
     for user in node.users:
         name = operation_name(user)
         if name in _LAYOUTS and not _is_read_alike_in_any_memory(user):
             return False
-        if name not in _LAYOUTS | _STORING:
+        if name not in _LAYOUTS | _STORING or (name in _VIEWING and not _is_contiguous(user)):
             return False
     return True
 
@@ -410,6 +421,19 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     if query.device.type not in ("cpu", "cuda"):
         raise Refused(f"the tensors are on {query.device}; use a CPU or a CUDA device")
     _check_heads(query.shape[1], key.shape[1], value.shape[1], enable_gqa)
+
+
+def _check_dtype(site: AttentionSite, query: torch.Tensor) -> None:
+    """Refuse a site that gives another dtype than the operator: under vmap not all is cast that autocast casts."""
+    output, device = fake_tensor(site.node), query.device.type
+    with autocast_at(site.node):
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        given = torch.get_autocast_dtype(device) if casts else query.dtype
+    for name, arguments in site.output:
+        given = arguments[0] if name == "to" else given
+    if output is not None and output.dtype != given:
+        short, wanted = (str(dtype).removeprefix("torch.") for dtype in (given, output.dtype))
+        raise Refused(f"attention gives {wanted} here, where the operator gives {short}; cast its inputs to {wanted}")
 
 
 def _check_heads(query: int, key: int, value: int, enable_gqa: Any) -> None:
