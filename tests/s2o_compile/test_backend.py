@@ -280,6 +280,17 @@ def test_a_rewritten_graph_that_does_not_compile(monkeypatch: pytest.MonkeyPatch
         with pytest.warns(RuntimeWarning, match="the operator is broken"):
             output = torch.compile(causal, backend=backend)(*args)
         torch.testing.assert_close(output, causal(*args))
+    (decision,) = backend.report.decisions
+    assert not decision.rewritten and "did not compile" in decision.reason
+
+
+def test_torch_that_moved_its_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilation goes on without the switch."""
+    monkeypatch.setenv("S2O_RAISE_ERRORS", "")
+    monkeypatch.delattr("torch._inductor.fx_passes.joint_graph.patterns")
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="cannot import name 'patterns'"):
+        output = torch.compile(lambda q: q + 1, backend=S2OBackend())(torch.zeros(2))
+    assert output.tolist() == [1, 1]
 
 
 def test_errors_of_inductor_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
