@@ -200,7 +200,7 @@ def copy_graph(graph: Graph) -> Graph:
     copy = deepcopy(graph)
     for node, copied in zip(graph.nodes, copy.nodes, strict=True):
         if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            copied._dynamo_source = node._dynamo_source
     return copy
 
 
@@ -230,7 +230,7 @@ def without_attention_patterns() -> Iterator[None]:
     from torch._inductor.fx_passes.joint_graph import patterns
 
     if not hasattr(patterns.apply, "s2o_original"):
-        patterns.apply = _with_a_choice(patterns)
+        vars(patterns)["apply"] = _with_a_choice(patterns)
     token = _attention_is_left_alone.set(True)
     try:
         yield

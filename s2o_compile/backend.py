@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -111,13 +111,17 @@ class S2OBackend:
         def compiled() -> Any:
             return compile_fx(module, example_inputs, config_patches=patches or None, **kwargs)
 
-        def compiled_apart() -> Any:
-            with _apart():
-                return compiled()
+        def compiled_as_it_was() -> Any:
+            result = compiled()
+            for decision in decisions:
+                decision.rewritten, decision.reason = False, "what it became did not compile; a warning says why"
+            return result
 
         safeguard = Safeguard(module)
-        self._note(safeguard.run(rewritten, list, CalibrationError))
-        return safeguard.run(compiled_apart, compiled, *redirections())
+        decisions: list[Decision] = safeguard.run(rewritten, list, CalibrationError)
+        self._note(decisions)
+        with safeguard.run(_apart, contextlib.ExitStack):
+            return safeguard.run(compiled, compiled_as_it_was, *redirections())
 
     def _note(self, decisions: list[Decision]) -> None:
         """Keep the decisions on the sites of a graph, log them, and warn once if they come to nothing."""
@@ -154,17 +158,18 @@ class S2OBackend:
         return dataclasses.replace(self.config, **changes), patches | others
 
 
-@contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """Let Inductor compile other than without s2o, and not take from its caches what was compiled otherwise.
+def _apart() -> contextlib.ExitStack:
+    """Let Inductor compile other than without s2o until this is closed, and take nothing else from its caches.
 
     The caches know the operator's name, not what it does in this release, nor which backends SDPA is to take.
     """
     from .passes.torch_internals import attention_preferences, without_attention_patterns
 
     tag = f"{torch.compiler.config.cache_key_tag}s2o-{fingerprint()} {attention_preferences()}"
-    with torch.compiler.config.patch(cache_key_tag=tag), without_attention_patterns():  # type: ignore[attr-defined]
-        yield
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.compiler.config.patch(cache_key_tag=tag))  # type: ignore[attr-defined]
+        stack.enter_context(without_attention_patterns())
+        return stack.pop_all()
 
 
 s2o = S2OBackend()

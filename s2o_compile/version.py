@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -22,9 +23,9 @@ def fingerprint() -> str:
     package = __name__.rpartition(".")[0]
     digest = hashlib.sha256()
     with contextlib.suppress(OSError):
-        for part in ("ops", "passes"):
-            for source in _sources(files(f"{package}.{part}")):
-                digest.update(source.read_bytes())
+        parts = (_sources(files(f"{package}.{part}")) for part in ("ops", "passes"))
+        for source in (files(package) / "backend.py", *itertools.chain.from_iterable(parts)):
+            digest.update(source.read_bytes())
     return f"{VERSION}-{digest.hexdigest()[:16]}"
 
 

@@ -189,9 +189,9 @@ def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 def filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """As GPT-2 writes its mask, with a number that hides nothing."""
-    hidden = torch.arange(k.shape[2]) % 3 == 0
+    keep = torch.ones(1, 1, q.shape[1], k.shape[1], dtype=torch.bool).tril()
     logits = torch.matmul(q.permute(0, 2, 1, 3), k.permute(0, 2, 1, 3).permute(0, 1, 3, 2)).div(torch.full([], 4.0))
-    return torch.where(hidden, torch.full((), -1.0), logits).softmax(-1).matmul(v.permute(0, 2, 1, 3))
+    return torch.where(keep, logits, torch.full((), -1.0)).softmax(-1).matmul(v.permute(0, 2, 1, 3))
 
 
 @pytest.mark.parametrize(
@@ -199,11 +199,11 @@ def filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     [
         lambda q, k, v: torch.softmax(scores(q, k), -2) @ v,
         lambda q, k, v: torch.softmax(scores(q, k), 1) @ v,
-        lambda q, k, v: torch.softmax(scores(q, k.transpose(-1, -2)), -1) @ v,
+        lambda q, k, v: torch.softmax(q @ k.permute(2, 3, 0, 1) * 0.25, -1) @ v,
         lambda q, k, v: torch.softmax(scores(q.permute(0, 3, 2, 1), k.permute(0, 2, 1, 3)), -1) @ v.transpose(1, 2),
         filled,
     ],
-    ids=["over queries", "over heads", "not transposed", "permuted", "filled"],
+    ids=["over queries", "over heads", "keys of another batch", "permuted", "filled"],
 )
 def test_what_inductor_takes_for_attention(attend: Callable[..., torch.Tensor]) -> None:
     """Its patterns compare neither dimensions nor numbers that hide."""
@@ -293,6 +293,17 @@ def test_a_rewritten_graph_that_does_not_compile(monkeypatch: pytest.MonkeyPatch
         with pytest.warns(RuntimeWarning, match="the operator is broken"):
             output = torch.compile(causal, backend=backend)(*args)
         torch.testing.assert_close(output, causal(*args))
+    (decision,) = backend.report.decisions
+    assert not decision.rewritten and "did not compile" in decision.reason
+
+
+def test_torch_that_moved_its_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilation goes on without the switch."""
+    monkeypatch.setenv("S2O_RAISE_ERRORS", "")
+    monkeypatch.delattr("torch._inductor.fx_passes.joint_graph.patterns")
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="cannot import name 'patterns'"):
+        output = torch.compile(lambda q: q + 1, backend=S2OBackend())(torch.zeros(2))
+    assert output.tolist() == [1, 1]
 
 
 def test_errors_of_inductor_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
