@@ -13,6 +13,7 @@ from .axes import Layout, Misaligned, Size, broadcast, leaves, take, viewed
 from .mutation import Writes
 from .operations import Expanded, Operation, Permuted, Repeated, Same, Scaled, Viewed, read_operation
 from .symbolic import Reader
+from .torch_internals import unbatched
 from .values import fake_tensor, number
 
 
@@ -131,7 +132,7 @@ class Walker:
             node = operation.source
         else:
             return None
-        if self.is_changed(node, node, until) or not _widened(node, operand.node):
+        if self.is_changed(node, node, until) or not _widened(node, operand.node) or _is_cut(node, operand.node):
             return None
         try:
             layout = source_layout(operation, operand.node, operand.layout, node)
@@ -187,6 +188,12 @@ def _before_repeat(layout: Layout, dim: int, size: Size) -> Layout:
 def _geometry(node: Node) -> tuple[Any, ...] | None:
     tensor = fake_tensor(node)
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _is_cut(source: Node, node: Node) -> bool:
+    """Whether gradients of a node do not reach its source, as after `detach`."""
+    old, new = fake_tensor(source), fake_tensor(node)
+    return old is not None and new is not None and unbatched(old).requires_grad and not unbatched(new).requires_grad
 
 
 def _widened(source: Node, node: Node) -> bool:

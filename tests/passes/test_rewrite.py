@@ -174,3 +174,16 @@ def test_heads_of_nothing_are_not_told_apart(queries: int, keys: int) -> None:
     tensors = [torch.randn(2, length, 32) for length in (queries, keys, keys)]
     _, result = capture(attend, *tensors)
     torch.testing.assert_close(result, attend(*tensors))
+
+
+def test_gradients_that_are_cut_are_not_reached_for() -> None:
+    """What is detached is taken as it is, not what it was detached from."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        query, key, value = (x.detach() for x in (query, key, value))
+        return (query @ key.mT).softmax(-1) @ value
+
+    tensors = [x.requires_grad_() for x in inputs()]
+    captured = Capture()
+    torch.testing.assert_close(torch.compile(attend, backend=captured)(*tensors), attend(*tensors))
+    assert captured.only().rewritten
