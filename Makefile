@@ -4,6 +4,7 @@
 # make lint   ruff and mypy
 # make docs   these pages as a website, in docs/_build (warnings are errors)
 # Each makes .venv first when it is missing; Python 3.10 or later is all it needs.
+# make versions   tests with other versions, in environments of their own (VERSIONS="--only 3.13-2.14.1" for one)
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 
-.PHONY: demo test test-slow lint docs
+.PHONY: demo test test-slow versions lint docs
 demo: $(INSTALLED)
 	$(BIN)/s2o demo $(DEMO)
 
@@ -21,6 +22,9 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 --dist worksteal -o timeout=7200 \
 		-m "slow or hypothesis" $(TEST)
+
+versions:
+	$(PYTHON) -m tests.versions --table docs/versions.md $(VERSIONS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

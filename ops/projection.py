@@ -124,8 +124,11 @@ def _moments(x: torch.Tensor, count: torch.Tensor | None = None) -> tuple[torch.
     Of `count` [...] rows where the others are zeros that do not count.
     """
     rows = x.double().nan_to_num(0, 0, 0)
-    of_rows = rows.new_tensor(rows.shape[-2]) if count is None else count.clamp_min(1)
-    return rows.mT @ rows / of_rows[..., None, None], rows.sum(-2) / of_rows[..., None]
+    moments, sums = rows.mT @ rows, rows.sum(-2)
+    if count is None:
+        return moments / rows.shape[-2], sums / rows.shape[-2]
+    of_rows = count.clamp_min(1)
+    return moments / of_rows[..., None, None], sums / of_rows[..., None]
 
 
 def _sampled(x: torch.Tensor, rows: int) -> torch.Tensor:

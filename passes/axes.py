@@ -104,13 +104,15 @@ def take(size: Size, pending: list[Axis]) -> Dim:
     """Remove axes from the front of `pending` whose product is `size`.
 
     Raises:
-        Misaligned: There are none.
+        Misaligned: There are none, or one of them is empty, so that products do not tell axes apart.
     """
     taken: list[Axis] = []
     while not is_size(size, 1):
         if not pending:
             raise Misaligned
         axis = pending.pop(0)
+        if is_size(axis.size, 0) or is_size(size, 0):
+            raise Misaligned
         if not _divides(axis.size, size):
             if not _divides(size, axis.size):
                 raise Misaligned

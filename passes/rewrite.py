@@ -29,7 +29,7 @@ from .operations import operation_name
 from .report import Decision, site_name, source_location
 from .site import AttentionSite
 from .symbolic import is_predicate
-from .torch_internals import guard_or_false, is_erased
+from .torch_internals import guard_or_false, is_erased, unbatched
 from .values import constant, fake_tensor, why_unknown
 from .walk import Factor, Walker
 
@@ -430,8 +430,7 @@ def _check_call(site: AttentionSite) -> None:
         raise Refused("the soft-cap is computed while the model runs; use a number")
     if isinstance(site.is_causal, Node):
         raise Refused("is_causal is computed in the graph; pass True or False")
-    output = fake_tensor(site.node)
-    if output is None or output.requires_grad:
+    if fake_tensor(site.node) is None or _needs_gradients(site.node):
         raise Refused("gradients are needed and the operator has no backward; run under torch.no_grad()")
 
 
@@ -472,7 +471,7 @@ def _is_floating(node: Node) -> bool:
 
 def _needs_gradients(node: Node) -> bool:
     tensor = fake_tensor(node)
-    return tensor is not None and tensor.requires_grad
+    return tensor is not None and unbatched(tensor).requires_grad
 
 
 def _check_length(query: torch.Tensor, key: torch.Tensor, config: S2OConfig) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich import print
+
+from s2o_compile.passes.safety import RAISE_ERRORS
 
 from .campaign import Result, run
 
@@ -30,6 +33,7 @@ def _report(result: Result) -> None:
 
 
 def _start(seed: int, output: Path | None) -> Result:
+    os.environ[RAISE_ERRORS] = "1"
     torch._logging.set_logs(all=logging.CRITICAL)
     torch._C._debug_only_display_vmap_fallback_warnings(False)
     torch.set_num_threads(1)

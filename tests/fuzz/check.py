@@ -61,7 +61,7 @@ class Rewriting:
     __name__ = "rewriting"
 
     def __call__(self, module: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-        for decision in rewrite(module, SETTINGS[self.program.settings]):
+        for decision in rewrite(module, SETTINGS[self.program.settings], fuse_dense=True):
             self.verdict.rewritten += decision.rewritten
             self.verdict.refused += [] if decision.rewritten else [decision.reason]
         return aot_eager(module, inputs) if self.program.level == "aot" else module.forward

@@ -44,8 +44,8 @@ def test_failures_shrink_to_what_matters() -> None:
 def test_a_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rewriting that loses the causal mask fails soon, and is reported as a script with little else in it."""
 
-    def losing(module: GraphModule, config: S2OConfig) -> list[Decision]:
-        decisions = rewrite(module, config)
+    def losing(module: GraphModule, config: S2OConfig, fuse_dense: bool) -> list[Decision]:
+        decisions = rewrite(module, config, fuse_dense=fuse_dense)
         for node in module.graph.nodes:
             if node.target is torch.ops.s2o.attention.default:
                 node.kwargs = dict(node.kwargs, is_causal=False)

@@ -131,7 +131,10 @@ def test_sizes_of_zero_give_what_sdpa_gives(zeros: tuple[str, ...], is_causal: b
     batch, heads, groups, queries, keys, channels, value_channels = sizes.values()
     query = torch.randn(batch, heads, queries, channels)
     key, value = (torch.randn(batch, groups, keys, size) for size in (channels, value_channels))
-    want = scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
+    # Of heads without keys SDPA is not asked: some releases divide by their number.
+    want = torch.zeros(batch, heads, queries, value_channels)
+    if groups:
+        want = scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
     arguments = {"is_causal": is_causal, "min_length": min_length, "threshold": 0.0}
     output = torch.ops.s2o.attention(query, key, value, **arguments)
     assert output.dtype == want.dtype and output.shape == want.shape
@@ -157,8 +160,12 @@ def test_sizes_of_zero_compile(zero: set[str]) -> None:
     query = torch.randn(batch, heads, queries, channels)
     key, value = torch.randn(batch, groups, keys, channels), torch.randn(batch, groups, keys, values)
     torch.compiler.reset()
-    attend = torch.compile(scaled_dot_product_attention, backend="s2o", options={"threshold": 0.0, "min_length": 0})
-    want, got = scaled_dot_product_attention(query, key, value), attend(query, key, value)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(query, key, value)
+
+    compiled = torch.compile(attend, backend="s2o", options={"threshold": 0.0, "min_length": 0}, fullgraph=True)
+    want, got = attend(query, key, value), compiled(query, key, value)
     assert got.shape == want.shape and largest_difference(got, want) < 1e-6
 
 
@@ -167,8 +174,9 @@ def test_sizes_of_zero_compile(zero: set[str]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("queries", [90, 5])
 def test_scales_of_zero_and_below(queries: int, dtype: torch.dtype, min_length: int, scale: float) -> None:
-    """SDPA itself gives NaN for them with a causal mask, on a CPU."""
-    (query, *rest), triangle = inputs(90, dtype), torch.ones(90, 90, dtype=torch.bool).tril()[-queries:]
+    """SDPA's fused kernel for a CPU, which takes values as wide as keys, gives NaN for them with a causal mask."""
+    triangle = torch.ones(90, 90, dtype=torch.bool).tril()[-queries:]
+    query, *rest = (x[..., :32] for x in inputs(90, dtype))
     query, arguments = query[:, :, -queries:], {"scale": scale, "min_length": min_length, "threshold": 0.0}
     causal = {"is_causal": True, "causal_offset": 90 - queries}
     capped, sunk = {"softcap": 3.0}, {"sinks": torch.tensor([0.0, -2.0, 3.0, -torch.inf])}
@@ -202,7 +210,8 @@ def test_scales_that_change_their_sign_compile() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     mask = torch.ones(100, 100, dtype=torch.bool).tril()
     for scale in (0.3, 0.4, -0.5, 0.0, 0.6):
-        assert largest_difference(compiled(*inputs(100), scale), dense(*inputs(100), mask, scale=scale)) < 1e-5
+        tensors = [x[..., :32] for x in inputs(100)]
+        assert largest_difference(compiled(*tensors, scale), dense(*tensors, mask, scale=scale)) < 1e-5
 
 
 def test_a_thousand_settings_stay_cached() -> None:

@@ -129,3 +129,14 @@ def test_why_a_site_is_left() -> None:
         function, args = WITH_ATTENTION[name]
         torch.compile(function, backend=captured)(*args)
         assert reason in captured.only().reason
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_attention_under_vmap_that_needs_gradients_stays_dense() -> None:
+    def mapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return vmap(lambda *tensors: sdpa(*(x * 1 for x in tensors)))(*(torch.stack([x, x]) for x in (q, k, v)))
+
+    tensors = [torch.randn(2, 4, 13, 8, requires_grad=True) for _ in "qkv"]
+    captured = Capture()
+    torch.testing.assert_close(torch.compile(mapped, backend=captured)(*tensors), mapped(*tensors))
+    assert "gradients are needed" in captured.only().reason

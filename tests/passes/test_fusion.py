@@ -103,7 +103,6 @@ def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         lambda q, k, v: torch.softmax(scores(q, k.transpose(-1, -2)), -1) @ v,
         lambda q, k, v: torch.softmax(scores(q.transpose(1, 2), k.permute(0, 2, 1, 3)), -1) @ v.transpose(1, 2),
     ],
-    ids=str,
 )
 def test_masks(attend: Callable[..., Tensor], gradients: bool) -> None:
     assert fused(attend, tensors(gradients=gradients)) == 1
@@ -133,7 +132,6 @@ def test_more_queries_than_keys_of_a_window() -> None:
         lambda q, k, v: torch.softmax(scores(q, k), -1).detach() @ v,
         lambda q, k, v: torch.softmax(scores(q, k), -1) @ v.detach(),
     ],
-    ids=str,
 )
 def test_what_is_not_sdpa(attend: Callable[..., Tensor]) -> None:
     """Softmax over other dimensions, other operands, caps, scales, masks; gradients that stop within."""

@@ -22,11 +22,11 @@ sdpa = F.scaled_dot_product_attention
 WEIGHT = torch.randn(8, 8, requires_grad=True)
 
 
-def inputs() -> list[Tensor]:
+def inputs(length: int = LENGTH) -> list[Tensor]:
     """Query, key, value, and numbers of which the positive ones are kept; batch and heads are the same in number."""
-    keep = torch.rand(BATCH, LENGTH) - 0.4
+    keep = torch.rand(BATCH, length) - 0.4
     keep[:, 0] = 1
-    return [*(torch.randn(BATCH, HEADS, LENGTH, 8) for _ in range(3)), keep]
+    return [*(torch.randn(BATCH, HEADS, length, 8) for _ in range(3)), keep]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
@@ -109,7 +109,8 @@ def one_of_a_tuple_that_is_used_later(q: Tensor, k: Tensor, v: Tensor, keep: Ten
     ],
 )
 def test_shape_of_a_mask(function: Callable[..., Any], dynamic: bool) -> None:
-    assert_rewritten(function, inputs(), mask=PADDING, dynamic=dynamic)
+    lengths = (17, 23, 11) if dynamic else (LENGTH,)
+    assert_rewritten(function, *map(inputs, lengths), mask=PADDING, dynamic=dynamic)
 
 
 def transposed_triangle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -185,7 +186,8 @@ def one_of_a_tuple_of_inputs(q: Tensor, k: Tensor, v: Tensor) -> Any:
     ],
 )
 def test_inputs_and_output(function: Callable[..., Any], dynamic: bool) -> None:
-    assert_rewritten(function, inputs()[:3], dynamic=dynamic)
+    lengths = (17, 23, 11) if dynamic else (LENGTH,)
+    assert_rewritten(function, *(inputs(length)[:3] for length in lengths), dynamic=dynamic)
 
 
 def of_einsum(w: Tensor) -> Tensor:

@@ -158,3 +158,19 @@ def test_other_functions_are_not_attention() -> None:
 )
 def test_names_do_not_depend_on_how_a_model_is_reached(source: str, path: str) -> None:
     assert module_path(source) == path
+
+
+@pytest.mark.parametrize("queries, keys", [(13, 0), (0, 13), (0, 0)])
+def test_heads_of_nothing_are_not_told_apart(queries: int, keys: int) -> None:
+    """Products of sizes of 0 do not say which axes a dimension is made of."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        query, key, value = (x.view(2, -1, 4, 8).transpose(1, 2) for x in (query, key, value))
+        mask = torch.ones(queries, keys) > 0
+        written = (query @ key.mT * 0.3).masked_fill(mask, -torch.inf).softmax(-1) @ value
+        key, value = (x[:, :2].repeat_interleave(2, 1) for x in (key, value))
+        return written + torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    tensors = [torch.randn(2, length, 32) for length in (queries, keys, keys)]
+    _, result = capture(attend, *tensors)
+    torch.testing.assert_close(result, attend(*tensors))

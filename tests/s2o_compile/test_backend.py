@@ -297,8 +297,12 @@ def test_a_rewritten_graph_that_does_not_compile(monkeypatch: pytest.MonkeyPatch
 
 def test_errors_of_inductor_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("S2O_RAISE_ERRORS", "")
-    with torch.no_grad(), pytest.raises(Exception, match="not supported between instances of 'str'"):
-        torch.compile(causal, backend="s2o", options={"cpp.threads": "no_such_value"})(*inputs())
+
+    def fail(graph: torch.fx.Graph) -> None:
+        raise RuntimeError("this pass is broken")
+
+    with torch.no_grad(), pytest.raises(Exception, match="this pass is broken"):
+        torch.compile(causal, backend="s2o", options={"post_grad_custom_pre_pass": fail})(*inputs())
 
 
 def test_settings_cannot_change() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.export import Dim
+from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
 from s2o_compile import S2OConfig
@@ -62,18 +63,25 @@ def test_masks_and_scores_are_gone(attention: str) -> None:
     assert not any(isinstance(value, torch.Tensor) and value.shape[-2:] == (40, 40) for value in values)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_a_scale_computed_from_the_length(strict: bool) -> None:
-    class Scaled(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (x @ x.mT * x.shape[2] ** -0.5 / 3).softmax(-1) @ x
+class Scaled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ x.mT * x.shape[2] ** -0.5 / 3).softmax(-1) @ x
 
+
+class ScaledQuery(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(x * x.shape[2] ** -0.5, x, x, scale=1 / 3)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("model", [Scaled(), ScaledQuery()], ids=["scores", "query"])
+def test_a_scale_computed_from_the_length(model: torch.nn.Module, strict: bool) -> None:
     args, shapes = (torch.randn(1, 2, 40, 8),), ({2: Dim.AUTO},)
-    program = s2o_compile.export(Scaled(), args, dynamic_shapes=shapes, config=EXACT, strict=strict)
+    program = s2o_compile.export(model, args, dynamic_shapes=shapes, config=EXACT, strict=strict)
     assert operators(program) == 1
     for length in (40, 20, 77):
         x = torch.randn(1, 2, length, 8)
-        torch.testing.assert_close(program.module()(x), Scaled()(x))
+        torch.testing.assert_close(program.module()(x), model(x))
 
 
 def test_settings_are_in_the_program() -> None:
