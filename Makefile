@@ -1,5 +1,6 @@
 # make demo   dense and sparse prefill of a long document, compared (DEMO="--length 4096" for other options)
-# make test   all tests, on two cores (TEST="-k name" for some)
+# make test   the tests, on two cores, in less than eight minutes (TEST="-k name" for some of them)
+# make test-slow   those that take longer, and tests of random inputs on ten times as many, in an hour or less
 # make lint   ruff and mypy
 # make docs   these pages as a website, in docs/_build (warnings are errors)
 # Each makes .venv first when it is missing; Python 3.10 or later is all it needs.
@@ -11,12 +12,16 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off
 
-.PHONY: demo test versions lint docs
+.PHONY: demo test test-slow versions lint docs
 demo: $(INSTALLED)
 	$(BIN)/s2o demo $(DEMO)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(TEST)
+
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 --dist worksteal -o timeout=7200 \
+		-m "slow or hypothesis" $(TEST)
 
 versions:
 	$(PYTHON) -m tests.versions --table docs/versions.md $(VERSIONS)

@@ -45,8 +45,8 @@ def save_picture(outcomes: list[Outcome], path: Path) -> None:
         row[0].set_ylabel(f"asked, {place}\ndepth", fontsize=9)
     figure.supxlabel("tokens", fontsize=9)
     figure.colorbar(image, ax=panels, label="needles found", shrink=0.8)
-    with replacing(path) as place:
-        figure.savefig(place, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150)
 
 
 def needles(outcomes: list[Outcome], method: str, place: str) -> Grid:

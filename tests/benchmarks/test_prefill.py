@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend
 from torch.profiler import profile
 
@@ -55,9 +55,8 @@ def test_calls_that_run_dense_visit_everything() -> None:
     assert visited_density(subject.model, inputs(subject, 300), S2OConfig()) == pytest.approx(1, abs=0.1)
 
 
-def test_a_preferred_backend_is_that_of_no_other_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preferred_backend_is_that_of_no_other_row() -> None:
     """Though Inductor caches what it compiles."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
     subject = tiny()
     prompt = inputs(subject, 100)
@@ -68,8 +67,9 @@ def test_a_preferred_backend_is_that_of_no_other_row(tmp_path: Path, monkeypatch
             run(prompt)
         return any("scaled_dot_product_flash" in event.key for event in profiled.key_averages())
 
-    assert not fuses(preferring([SDPBackend.MATH], subject.model))
-    assert fuses(compiled(subject.model, S2OConfig())["inductor"])
+    with fresh_cache():
+        assert not fuses(preferring([SDPBackend.MATH], subject.model))
+        assert fuses(compiled(subject.model, S2OConfig())["inductor"])
 
 
 def test_rows_are_whole() -> None:

@@ -32,6 +32,7 @@ from s2o_compile.demo.document import MIDDLE
 from s2o_compile.demo.errors import DemoError
 from s2o_compile.ops import S2OConfig
 
+from ..examples import examples
 from ..passes.models import VOCABULARY, tiny
 from .test_baselines import RULES
 
@@ -56,7 +57,7 @@ def decode(tokens: list[int]) -> str:
 
 
 class TestCases:
-    @settings(max_examples=10)
+    @settings(max_examples=examples(10))
     @given(
         task=st.sampled_from(list(TASKS)),
         length=st.integers(6000, 20_000),

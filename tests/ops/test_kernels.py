@@ -16,6 +16,7 @@ from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.sinks import add_sinks
 from s2o_compile.ops.visibility import Visibility
 
+from ..examples import examples
 from .comparison import (
     allowed_error,
     assert_same,
@@ -32,7 +33,7 @@ LONGEST = 200 if DEVICE == "cuda" else 130
 # The interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 # Each example compiles kernels of its own on a GPU.
-EXAMPLES = 8 if DEVICE == "cuda" else 30
+EXAMPLES = examples(8 if DEVICE == "cuda" else 30)
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
@@ -43,6 +44,7 @@ def run(call: Call, tensors: tuple[torch.Tensor, ...]) -> AttentionResult:
     return result if sinks is None else add_sinks(result, sinks)
 
 
+@pytest.mark.hypothesis
 def test_agrees_with_the_reference() -> None:
     undecided = []
 
@@ -186,11 +188,12 @@ def test_ranking_in_float8_errs_no_more(
     Six heads of a group make 192 guides, which are multiplied in two parts.
     """
     torch.manual_seed(9)
+    length = 300 if DEVICE == "cuda" else 200
     bias = 30 * (torch.arange(32, device=DEVICE) % 8 == 0)
-    query, key, value = (torch.randn(1, n, 300, 32, device=DEVICE) * 2 for n in (heads, groups, groups))
+    query, key, value = (torch.randn(1, n, length, 32, device=DEVICE) * 2 for n in (heads, groups, groups))
     monkeypatch.setattr(rank, "sums_in_half", lambda operands, config: half and operands.are_quantised)
     tensors = [x.half() for x in (query, key + bias, value)]
-    mask = torch.ones(300, 300, dtype=torch.bool, device=DEVICE).tril()
+    mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()
     want = dense(*tensors, mask)
     visited, error = [], []
     for is_float8 in (False, True):

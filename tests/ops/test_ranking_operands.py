@@ -13,6 +13,7 @@ from s2o_compile.ops.kernels.helpers import FLOAT8_REACH
 from s2o_compile.ops.kernels.quantise import Operands, quantise
 from s2o_compile.ops.kernels.strongest import strongest_channels
 
+from ..examples import examples
 from .comparison import largest_difference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,7 +26,7 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape[:-1], shape[-1] + 3, device=DEVICE).half()[..., 1:-2]
 
 
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.sampled_from([1, 3]), st.integers(1, 90)),
     channels=st.sampled_from([16, 40]),
@@ -83,7 +84,7 @@ def test_bad_numbers_make_the_logits_of_their_group_nan(bad: float) -> None:
     assert logits.isfinite().sum() == logits.numel() * 3 / 4
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.sampled_from([1, 3]), st.integers(1, 90)),
     keys=st.sampled_from([2, 70, 1100, 4100]),

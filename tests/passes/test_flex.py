@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 from s2o_compile.passes import rewrite
 
+from ..examples import examples
 from .capture import EXACT, Capture
 from .compare import assert_refused, compare
 
@@ -416,7 +417,7 @@ def mask_mods() -> Any:
     return st.recursive(comparisons() | st.sampled_from(PREDICATES), joined, max_leaves=4)
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(10))
 @given(mask_mods(), st.integers(0, 2**16), st.booleans(), st.booleans())
 def test_no_mask_mod_gives_another_result(mod: Any, seed: int, dynamic: bool, as_score_mod: bool) -> None:
     torch._dynamo.reset()

@@ -167,20 +167,28 @@ class TestChecks:
             assert run_module._force_sparse(config, length, device, Progress(False)).min_length == wanted
 
 
-def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the real model, at threshold 0, where sparse and dense attention agree to rounding.
+@pytest.mark.parametrize("layers", [6, pytest.param(30, marks=pytest.mark.slow)])
+def test_the_whole_demo(layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the first layers of the real model, at threshold 0, where sparse and dense attention agree to rounding.
 
     The rewritten graphs run as they are: Inductor would take minutes for 30 layers.
     """
     for package in (model_module.SMOLLM2_PACKAGE, *model_module.PACKAGES):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}")
+
+    def load_model(*arguments: Any) -> Any:
+        model, tokenizer = model_module.load_model(*arguments)
+        model.model.layers = model.model.layers[:layers]
+        return model, tokenizer
+
     torch._dynamo.reset()
+    monkeypatch.setattr(run_module, "load_model", load_model)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: module.forward)
     config = S2OConfig(threshold=0.0)
     settings = Settings(length=1024, config=config, device="cpu", dense_backend="eager")
     results = run_demo(settings, Progress(False))
-    assert results.rewritten == len(results.sites) == 30
+    assert results.rewritten == len(results.sites) == layers
     assert results.agreement > 0.99
     assert results.perplexity["s2o"] == pytest.approx(results.perplexity["dense"], rel=1e-3)
     assert results.middle.asked == results.end.asked == 2
@@ -188,7 +196,7 @@ def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(site.density is not None and len(site.density) == 9 for site in results.sites)
     save_json(results, tmp_path / "demo.json")
     save_picture(results, tmp_path / "density.png")
-    assert json.loads((tmp_path / "demo.json").read_text())["rewritten"] == 30
+    assert json.loads((tmp_path / "demo.json").read_text())["rewritten"] == layers
     assert (tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -15,6 +15,7 @@ import s2o_compile
 from s2o_compile import attention, explain, profile
 from s2o_compile.ops.density import density
 
+from ..examples import examples
 from ..passes.capture import EXACT, inputs
 from ..passes.models import tiny, tokens
 
@@ -68,7 +69,7 @@ def test_work_of_a_direct_call() -> None:
     assert site.density == pytest.approx(density(result.visited, 100, 170, True, 70, SPARSE.tile).mean().item())
 
 
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 @given(
     st.booleans(), st.sampled_from([None, 30]), st.booleans(), st.sampled_from([0.0, 2.0]), st.sampled_from([0, 0.2])
 )
