@@ -59,15 +59,22 @@ def compare_at(function: Callable[..., Any], dynamic: bool) -> Recorded:
     return captured
 
 
+def regions(captured: Recorded) -> int:
+    """How many graphs of regions were compiled: torch 2.11 has one for each call where lengths are dynamic."""
+    calls = [node for node in captured.nodes() if node.target is torch.ops.higher_order.invoke_subgraph]
+    return max(len({call.all_input_nodes[0].target for call in calls}), 1)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("attend", [causal, handwritten])
 @pytest.mark.parametrize("nested", NESTED)
 def test_rewritten(nested: Callable[..., Any], attend: Callable[..., Tensor], dynamic: bool) -> None:
     captured = compare_at(nested(attend), dynamic)
-    decision = captured.only()
-    assert decision.rewritten, decision.reason
-    assert decision.mask == "causal, offset 0"
-    assert decision.location.startswith("test_nested.py:")
+    assert len(captured.decisions) == regions(captured)
+    for decision in captured.decisions:
+        assert decision.rewritten, decision.reason
+        assert decision.mask == "causal, offset 0"
+        assert decision.location.startswith("test_nested.py:")
     assert captured.operators() == []
 
 
@@ -90,7 +97,8 @@ def test_a_mask_from_outside(dynamic: bool) -> None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
         return region(region(q, k, v, mask), k, v, mask)
 
-    assert compare_at(function, dynamic).only().mask == "boolean mask from input mask"
+    captured = compare_at(function, dynamic)
+    assert [item.mask for item in captured.decisions] == ["boolean mask from input mask"] * regions(captured)
 
 
 def test_gradients_through_a_checkpoint() -> None:
