@@ -21,7 +21,7 @@ Value = int | Node
 _SIZES: dict[type, Callable[[Any, Any], Any]] = {
     sympy.Add: operator.add, sympy.Mul: operator.mul, FloorDiv: operator.floordiv,
     Mod: operator.mod, PythonMod: operator.mod,
-    **dict.fromkeys((sympy.Min, Min), torch.sym_min), **dict.fromkeys((sympy.Max, Max), torch.sym_max),
+    Min: torch.sym_min, Max: torch.sym_max,
 }  # fmt: skip
 """Of torch's `Mod` both operands are known to be at least zero."""
 

@@ -516,7 +516,7 @@ HANDLERS: dict[str, Handler] = {
     "sqrt": _sqrt,
     "cumsum": _cumulative_sum,
     "diff": _difference,
-    **dict.fromkeys(("transpose", "permute"), _permute),
+    **dict.fromkeys(("transpose", "permute", "getattr"), _permute),
     "getitem": _getitem,
     "index": _index,
     "_add_batch_dim": _add_batch_dim,

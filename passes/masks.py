@@ -8,7 +8,7 @@ passed as a boolean mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -17,25 +17,21 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from .clauses import Clause, TooMany, clauses
+from .clauses import Clause, TooMany, at_least_zero, clauses, is_zero
+from .empty_rows import EmptyRows, Hiding, every_query_sees_a_key, of_finite_masks
 from .mask_operations import HANDLERS
 from .mutation import Writes
 from .packing import with_indices_for_positions
-from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis, level
+from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis, level, where
+from .torch_internals import Min
 from .values import fake_tensor, holds, symbolic_shape, why_unknown
 
 KEY, QUERY, HEAD, BATCH = (axis(place) for place in range(1, 5))
 AXES = (BATCH, HEAD, QUERY, KEY)
 _MAPPED_AXES = tuple(map(level, range(1, 9)))
 OTHER_AXES = tuple(axis(place) for place in range(5, 13))
-HIDDEN = -1e4
-"""Added to scores, or put in their place, numbers from here down hide a key.
-
-Where a row sees no key at all, scores filled with a finite number give equal weights, while the operator gives zeros;
-such a row has no meaning, and SDPA differs there likewise.
-"""
-
-
+HIDDEN = -9984.0
+"""Added to scores, or put in their place, numbers from here down hide a key; it is what bfloat16 makes of -1e4."""
 VAST = 2**40
 """Numbers that a mask depends on, such as windows, are smaller."""
 
@@ -54,6 +50,7 @@ class MaskTerm:
         axes: The index along each of its dimensions: one of `AXES`, or of `OTHER_AXES` where it is none of these.
         keep: Whether keys are hidden where a boolean mask is false, or where it is true; None if it is added.
         value: What hidden scores become, or what an added mask is multiplied by; None if that is not known.
+        least: What lesser scores are raised to afterwards.
     """
 
     node: Node
@@ -61,6 +58,7 @@ class MaskTerm:
     axes: tuple[sympy.Symbol, ...]
     keep: bool | None
     value: float | None
+    least: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,7 @@ class Mask:
         key_padding: A predicate over batch and key.
         documents: Two whole numbers, over batch and query and over batch and key, that are equal.
         rest: A predicate that is none of these.
+        empty_rows: What queries get that see no key.
         sources: The inputs and operations that the predicates depend on, in words.
     """
 
@@ -83,18 +82,20 @@ class Mask:
     key_padding: Boolean = sympy.true
     documents: tuple[sympy.Expr, sympy.Expr] | None = None
     rest: Boolean = sympy.true
+    empty_rows: EmptyRows = EmptyRows.ZEROS
     sources: tuple[tuple[str, str], ...] = ()
 
     @property
     def predicate(self) -> Boolean:
-        """All terms together."""
+        """All terms in one."""
+        distance = QUERY + self.offset - KEY
         terms = [self.key_padding, self.rest]
         if self.is_causal:
-            terms.append(sympy.Ge(QUERY + self.offset - KEY, 0))
+            terms.append(at_least_zero(distance))
         if self.window is not None:
-            terms.append(sympy.Ge(KEY + self.window - 1 - self.offset - QUERY, 0))
+            terms.append(at_least_zero(self.window - 1 - distance))
         if self.documents is not None:
-            terms.append(sympy.Eq(self.documents[0] - self.documents[1], 0))
+            terms.append(is_zero(self.documents[0] - self.documents[1]))
         return sympy.And(*terms)
 
     def __str__(self) -> str:
@@ -120,21 +121,29 @@ class Prover:
         self._careful = self.reader.without(lambda node: bool(writes.to(node)))
         self._writes = writes
 
-    def prove(self, masks: Iterable[MaskTerm], query: torch.Tensor, key: torch.Tensor) -> Mask:
+    def prove(self, masks: Iterable[MaskTerm], query: torch.Tensor, key: torch.Tensor, has_sinks: bool = False) -> Mask:
         """What the masks of an attention say together.
 
         Args:
             masks: The masks, all of which hold.
             query: The query's fake tensor [B, Hq, Lq, D].
             key: The key's fake tensor [B, Hkv, Lk, D].
+            has_sinks: Whether the softmax has a logit more, which then is all that queries see that see no key.
 
         Raises:
-            NotProven: They cannot be read, or add something else to the scores than 0 or a number that hides.
+            NotProven: They cannot be read, or add something else to the scores than 0 or a number that hides, or leave
+                queries that see no key with what the operator cannot give.
         """
         masks = list(masks)
-        mask = self._said(sympy.And(*(self._allowed(mask) for mask in masks)), query, key)
+        allowed = [self._allowed(mask) for mask in masks]
+        found = self._clauses(sympy.And(*(predicate for predicate, _ in allowed)), query, key)
+        hidden = [hiding for predicate, hiding in allowed if predicate != sympy.true]
+        mask = self._mask(found, query)
         if not _hidden_rows_are_marked(mask.rest, masks):
             raise NotProven("the mask hides all keys of some queries by a finite number; hide them with -inf")
+        finite = any(hiding.value != -math.inf for hiding in hidden) and not has_sinks
+        if finite and found and not every_query_sees_a_key(found, scores_shape(query, key), query):
+            return replace(mask, empty_rows=_empty_rows(mask, hidden))
         return mask
 
     def prove_mask_mod(self, predicate: Boolean, query: torch.Tensor, key: torch.Tensor) -> Mask:
@@ -143,7 +152,7 @@ class Prover:
         Raises:
             NotProven: The operator would need one.
         """
-        mask = self._said(predicate, query, key)
+        mask = self._mask(self._clauses(predicate, query, key), query)
         if {QUERY, KEY} <= mask.rest.free_symbols:
             raise NotProven(
                 "the mask_mod combines query and key otherwise than causal masks, windows and documents do; "
@@ -151,22 +160,27 @@ class Prover:
             )
         return mask
 
-    def _said(self, allowed: Boolean, query: torch.Tensor, key: torch.Tensor) -> Mask:
-        """What a predicate over `AXES` says."""
+    def _clauses(self, allowed: Boolean, query: torch.Tensor, key: torch.Tensor) -> list[Clause]:
+        """The clauses of a predicate over `AXES` that do not hold everywhere."""
         self._refuse_other_devices(allowed, query.device)
         shape = scores_shape(query, key)
         try:
-            found = [_within(clause, shape) for clause in with_indices_for_positions(clauses(allowed), self.reader)]
+            parts = [_within(clause, shape) for clause in with_indices_for_positions(clauses(allowed), self.reader)]
         except Unreadable as unreadable:
             raise NotProven(f"the mask cannot be read: {unreadable}") from None
         except TooMany:
             raise NotProven("the mask combines more conditions than can be told apart; build it from fewer") from None
+        found = [clause for clause in parts if clause is not None]
         _refuse_vast_numbers(found, shape, query)
-        split = _split((clause for clause in found if clause is not None), query)
+        return found
+
+    def _mask(self, found: Iterable[Clause], query: torch.Tensor) -> Mask:
+        """What clauses say that all hold."""
+        split = _split(found, query)
         return replace(split, sources=self._sources_in_words(split))
 
-    def _allowed(self, mask: MaskTerm) -> Boolean:
-        """Where a mask lets a query see a key, as a predicate over `AXES`."""
+    def _allowed(self, mask: MaskTerm) -> tuple[Boolean, Hiding]:
+        """Where a mask lets a query see a key, as a predicate over `AXES`, and what hides it elsewhere."""
         tensor = fake_tensor(mask.node)
         if tensor is None:
             kind = why_unknown(mask.node)
@@ -182,18 +196,21 @@ class Prover:
                 raise NotProven(f"the mask {_origin(mask.node)} is changed in place; build it without that")
             expression = _read(self._careful, mask.node)
         if mask.keep is None:
-            predicate = _where_nothing_is_added(mask, expression)
+            predicate, hidden = _where_nothing_is_added(mask, expression)
         else:
             if mask.value is None or not mask.value <= HIDDEN:
                 raise NotProven(f"masked scores become {_number(mask.value)}, which hides no key; fill them with -inf")
-            predicate = expression if mask.keep else sympy.Not(expression)
+            predicate, hidden = expression if mask.keep else sympy.Not(expression), mask.value
+        if mask.least > HIDDEN:
+            raise NotProven(f"masked scores become {_number(mask.least)}, which hides no key; fill them with -inf")
         rank = tensor.dim()
         predicate = predicate.xreplace({axis(rank - place): symbol for place, symbol in enumerate(mask.axes)})
         if predicate.free_symbols & {*_MAPPED_AXES}:
             raise NotProven(f"the mask {_origin(mask.node)} is another for each of what torch.vmap maps over")
         if predicate.free_symbols & {*OTHER_AXES}:
             raise NotProven(f"the mask {_origin(mask.node)} varies over another dimension than batch, heads and keys")
-        return predicate
+        scores = fake_tensor(mask.user)
+        return predicate, Hiding.of(hidden, None if mask.keep is not None else scores, mask.least)
 
     def _is_changed(self, mask: MaskTerm) -> bool:
         """Whether something that a mask is read from holds something else when it is read."""
@@ -236,8 +253,8 @@ def _read(reader: Reader, node: Node) -> sympy.Basic:
         raise NotProven(f"the mask cannot be read: {unreadable}") from None
 
 
-def _where_nothing_is_added(mask: MaskTerm, expression: sympy.Basic) -> Boolean:
-    """Where an added mask is zero, if it hides keys everywhere else."""
+def _where_nothing_is_added(mask: MaskTerm, expression: sympy.Basic) -> tuple[Boolean, float]:
+    """Where an added mask is zero, if it hides keys everywhere else, and what it adds there."""
     content = NotProven(
         f"scores get an additive bias with content, {_origin(mask.node)}, such as ALiBi or relative positions; "
         "only masks that add 0, or -inf to hide a key, can be proven; compute it from a boolean"
@@ -248,10 +265,8 @@ def _where_nothing_is_added(mask: MaskTerm, expression: sympy.Basic) -> Boolean:
     added = [float(value) * mask.value for value in choice.values]
     if not all(value == 0 or value <= HIDDEN for value in added):
         raise content
-    allowed, otherwise = (sympy.true if value == 0 else sympy.false for value in added)
-    if allowed == otherwise:
-        return allowed
-    return choice.predicate if allowed else sympy.Not(choice.predicate)
+    hidden = max((value for value in added if value != 0), default=-math.inf)
+    return where(choice, lambda value: value == 0), hidden
 
 
 def _within(clause: Clause, shape: tuple[sympy.Expr, ...]) -> Clause | None:
@@ -264,10 +279,10 @@ def _within(clause: Clause, shape: tuple[sympy.Expr, ...]) -> Clause | None:
     return frozenset(literal for literal in literals if literal != sympy.false)
 
 
-def _refuse_vast_numbers(found: Iterable[Clause | None], shape: tuple[sympy.Expr, ...], query: torch.Tensor) -> None:
+def _refuse_vast_numbers(found: Iterable[Clause], shape: tuple[sympy.Expr, ...], query: torch.Tensor) -> None:
     """Raise NotProven for a number that is only known when the graph runs and so large that sums might overflow."""
     sizes = set().union(*(size.free_symbols for size in shape))
-    literals = [literal for clause in found if clause is not None for literal in clause]
+    literals = [literal for clause in found for literal in clause]
     for symbol in set().union(*(literal.free_symbols for literal in literals)) - sizes - {*AXES, *OTHER_AXES}:
         if holds(symbol - VAST, query) or holds(-symbol - VAST, query):
             raise NotProven(f"the mask depends on a number, {symbol}, beyond {VAST}")
@@ -300,10 +315,10 @@ def _split(found: Iterable[Clause], query: torch.Tensor) -> Mask:
 
 def _with_band(mask: Mask, offsets: list[sympy.Expr], distances: list[sympy.Expr], query: torch.Tensor) -> Mask:
     """A mask with the terms ``j - i <= offset`` and ``i - j <= distance`` too."""
-    offset = sympy.Min(*offsets) if offsets else sympy.Integer(0)
+    offset = Min(*offsets) if offsets else sympy.Integer(0)
     if not distances:
         return replace(mask, is_causal=bool(offsets), offset=offset)
-    distance = sympy.Min(*distances)
+    distance = Min(*distances)
     if not offsets and not holds(distance, query):
         offset = -distance
     window = sympy.expand(distance + offset + 1)
@@ -336,6 +351,22 @@ def _hidden_rows_are_marked(rest: Boolean, masks: list[MaskTerm]) -> bool:
     """Whether queries that see nothing for a reason of their own give zeros, or else there are none."""
     by_query = any(KEY not in part.free_symbols for part in sympy.And.make_args(rest) if part != sympy.true)
     return not by_query or all(mask.keep is not None and mask.value == -math.inf for mask in masks)
+
+
+def _empty_rows(mask: Mask, hidden: Sequence[Hiding]) -> EmptyRows:
+    """What queries get that see no key.
+
+    Raises:
+        NotProven: Something that the operator cannot give.
+    """
+    found = of_finite_masks(hidden)
+    is_padding = not mask.is_causal and mask.window is None and mask.documents is None and mask.rest == sympy.true
+    if found is None or (found is EmptyRows.UNMASKED and not is_padding):
+        raise NotProven(
+            "the mask may hide all keys of a query by a finite number, which leaves weights that are no zeros; "
+            "use one mask of -inf, or of torch.finfo(dtype).min"
+        )
+    return found
 
 
 def _short(dtype: torch.dtype) -> str:

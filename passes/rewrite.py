@@ -20,18 +20,20 @@ from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from .axes import Step
 from .decompose import decompose
 from .emit import Emitter, NotComputed, emit_size
+from .emit_empty_rows import emit_empty_rows
+from .empty_rows import EmptyRows
 from .find import find_attention
 from .masks import AXES, BATCH, HEAD, KEY, QUERY, Mask, NotProven, Prover, scores_shape
 from .metadata import as_computed
 from .mutation import Writes
 from .nested import nested_graphs
-from .operations import operation_name
+from .operations import Cleaned, operation_name, read_operation
 from .regions import autocast_at
 from .report import Decision, site_name, source_location
 from .site import AttentionSite
 from .symbolic import is_predicate
-from .torch_internals import guard_or_false, is_erased, unbatched
-from .values import constant, fake_tensor, why_unknown
+from .torch_internals import FloorDiv, guard_or_false, is_erased, unbatched
+from .values import constant, fake_tensor, symbolic_shape, why_unknown
 from .walk import Factor, Walker
 
 _LAYOUTS = {"transpose", "permute", "swapaxes", "movedim", "to", "float", "half", "bfloat16"}
@@ -163,7 +165,10 @@ class _Rewriter:
         if site.mask_mod is not None:
             return self.prover.prove_mask_mod(site.mask_mod, query, key)
         if not site.is_causal:
-            return self.prover.prove(site.masks, query, key)
+            mask = self.prover.prove(site.masks, query, key, has_sinks=site.sinks is not None)
+            if mask.empty_rows is EmptyRows.MEAN and any(isinstance(read_operation(x), Cleaned) for x in site.scores):
+                raise Refused("NaN of the probabilities is replaced, and masks are finite; hide keys with -inf")
+            return mask
         if site.masks:
             raise Refused("attn_mask and is_causal=True exclude each other; pass one of them")
         return Mask(is_causal=True)
@@ -179,7 +184,7 @@ class _Rewriter:
         _check_scores(site, unused)
         with self.graph.inserting_before(site.node), self.removing_if_refused(site.node):
             arguments = {**self.masking(mask, site), **self.logits(site), "site": decision.name, **config.arguments()}
-            node = self.put(torch.ops.s2o.attention.default, arguments, site)
+            node = self.put(torch.ops.s2o.attention.default, arguments, site, mask)
         node.meta["s2o_decision"] = decision
         self.erase(unused)
 
@@ -190,7 +195,7 @@ class _Rewriter:
             unused = self.unused_without(site)
             _check_scores(site, unused)
             arguments = {"scale": self.scale(site), "enable_gqa": bool(site.enable_gqa)}
-            self.put(scaled_dot_product_attention, arguments | self.dense_masking(mask, site), site)
+            self.put(scaled_dot_product_attention, arguments | self.dense_masking(mask, site), site, mask)
             self.erase(unused)
 
     def accept_dense(self, site: AttentionSite) -> Mask:
@@ -203,6 +208,8 @@ class _Rewriter:
         if _needs_gradients(site.node) and self.writes.to(site.node):
             raise Refused("SDPA keeps its output for the gradients, and it is changed in place")
         mask = self.mask(site, query, key)
+        if mask.empty_rows is EmptyRows.UNMASKED:
+            raise Refused("SDPA gives other values to queries that see no key")
         if not _keeps_gradients(site) or (
             _needs_gradients(site.node) and not _shows_each_query_a_key(mask, query, key)
         ):
@@ -219,13 +226,16 @@ class _Rewriter:
         axes = dict(zip(AXES, scores_shape(site.query.tensor, site.key.tensor), strict=True))
         return {"attn_mask": self.tensor(mask.predicate, axes, site)}
 
-    def put(self, function: Callable[..., Any], arguments: dict[str, Any], site: AttentionSite) -> Node:
+    def put(self, function: Callable[..., Any], arguments: dict[str, Any], site: AttentionSite, mask: Mask) -> Node:
         """A call of an operator of query, key and value, whose output is laid out and used as a site's is."""
         query, key, value = (self.apply(item.steps, item.node) for item in (site.query, site.key, site.value))
         if isinstance(arguments["scale"], Node):  # The operator's is a constant, which would fix the length.
             query, arguments["scale"] = self.graph.call_function(operator.mul, (query, arguments["scale"])), 1.0
         node = self.graph.call_function(function, (query, key, value), arguments)
-        output = self.apply(site.output, node)
+        output = node
+        if mask.empty_rows is EmptyRows.MEAN:
+            output = self.with_means(node, value, mask, site, arguments.get("key_padding"))
+        output = self.apply(site.output, output)
         node.meta = dict(site.node.meta)
         if output is not node:
             output.meta = dict(site.node.meta)
@@ -245,6 +255,27 @@ class _Rewriter:
             while before.prev is not last:
                 self.graph.erase_node(before.prev)
             raise
+
+    def with_means(self, output: Node, value: Node, mask: Mask, site: AttentionSite, padding: Node | None) -> Node:
+        """The operator's output with the mean of all values [B, Hkv, Lk, Dv] where a query sees no key."""
+        query, key = site.query.tensor, site.key.tensor
+        assert query is not None and key is not None
+        shape = scores_shape(query, key)
+        empty = self.shared(
+            ("empty rows", mask, shape),
+            lambda: emit_empty_rows(
+                self.graph,
+                mask,
+                shape,
+                padding,
+                lambda x, axes: self.tensor(x, axes, site),
+                lambda x: self.size(x, site),
+            ),
+        )
+        mean = self.graph.call_method("mean", (value, 2, True))
+        groups = self.size(FloorDiv(shape[1], symbolic_shape(key)[1]), site)
+        repeated = mean if groups == 1 else self.graph.call_method("repeat_interleave", (mean, groups, 1))
+        return self.graph.call_function(torch.where, (empty, repeated, output))
 
     def logits(self, site: AttentionSite) -> dict[str, Any]:
         """The operator's arguments for what is done to the logits before they are masked."""
@@ -312,7 +343,10 @@ class _Rewriter:
             arguments["window"] = self.size(mask.window, site)
         if mask.key_padding != sympy.true:
             axes = {BATCH: batch, KEY: keys}
-            arguments["key_padding"] = self.tensor(mask.key_padding, axes, site, expanded=True)
+            padding = self.tensor(mask.key_padding, axes, site, expanded=True)
+            if mask.empty_rows is EmptyRows.UNMASKED:
+                padding = self.shared(("unmasked", padding), lambda: self.or_empty(padding))
+            arguments["key_padding"] = padding
         if mask.documents is not None:
             for name, axis, size, value in (
                 ("query_documents", QUERY, queries, mask.documents[0]),
@@ -335,19 +369,31 @@ class _Rewriter:
         self, expression: sympy.Basic, axes: dict[sympy.Symbol, sympy.Expr], site: AttentionSite, expanded: bool = False
     ) -> Node:
         """A predicate or whole numbers over `axes` as a tensor, `expanded` to their sizes if asked for."""
-        key = (expression, tuple(axes.items()), expanded)
-        if key not in self.tensors:
-            query = site.query.tensor
-            assert query is not None
-            emitter = Emitter(self.graph, self.prover.reader.leaves, axes, site.node, query.device)
+        query = site.query.tensor
+        assert query is not None
+        emitter = Emitter(self.graph, self.prover.reader.leaves, axes, site.node, query.device)
+
+        def emit() -> Node:
             try:
                 node = emitter.predicate(expression) if is_predicate(expression) else emitter.integers(expression)
             except NotComputed:
                 raise Refused(f"the mask depends on {expression}, which the graph does not compute") from None
-            if expanded:
-                sizes = (self.size(size, site) for size in axes.values())
-                node = self.graph.call_method("expand", (node, *sizes))
-            self.tensors[key] = node
+            if not expanded:
+                return node
+            sizes = (self.size(size, site) for size in axes.values())
+            return self.graph.call_method("expand", (node, *sizes))
+
+        return self.shared((expression, tuple(axes.items()), expanded), emit)
+
+    def or_empty(self, padding: Node) -> Node:
+        """A key padding [B, Lk] that hides nothing of a batch entry of which it hid all."""
+        seen = self.graph.call_method("any", (padding, -1, True))
+        return self.graph.call_function(operator.or_, (padding, self.graph.call_function(torch.logical_not, (seen,))))
+
+    def shared(self, key: Any, emit: Callable[[], Node]) -> Node:
+        """The tensor that was emitted for a key, or is now."""
+        if key not in self.tensors:
+            self.tensors[key] = emit()
         return self.tensors[key]
 
 

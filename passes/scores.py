@@ -49,6 +49,7 @@ class ScoreMask:
         layout: The axes of its dimensions.
         keep: Whether scores stay where the mask is true, or are filled there; None for a mask that is added.
         value: What the scores are filled with, or what an added mask is multiplied by; None if it is not known.
+        least: What lesser scores are raised to afterwards.
     """
 
     node: Node
@@ -56,6 +57,7 @@ class ScoreMask:
     layout: Layout
     keep: bool | None
     value: float | None
+    least: float = -math.inf
 
 
 @dataclass
@@ -96,6 +98,7 @@ class Scores:
         known = factor.number if factor.number is not None and factor.number > 0 else None
         for mask in self.masks:
             mask.value = None if known is None or mask.value is None else mask.value * known
+            mask.least = mask.least * known if known is not None else mask.least
 
 
 class ScoreWalk:
@@ -185,7 +188,7 @@ class ScoreWalk:
             found.obstacles.append("the scores are clamped to numbers that do not hide a key")
         else:
             for mask in found.masks:
-                mask.value = None if mask.value is None else max(mask.value, least)
+                mask.least = max(mask.least, least)
         return found
 
     def _tanh(self, tanh: Tanh, node: Node, layout: Layout) -> Scores:
@@ -295,7 +298,7 @@ def mask_term(mask: ScoreMask, scores: Layout) -> MaskTerm:
     """A mask with the axes of its dimensions as those of scores, whose dimensions are given."""
     known = dict(zip(map(leaves, scores), AXES, strict=True))
     axes = tuple(known.get(leaves(dim), other) for dim, other in zip(mask.layout, OTHER_AXES, strict=False))
-    return MaskTerm(mask.node, mask.user, axes, mask.keep, mask.value)
+    return MaskTerm(mask.node, mask.user, axes, mask.keep, mask.value, mask.least)
 
 
 def _operand(node: Node, layout: Layout, operand: Node) -> Layout:

@@ -42,13 +42,13 @@ __all__ = [
     "fake_mode",
     "flex_attention",
     "guard_or_false",
-    "guarded",
     "input_sources",
     "is_aten",
     "is_batched",
     "is_erased",
     "is_inplace_view",
     "is_plain",
+    "is_true_now",
     "is_wrapper",
     "make_fx",
     "namespaces",
@@ -57,6 +57,7 @@ __all__ = [
     "transformer_encoder_layer",
     "tree_leaves",
     "tree_map",
+    "truth",
     "unbatched",
     "version",
     "why_not_plain",
@@ -79,10 +80,15 @@ def fake_mode(values: Iterable[Any]) -> FakeTensorMode:
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
-def guarded(relation: sympy.Basic, tensor: torch.Tensor) -> bool:
-    """Whether a relation of sizes holds, by which the graph that `tensor` is a fake tensor of is then guarded."""
+def truth(relation: sympy.Basic, tensor: torch.Tensor) -> torch.SymBool | None:
+    """Whether a relation holds of the sizes in the graph that `tensor` is a fake tensor of; None where it has none."""
     environment = tensor.fake_mode.shape_env if isinstance(tensor, FakeTensor) else None
-    return environment is not None and guard_or_false(environment.create_symboolnode(relation))
+    return None if environment is None else environment.create_symboolnode(relation)
+
+
+def is_true_now(truth: torch.SymBool) -> bool:
+    """Whether something is true of the sizes with which a graph is traced; it is not guarded by the answer."""
+    return truth.node.hint is True
 
 
 def input_sources(graph: Graph) -> list[str]:

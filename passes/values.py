@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .torch_internals import guard_or_false, guarded, is_plain, tree_leaves, why_not_plain
+from .torch_internals import guard_or_false, is_plain, is_true_now, tree_leaves, truth, why_not_plain
 
 AS_COMPUTED = "s2o_as_computed"
 """The key of a node's `meta` under which `metadata` puts its tensor where Dynamo's is that of a later node."""
@@ -75,7 +75,16 @@ def holds(expression: sympy.Expr, tensor: torch.Tensor) -> bool:
     """Whether an expression of sizes is at least zero; the graph of the fake `tensor` is guarded by the answer."""
     if expression.is_nonnegative is not None:
         return bool(expression.is_nonnegative)
-    return guarded(sympy.Ge(expression, 0), tensor)
+    answer = truth(sympy.Ge(expression, 0), tensor)
+    return answer is not None and guard_or_false(answer)
+
+
+def may_hold(expression: sympy.Expr, tensor: torch.Tensor) -> bool:
+    """Whether `holds` would say so; the graph is not guarded."""
+    if expression.is_nonnegative is not None:
+        return bool(expression.is_nonnegative)
+    answer = truth(sympy.Ge(expression, 0), tensor)
+    return answer is not None and is_true_now(answer)
 
 
 def symbolic_size(size: int | torch.SymInt) -> sympy.Expr:

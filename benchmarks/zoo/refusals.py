@@ -4,6 +4,7 @@ from __future__ import annotations
 
 PHRASES = {
     "additive bias": "additive bias with content",
+    "finite masks": "by a finite number",
     "scale per head": "scaled by a tensor with content",
 }
 """Kinds of refusals, and what their reasons say; the first that fits counts."""
@@ -13,6 +14,7 @@ EXPECTED: dict[str, set[str]] = {
     "bloom": {"additive bias"},
     "deberta_v2": {"additive bias"},
     "falcon_alibi": {"additive bias"},
+    "gpt_neo": {"finite masks"},
     "mpnet": {"additive bias"},
     "mpt": {"additive bias"},
     "opt": {"additive bias"},
@@ -22,7 +24,10 @@ EXPECTED: dict[str, set[str]] = {
     "t5": {"additive bias"},
     "xglm": {"additive bias"},
 }
-"""The architectures of which some attention stays dense, and why; of opt and xglm, an added mask that is an input."""
+"""The architectures of which some attention stays dense, and why; of opt and xglm, an added mask that is an input.
+
+gpt_neo hides keys by two masks of finite numbers.
+"""
 
 
 def kind_of_refusal(reason: str) -> str:

@@ -339,6 +339,16 @@ def test_bounds_of_either_sign(first: int) -> None:
     assert all(decision.rewritten for decision in captured.decisions)
 
 
+def test_the_least_of_two_windows() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w: int, x: int) -> torch.Tensor:
+        distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+        mask = (distance < w) & (distance < x) & (distance > -x) & (distance > -3)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    captured = compare(attend, *([*inputs(queries=20), w, x] for w, x in ((4, 6), (7, 3), (2, 2))), dynamic=True)
+    assert captured.only().rewritten
+
+
 NUMBERS: dict[str, tuple[list[float], torch.dtype]] = {
     "fractions": ([0.0, 0.3, -0.2, 0.9], torch.float32),
     "bfloat16": ([0.0, 0.3, 1e-30, -0.0], torch.bfloat16),

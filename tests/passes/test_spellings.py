@@ -474,7 +474,9 @@ CAUSAL_AND_PADDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "filled twice": lambda scores, pad: scores.masked_fill(~allowed(scores), -1e9).masked_fill(
         ~pad[:, None, None], -1e9
     ),
-    "sum": lambda scores, pad: scores + ((1 - pad[:, None, None].float()) * -1e9 + hidden(scores) * -1e9),
+    "sum": lambda scores, pad: (
+        scores + (torch.where(pad[:, None, None], 0.0, -math.inf) + torch.full(scores.shape[-2:], -math.inf).triu(1))
+    ),
 }
 
 

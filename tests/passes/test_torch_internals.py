@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 
 import pytest
+import sympy
 import torch
 
 from s2o_compile.passes import torch_internals
@@ -142,3 +143,23 @@ def test_versions() -> None:
     assert torch_internals.version(x.unsqueeze_(0)) == 1
     with torch.inference_mode():
         assert torch_internals.version(torch.ones(2)) is None
+
+
+def test_truth_of_relations_between_sizes() -> None:
+    answers: list[tuple[bool, bool]] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> object:
+        values = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
+        tensor = next(value for value in values if isinstance(value, torch.Tensor))
+        rows, columns = (size.node.expr for size in tensor.shape)
+        for relation in (rows >= columns, columns > rows):
+            truth = torch_internals.truth(relation, tensor)
+            assert truth is not None
+            answers.append((torch_internals.is_true_now(truth), torch_internals.guard_or_false(truth)))
+        return module.forward
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend, dynamic=True)
+    for shape in ((7, 5), (9, 3), (3, 9)):
+        compiled(torch.ones(shape))
+    assert answers == [(True, True), (False, False), (False, False), (True, True)]
+    assert torch_internals.truth(sympy.true, torch.ones(1)) is None
