@@ -127,15 +127,25 @@ def test_more_queries_than_keys_of_a_window() -> None:
         lambda q, k, v: (lambda weights: weights @ v + weights.sum())(torch.softmax(scores(q, k), -1)),
         lambda q, k, v: causal(q, k, v, -1.0),
         lambda q, k, v: dropout(torch.softmax(scores(q, k), -1), 1e-9) @ v,
-        lambda q, k, v: torch.softmax(scores(q.detach(), k), -1) @ v,
         lambda q, k, v: torch.softmax(scores(q, k).detach(), -1) @ v,
         lambda q, k, v: torch.softmax(scores(q, k), -1).detach() @ v,
-        lambda q, k, v: torch.softmax(scores(q, k), -1) @ v.detach(),
     ],
 )
 def test_what_is_not_sdpa(attend: Callable[..., Tensor]) -> None:
     """Softmax over other dimensions, other operands, caps, scales, masks; gradients that stop within."""
     assert fused(attend, tensors()) == 0
+
+
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda q, k, v: torch.softmax(scores(q.detach(), k), -1) @ v,
+        lambda q, k, v: torch.softmax(scores(q, k), -1) @ v.detach(),
+    ],
+)
+def test_gradients_that_stop_before(attend: Callable[..., Tensor]) -> None:
+    """SDPA takes the detached operands."""
+    assert fused(attend, tensors()) == 1
 
 
 def test_gradients_that_are_off_within() -> None:
