@@ -1,0 +1,70 @@
+"""Calls that reach every kernel, to be run under compute-sanitizer on a GPU.
+
+compute-sanitizer --tool memcheck python -m tests.ops.sanitize
+compute-sanitizer --tool racecheck python -m tests.ops.sanitize
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from s2o_compile import S2OConfig, attention
+
+POSITIONS = 397
+"""No multiple of anything."""
+SETTINGS = {
+    "default": S2OConfig(min_length=0),
+    "dense": S2OConfig(min_length=0, threshold=0),
+    "packed": S2OConfig(min_length=0, pool=8, guides="group", channels=None, max_weight=0, mean_weight=1, tail="none"),
+    "block means": S2OConfig(min_length=0, tail="means"),
+    "pool 4": S2OConfig(min_length=0, threshold=1e-3, pool=4),
+    "lists per head": S2OConfig(min_length=0, lists="head"),
+    "few channels": S2OConfig(min_length=0, channels=16),
+    "all channels": S2OConfig(min_length=0, channels=None),
+    "output": S2OConfig(min_length=0, measure="output"),
+    "last queries": S2OConfig(min_length=0, last_queries=40),
+    "the paper's": S2OConfig.paper(min_length=0),
+}
+
+
+def terms(heads: int) -> dict[str, dict[str, Any]]:
+    """One call for each term of a mask, and one without any."""
+    position = torch.arange(POSITIONS, device="cuda")
+    documents = (position // 150)[None]
+    return {
+        "causal": {},
+        "padding": {"key_padding": (position > 20)[None]},
+        "window": {"window": 100},
+        "documents": {"query_documents": documents, "key_documents": documents},
+        "mask": {"mask": torch.rand(1, heads, POSITIONS, POSITIONS, device="cuda") < 0.8},
+        "soft cap": {"softcap": 30.0},
+        "both directions": {"is_causal": False},
+    }
+
+
+def call(config: S2OConfig, heads: int, kv_heads: int, dtype: torch.dtype, arguments: dict[str, Any]) -> int:
+    """Make one call, and check that it gives numbers."""
+    query = torch.randn(1, heads, POSITIONS, 128, device="cuda", dtype=dtype)
+    key, value = (torch.randn(1, kv_heads, POSITIONS, 128, device="cuda", dtype=dtype) for _ in "kv")
+    output = attention(query, key, value, **{"is_causal": True, **arguments}, config=config)
+    assert not output.isnan().any()
+    return 1
+
+
+def main() -> None:
+    """All settings; all terms, also of other numbers of heads; other precisions."""
+    torch.manual_seed(0)
+    made = sum(call(config, 4, 1, torch.bfloat16, {}) for config in SETTINGS.values())
+    default = SETTINGS["default"]
+    for heads, kv_heads in ((4, 1), (12, 2), (7, 1)):
+        made += sum(call(default, heads, kv_heads, torch.bfloat16, term) for term in terms(heads).values())
+    for dtype in (torch.float16, torch.float32):
+        made += sum(call(SETTINGS[name], 4, 1, dtype, {}) for name in ("default", "dense", "packed"))
+    torch.cuda.synchronize()
+    print(f"{made} calls")
+
+
+if __name__ == "__main__":
+    main()
