@@ -16,6 +16,7 @@ from .torch_internals import OpOverload, OpOverloadPacket, is_aten, namespaces
 from .values import are_tensors, constant, fake_tensor, objects, symbolic_shape
 
 _MODULES = (operator, torch, torch.nn.functional, torch.special, *namespaces)
+_MAGIC = {name for name in vars(operator) if name.startswith("__") and inspect.isbuiltin(getattr(operator, name))}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ARITHMETIC = ("add", "sub", "mul", "multiply", "div", "divide", "true_divide", "subtract", "masked_fill", "nan_to_num")
 _LOGIC = ("tril", "triu", "logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not")
@@ -25,9 +26,13 @@ _IN_PLACE = {f"{name}_": name for name in (*_ARITHMETIC, *_LOGIC)} | {
 
 
 def operation_name(node: Node) -> str | None:
-    """The name of a method, or of a function of torch, as it is spelled; None for anything else."""
+    """The name of a method, or of a function of torch, as it is spelled; None for anything else.
+
+    A method as ``__eq__`` has the name of its operator, ``eq``.
+    """
     if node.op == "call_method":
-        return str(node.target)
+        name = str(node.target)
+        return getattr(operator, name).__name__ if name in _MAGIC else name
     if node.op != "call_function":
         return None
     if isinstance(node.target, (OpOverload, OpOverloadPacket)):

@@ -211,6 +211,7 @@ SPELLINGS: dict[Callable[[int, int], list[Tensor]], dict[str, Attend]] = {
         "divided by torch.sqrt": scored(lambda q, k: dot(q, k) / torch.sqrt(torch.tensor(12.0))),
         "multiplied by a tensor": scored(lambda q, k: torch.tensor(0.3) * dot(q, k)),
         "multiplied by torch.full": scored(lambda q, k: dot(q, k) * torch.full((), 0.3)),
+        "scaled by a magic method": scored(lambda q, k: dot(q, k).__mul__(SCALE)),
         "symbolic scale": scored(lambda q, k: dot(q, k) * k.shape[2] ** -0.5),
         "several scales": scored(lambda q, k: dot(q / 2, k).mul(3) / 4),
         "scaled in place": scored(in_place_scale),
