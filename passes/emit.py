@@ -10,6 +10,8 @@ from typing import Any
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import BooleanAtom
 from torch.fx import Graph, Node
 
 from .clauses import literal_of
@@ -104,7 +106,10 @@ class Emitter:
             form = operator.and_ if isinstance(expression, sympy.And) else operator.or_
             found: Node = _folded(self.graph, form, map(self.predicate, expression.args))
             return found
-        literal = literal_of(expression)
+        literal = literal_of(expression) if isinstance(expression, Relational) else expression
+        if isinstance(literal, BooleanAtom):
+            known = {"dtype": torch.bool, "device": self.device}
+            return self.graph.call_function(torch.full, ((), bool(literal)), known)
         if isinstance(literal.lhs, AppliedUndef) and self._dtype(literal.lhs) not in INTEGERS:
             node = self._flag(literal.lhs)
             return node if isinstance(literal, sympy.Ne) else self.graph.call_function(torch.logical_not, (node,))

@@ -238,6 +238,15 @@ def test_added_masks_changed_in_place_are_not_proven() -> None:
     assert "changed in place" in decision.reason
 
 
+def test_a_mask_that_hides_everything() -> None:
+    def build(pad: torch.Tensor) -> torch.Tensor:
+        padding = pad[:, None, None, :]
+        return padding & ~((j() <= i()) | padding)
+
+    decision = prove(build, random_padding()).only()
+    assert decision.rewritten, decision.reason
+
+
 def test_symbolic_offset() -> None:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         past = k.shape[2] - q.shape[2]
