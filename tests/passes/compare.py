@@ -14,6 +14,9 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from .capture import Capture
 
+ENCODER_LAYERS_NEED_A_LENGTH = torch.__version__ < "2.13"
+"""Whether Dynamo leaves the inference path of nn.TransformerEncoderLayer out of graphs of dynamic lengths."""
+
 
 @dataclass
 class Recorded(Capture):

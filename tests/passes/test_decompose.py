@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from s2o_compile import S2OConfig
 
 from .capture import Capture, capture
-from .compare import assert_refused, compare
+from .compare import ENCODER_LAYERS_NEED_A_LENGTH, assert_refused, compare
 
 BATCH, WIDTH, HEADS = 3, 24, 2
 LENGTHS = (23, 11, 37, 29, 31)
@@ -93,6 +93,9 @@ def test_masks(name: str, mask: str, dynamic: bool) -> None:
         for length in LENGTHS[: None if dynamic else 1]
     ]
     captured = compare(lambda x, pad: apply(call, x, pad), *calls, dynamic=dynamic, atol=1e-5, rtol=1e-4)
+    if ENCODER_LAYERS_NEED_A_LENGTH and dynamic and name.startswith("layer"):
+        assert captured.decisions == []
+        return
     assert len(captured.modules) == 1
     decision = captured.only()
     assert decision.rewritten, decision.reason

@@ -97,6 +97,18 @@ def test_rows_without_keys_are_zero() -> None:
     assert torch.equal(output, torch.zeros_like(output))
 
 
+def test_a_mask_beside_is_causal() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return sdpa(q, k, v, attn_mask=mask, is_causal=True)
+
+    args = *inputs(), torch.rand(20, 20) < 0.7
+    if torch.__version__ < "2.14":
+        assert "exclude each other" in refusal(attend, *args)
+    else:
+        with pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal=True"):
+            capture(attend, *args)
+
+
 def test_refuses_dropout() -> None:
     captured, _ = capture(lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), *inputs())
     assert "dropout" in captured.only().reason

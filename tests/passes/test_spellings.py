@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .capture import EXACT
-from .compare import assert_refused, assert_rewritten, compare
+from .compare import ENCODER_LAYERS_NEED_A_LENGTH, assert_refused, assert_rewritten, compare
 
 LENGTHS = [(13, 23), (11, 11), (5, 37), (29, 29), (17, 31)]
 """Queries and keys: primes, so that no other size is a multiple of both."""
@@ -541,6 +541,9 @@ def called(name: str) -> Attend:
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name: str, dynamic: bool) -> None:
     calls = [[torch.randn(BATCH, keys, WIDTH)] for _, keys in LENGTHS[: None if dynamic else 1]]
+    if ENCODER_LAYERS_NEED_A_LENGTH and dynamic and name.startswith("encoder") and "training" not in name:
+        assert compare(called(name), *calls, dynamic=True, atol=1e-5, rtol=1e-4).decisions == []
+        return
     assert_rewritten(called(name), *calls, dynamic=dynamic, atol=1e-5, rtol=1e-4)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -192,7 +191,7 @@ def test_an_interruption_is_one_line(name: str | None, capsys: pytest.CaptureFix
 
     @command.command()
     def work() -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stop:
         app.run(command, name, [])

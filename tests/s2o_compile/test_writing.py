@@ -17,7 +17,7 @@ import pytest
 import torch
 import typer
 
-from s2o_compile import CalibrationError, visualize, writing
+from s2o_compile import CalibrationError, benchmarks, visualize, writing
 from s2o_compile.benchmarks import captured
 from s2o_compile.cli import app
 from s2o_compile.cli.errors import UsageError
@@ -85,8 +85,8 @@ def test_the_old_file_survives_a_full_disk(name: str, tmp_path: Path) -> None:
 
 def test_nothing_is_written_in_another_way() -> None:
     """Writers of the package and the benchmarks use `write_text`, or write to a `place` or into memory."""
-    package = Path(writing.__file__).parent
-    files = [file for folder in (package, package / "benchmarks") for file in folder.rglob("*.py")]
+    folders = Path(writing.__file__).parent, *map(Path, benchmarks.__path__)
+    files = [file for folder in folders for file in folder.rglob("*.py")]
     assert len(files) > 60
     pattern = re.compile(r"\.write_(text|bytes)\(|open\([^)]*[\"'][wax]|\.savefig\((?!place,|file,|png,)")
     found = {file.name for file in files if pattern.search(file.read_text())}
