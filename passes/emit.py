@@ -108,8 +108,8 @@ class Emitter:
             return found
         literal = literal_of(expression) if isinstance(expression, Relational) else expression
         if isinstance(literal, BooleanAtom):
-            known = {"dtype": torch.bool, "device": self.device}
-            return self.graph.call_function(torch.full, ((), bool(literal)), known)
+            filled = torch.ones if literal else torch.zeros
+            return self.graph.call_function(filled, ((),), {"dtype": torch.bool, "device": self.device})
         if isinstance(literal.lhs, AppliedUndef) and self._dtype(literal.lhs) not in INTEGERS:
             node = self._flag(literal.lhs)
             return node if isinstance(literal, sympy.Ne) else self.graph.call_function(torch.logical_not, (node,))

@@ -31,8 +31,8 @@ def operation_name(node: Node) -> str | None:
     A method as ``__eq__`` has the name of its operator, ``eq``.
     """
     if node.op == "call_method":
-        name = str(node.target)
-        return getattr(operator, name).__name__ if name in _MAGIC else name
+        method = str(node.target)
+        return getattr(operator, method).__name__ if method in _MAGIC else method
     if node.op != "call_function":
         return None
     if isinstance(node.target, (OpOverload, OpOverloadPacket)):
