@@ -31,13 +31,15 @@ def validate(
     tensors = {"query": query, "key": key, "value": value}
     dtype, device, batch = query.dtype, query.device, query.shape[:1]
     if dtype not in DTYPES:
-        raise TypeError(f"query must be float16, bfloat16 or float32, not {_short(dtype)}")
+        raise TypeError(f"query must be float16, bfloat16 or float32, not {dtype_name(dtype)}")
     for name, tensor in tensors.items():
         shape = tensor.shape
         if len(shape) != 4:
             raise ValueError(f"{name} must have 4 dimensions [batch, heads, length, channels], not {len(shape)}")
         if tensor.dtype != dtype:
-            raise TypeError(f"{name} must have the dtype of query ({_short(dtype)}), not {_short(tensor.dtype)}")
+            raise TypeError(
+                f"{name} must have the dtype of query ({dtype_name(dtype)}), not {dtype_name(tensor.dtype)}"
+            )
         if tensor.device != device:
             raise ValueError(f"{name} must be on the device of query ({device}), not {tensor.device}")
         if shape[:1] != batch:
@@ -74,7 +76,7 @@ def _validate_visibility(query: torch.Tensor, key: torch.Tensor, visibility: Vis
     queries, keys = query.shape[2], key.shape[2]
     if visibility.key_padding is not None:
         if visibility.key_padding.dtype != torch.bool:
-            kind = _short(visibility.key_padding.dtype)
+            kind = dtype_name(visibility.key_padding.dtype)
             raise TypeError(f"key_padding must be boolean, True for keys to attend, not {kind}")
         _validate_by_position("key_padding", visibility.key_padding, query, "keys", keys)
     if visibility.window is not None and statically_known_true(visibility.window < 1):
@@ -87,7 +89,7 @@ def _validate_visibility(query: torch.Tensor, key: torch.Tensor, visibility: Vis
         if tensor is None:
             continue
         if tensor.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name} must be int32 or int64, not {_short(tensor.dtype)}")
+            raise TypeError(f"{name} must be int32 or int64, not {dtype_name(tensor.dtype)}")
         _validate_by_position(name, tensor, query, "queries" if name == "query_documents" else "keys", length)
     if visibility.mask is not None:
         _validate_mask(visibility.mask, query, keys)
@@ -102,7 +104,7 @@ def _validate_by_position(name: str, tensor: torch.Tensor, query: torch.Tensor, 
 
 def _validate_mask(mask: torch.Tensor, query: torch.Tensor, keys: int) -> None:
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, True for pairs that may attend, not {_short(mask.dtype)}")
+        raise TypeError(f"mask must be boolean, True for pairs that may attend, not {dtype_name(mask.dtype)}")
     full = (*query.shape[:3], keys)
     sizes = zip(reversed(mask.shape), reversed(full), strict=False)
     if not 1 <= mask.dim() <= 4 or any(size != 1 and size != whole for size, whole in sizes):
@@ -115,7 +117,7 @@ def _validate_mask(mask: torch.Tensor, query: torch.Tensor, keys: int) -> None:
 
 def _validate_sinks(sinks: torch.Tensor, query: torch.Tensor) -> None:
     if not sinks.is_floating_point():
-        raise TypeError(f"sinks must be floating, not {_short(sinks.dtype)}")
+        raise TypeError(f"sinks must be floating, not {dtype_name(sinks.dtype)}")
     if sinks.dim() != 1 or sinks.shape[0] != query.shape[1]:
         raise ValueError(f"sinks must be [heads of query] ({query.shape[1]},), not {tuple(sinks.shape)}")
     _validate_device("sinks", sinks, query)
@@ -126,5 +128,6 @@ def _validate_device(name: str, tensor: torch.Tensor, query: torch.Tensor) -> No
         raise ValueError(f"{name} must be on the device of query ({query.device}), not {tensor.device}")
 
 
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without its module, as in "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -69,6 +69,8 @@ def clauses(predicate: Boolean, holds: bool = True) -> set[Clause]:
 
 def literal_of(relation: Boolean) -> Boolean:
     """The literal that a relation is, or true or false where that is known."""
+    if relation in (sympy.true, sympy.false):
+        return relation
     difference = relation.lhs - relation.rhs
     if isinstance(relation, (sympy.Ge, sympy.Gt)):
         return at_least_zero(difference - int(isinstance(relation, sympy.Gt)))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .regions import autocast_at
 from .torch_internals import fake_mode, is_batched, make_fx, transformer_encoder_layer
-from .values import AS_COMPUTED, fake_tensor, held, objects
+from .values import AS_COMPUTED, fake_tensor, held, needs_gradients, objects
 
 
 def _encoder_layer(
@@ -127,9 +127,9 @@ def decompose(node: Node) -> Decomposition | None:
     with node.graph.inserting_before(node):
         results: Any = node.graph.graph_copy(traced, copies)
     made = {source: copy for source, copy in copies.items() if source not in inputs}
-    needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in map(fake_tensor, outputs))
+    needed = any(map(needs_gradients, outputs))
     for source, copy in made.items():
-        copy.meta = dict(node.meta, example_value=_marked(source.meta["val"], needs_gradients))
+        copy.meta = dict(node.meta, example_value=_marked(source.meta["val"], needed))
         copy.meta.pop(AS_COMPUTED, None)
     replaced = dict(zip(outputs, results, strict=True))
     decomposition = Decomposition(node, tuple(made.values()), node.args, node.kwargs, replaced)
@@ -150,10 +150,10 @@ def _is_readable(node: Node) -> bool:
     return not objects(node) if tensor is None else not is_batched(tensor)
 
 
-def _marked(value: Any, needs_gradients: bool) -> Any:
-    """A traced value, which tracing detached, as one that may need gradients."""
+def _marked(value: Any, needed: bool) -> Any:
+    """A traced value, which tracing detached, as one that needs gradients or not."""
     is_differentiable = isinstance(value, Tensor) and value.is_floating_point()
-    return value.requires_grad_(needs_gradients) if is_differentiable else value
+    return value.requires_grad_(needed) if is_differentiable else value
 
 
 def _traced(node: Node, body: Callable[..., Any], outputs: list[Node]) -> Graph:

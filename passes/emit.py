@@ -10,8 +10,6 @@ from typing import Any
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
-from sympy.core.relational import Relational
-from sympy.logic.boolalg import BooleanAtom
 from torch.fx import Graph, Node
 
 from .clauses import literal_of
@@ -106,8 +104,8 @@ class Emitter:
             form = operator.and_ if isinstance(expression, sympy.And) else operator.or_
             found: Node = _folded(self.graph, form, map(self.predicate, expression.args))
             return found
-        literal = literal_of(expression) if isinstance(expression, Relational) else expression
-        if isinstance(literal, BooleanAtom):
+        literal = literal_of(expression)
+        if literal in (sympy.true, sympy.false):
             filled = torch.ones if literal else torch.zeros
             return self.graph.call_function(filled, ((),), {"dtype": torch.bool, "device": self.device})
         if isinstance(literal.lhs, AppliedUndef) and self._dtype(literal.lhs) not in INTEGERS:

@@ -9,7 +9,8 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .masks import AXES, QUERY, Mask
+from .masks import AXES, Mask
+from .symbolic import QUERY
 
 Axes = dict[sympy.Symbol, sympy.Expr]
 

@@ -18,10 +18,9 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
 from .clauses import Clause
-from .symbolic import Index, axis, bounds
+from .symbolic import KEY, QUERY, Index, bounds
 from .values import holds, may_hold
 
-KEY, QUERY = axis(1), axis(2)
 _ABSORBING = -1e30
 """From here down, adding a score changes no number of any dtype with so large ones."""
 _ROUNDING = 2e-3

@@ -34,7 +34,7 @@ from .symbolic import (
     nonzero,
     where,
 )
-from .values import fake_tensor, is_nonnegative, symbolic_shape
+from .values import fake_tensor, is_floating, is_nonnegative, symbolic_shape
 
 _LONGEST = 2**24
 """The longest attention for which reading is right: positions may be added, multiplied and scaled in 64 bits."""
@@ -51,11 +51,6 @@ def _shape(node: Any) -> Shape:
 def _dtype(node: Any) -> torch.dtype | None:
     tensor = fake_tensor(node)
     return None if tensor is None else tensor.dtype
-
-
-def _is_floating(node: Any) -> bool:
-    dtype = _dtype(node)
-    return dtype is not None and dtype.is_floating_point
 
 
 def _need(holds: bool) -> None:
@@ -216,7 +211,7 @@ def _comparison(compare: Callable[..., Any], form: Callable[[Any, Any], Any]) ->
 
     def handler(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
         shape = _shape(node)
-        if _is_floating(input) or _is_floating(other) or isinstance(other, float):
+        if is_floating(input) or is_floating(other) or isinstance(other, float):
             return _tested(compare, input, other, reader.choice(input, shape), reader.choice(other, shape))
         return _at_least_zero(sympy.expand(form(*_compared(reader, shape, input, other, _exact))), shape)
 
@@ -283,7 +278,7 @@ def _arithmetic(form: Callable[[Any, Any], Any]) -> Handler:
     def handler(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic:
         shape = _shape(node)
         _need(_dtype(node) != torch.bool)
-        if _is_floating(node) or torch.bool in (_dtype(input), _dtype(other)):
+        if is_floating(node) or torch.bool in (_dtype(input), _dtype(other)):
             return _combined(reader, node, form, input, other)
         return _whole(node, form(reader.integers(input, shape), reader.integers(other, shape)))
 
@@ -294,7 +289,7 @@ def _multiply(reader: Reader, node: Node, input: Any, other: Any) -> sympy.Basic
     shape = _shape(node)
     if _dtype(node) == torch.bool:
         return _and(reader, node, input, other)
-    if _is_floating(node):
+    if is_floating(node):
         return _combined(reader, node, operator.mul, input, other)
     factors = reader.integers(input, shape), reader.integers(other, shape)
     _need(any(factor.is_Integer for factor in factors))

@@ -17,16 +17,16 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
+from ..ops.validation import dtype_name
 from .clauses import Clause, TooMany, at_least_zero, clauses, is_zero
 from .empty_rows import EmptyRows, Hiding, every_query_sees_a_key, of_finite_masks
 from .mask_operations import HANDLERS
 from .mutation import Writes
 from .packing import with_indices_for_positions
-from .symbolic import Reader, Unreadable, as_choice, at_least_zero_within, axis, level, where
+from .symbolic import BATCH, HEAD, KEY, QUERY, Reader, Unreadable, as_choice, at_least_zero_within, axis, level, where
 from .torch_internals import Min
 from .values import fake_tensor, holds, symbolic_shape, why_unknown
 
-KEY, QUERY, HEAD, BATCH = (axis(place) for place in range(1, 5))
 AXES = (BATCH, HEAD, QUERY, KEY)
 _MAPPED_AXES = tuple(map(level, range(1, 9)))
 OTHER_AXES = tuple(axis(place) for place in range(5, 13))
@@ -186,7 +186,7 @@ class Prover:
             kind = why_unknown(mask.node)
             raise NotProven(f"the mask is {kind}" if kind else "the shape of the mask is not known while compiling")
         if mask.keep is not None and tensor.dtype != torch.bool:
-            raise NotProven(f"the mask is {_short(tensor.dtype)}, not boolean; use a boolean mask to fill scores")
+            raise NotProven(f"the mask is {dtype_name(tensor.dtype)}, not boolean; use a boolean mask to fill scores")
         expression = _read(self.reader, mask.node)
         if self._is_changed(mask):
             writers = self._writes.to(mask.node)
@@ -367,10 +367,6 @@ def _empty_rows(mask: Mask, hidden: Sequence[Hiding]) -> EmptyRows:
             "use one mask of -inf, or of torch.finfo(dtype).min"
         )
     return found
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _number(value: float | None) -> str:

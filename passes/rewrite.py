@@ -16,14 +16,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops.choice import choose_sparse, why_dense
 from ..ops.config import S2OConfig
-from ..ops.validation import DTYPES, MAX_HEAD_DIM
+from ..ops.validation import DTYPES, MAX_HEAD_DIM, dtype_name
 from .axes import Step
 from .decompose import decompose
 from .emit import Emitter, NotComputed, emit_size
 from .emit_empty_rows import emit_empty_rows
 from .empty_rows import EmptyRows
 from .find import find_attention
-from .masks import AXES, BATCH, HEAD, KEY, QUERY, Mask, NotProven, Prover, scores_shape
+from .masks import AXES, Mask, NotProven, Prover, scores_shape
 from .metadata import as_computed
 from .mutation import Writes
 from .nested import nested_graphs
@@ -31,15 +31,15 @@ from .operations import Cleaned, operation_name, read_operation
 from .regions import autocast_at
 from .report import Decision, site_name, source_location
 from .site import AttentionSite
-from .symbolic import is_predicate
-from .torch_internals import FloorDiv, guard_or_false, is_erased, unbatched
-from .values import constant, fake_tensor, symbolic_shape, why_unknown
+from .symbolic import BATCH, HEAD, KEY, QUERY, is_predicate
+from .torch_internals import FloorDiv, guard_or_false, is_erased
+from .values import constant, fake_tensor, is_floating, needs_gradients, symbolic_shape, why_unknown
 from .walk import Factor, Walker
 
 _LAYOUTS = {"transpose", "permute", "swapaxes", "movedim", "to", "float", "half", "bfloat16"}
 _VIEWING = {"reshape", "flatten"}
 """What stores elements anew only where it cannot view them, as it can where sizes are 1."""
-_STORING = {"reshape", "flatten", "contiguous", "matmul", "linear", "einsum"}
+_STORING = _VIEWING | {"contiguous", "matmul", "linear", "einsum"}
 
 
 class Refused(Exception):
@@ -205,14 +205,12 @@ class _Rewriter:
             raise Refused("this is not what SDPA computes")
         if not _gains_by_fusion(query):
             raise Refused("SDPA is not faster")
-        if _needs_gradients(site.node) and self.writes.to(site.node):
+        if needs_gradients(site.node) and self.writes.to(site.node):
             raise Refused("SDPA keeps its output for the gradients, and it is changed in place")
         mask = self.mask(site, query, key)
         if mask.empty_rows is EmptyRows.UNMASKED:
             raise Refused("SDPA gives other values to queries that see no key")
-        if not _keeps_gradients(site) or (
-            _needs_gradients(site.node) and not _shows_each_query_a_key(mask, query, key)
-        ):
+        if not _keeps_gradients(site) or (needs_gradients(site.node) and not _shows_each_query_a_key(mask, query, key)):
             raise Refused("SDPA has other gradients")
         return mask
 
@@ -458,8 +456,7 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
         if tensor.dim() != 4:
             raise Refused(f"{name} has {tensor.dim()} dimensions; pass [batch, heads, length, channels]")
         if tensor.dtype not in DTYPES:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise Refused(f"{name} is {kind}; use float16, bfloat16 or float32")
+            raise Refused(f"{name} is {dtype_name(tensor.dtype)}; use float16, bfloat16 or float32")
         if not guard_or_false(tensor.shape[3] <= MAX_HEAD_DIM):
             raise Refused(f"{name} has {tensor.shape[3]} channels a head; at most {MAX_HEAD_DIM} are supported")
         if not guard_or_false(tensor.shape[0] == query.shape[0]):
@@ -478,7 +475,7 @@ def _check_dtype(site: AttentionSite, query: torch.Tensor) -> None:
     for name, arguments in site.output:
         given = arguments[0] if name == "to" else given
     if output is not None and output.dtype != given:
-        short, wanted = (str(dtype).removeprefix("torch.") for dtype in (given, output.dtype))
+        short, wanted = map(dtype_name, (given, output.dtype))
         raise Refused(f"attention gives {wanted} here, where the operator gives {short}; cast its inputs to {wanted}")
 
 
@@ -500,7 +497,7 @@ def _check_call(site: AttentionSite) -> None:
         raise Refused("the soft-cap is computed while the model runs; use a number")
     if isinstance(site.is_causal, Node):
         raise Refused("is_causal is computed in the graph; pass True or False")
-    if fake_tensor(site.node) is None or _needs_gradients(site.node):
+    if fake_tensor(site.node) is None or needs_gradients(site.node):
         raise Refused("gradients are needed and the operator has no backward; run under torch.no_grad()")
 
 
@@ -530,18 +527,8 @@ def _is_positive(scale: tuple[Factor, ...] | None) -> bool:
 
 def _keeps_gradients(site: AttentionSite) -> bool:
     """Whether gradients flow through all that a site is read from, if they flow into it."""
-    nodes = [node for node in {site.node, *site.scores, *site.passed} if _is_floating(node)]
-    return all(_needs_gradients(node) for node in nodes if any(map(_needs_gradients, node.all_input_nodes)))
-
-
-def _is_floating(node: Node) -> bool:
-    tensor = fake_tensor(node)
-    return tensor is not None and tensor.is_floating_point()
-
-
-def _needs_gradients(node: Node) -> bool:
-    tensor = fake_tensor(node)
-    return tensor is not None and unbatched(tensor).requires_grad
+    nodes = [node for node in {site.node, *site.scores, *site.passed} if is_floating(node)]
+    return all(needs_gradients(node) for node in nodes if any(map(needs_gradients, node.all_input_nodes)))
 
 
 def _check_length(query: torch.Tensor, key: torch.Tensor, config: S2OConfig) -> None:

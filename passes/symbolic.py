@@ -38,6 +38,10 @@ def axis(place: int) -> Index:
     return Index(f"axis{place}", integer=True, nonnegative=True)
 
 
+KEY, QUERY, HEAD, BATCH = (axis(place) for place in range(1, 5))
+"""The indices along the axes of scores."""
+
+
 def level(number: int) -> Index:
     """The index along the dimension that vmap hides at a level of its nesting."""
     return Index(f"level{number}", integer=True, nonnegative=True)

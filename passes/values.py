@@ -7,13 +7,14 @@ are of kinds that the passes leave alone.
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
-from .torch_internals import guard_or_false, is_plain, is_true_now, tree_leaves, truth, why_not_plain
+from .torch_internals import guard_or_false, is_plain, is_true_now, tree_leaves, truth, unbatched, why_not_plain
 
 AS_COMPUTED = "s2o_as_computed"
 """The key of a node's `meta` under which `metadata` puts its tensor where Dynamo's is that of a later node."""
@@ -48,6 +49,18 @@ def why_unknown(node: Node) -> str | None:
     return why_not_plain(tensors[0]) if tensors else None
 
 
+def is_floating(node: Any) -> bool:
+    """Whether a node holds a tensor of floating point."""
+    tensor = fake_tensor(node)
+    return tensor is not None and tensor.is_floating_point()
+
+
+def needs_gradients(node: Node) -> bool:
+    """Whether a node holds a tensor that needs gradients, also inside vmap."""
+    tensor = fake_tensor(node)
+    return tensor is not None and unbatched(tensor).requires_grad
+
+
 def are_tensors(*values: Any) -> bool:
     """Whether all values are nodes that hold tensors."""
     return all(fake_tensor(value) is not None for value in values)
@@ -73,18 +86,19 @@ def is_nonnegative(value: Any) -> bool:
 
 def holds(expression: sympy.Expr, tensor: torch.Tensor) -> bool:
     """Whether an expression of sizes is at least zero; the graph of the fake `tensor` is guarded by the answer."""
-    if expression.is_nonnegative is not None:
-        return bool(expression.is_nonnegative)
-    answer = truth(sympy.Ge(expression, 0), tensor)
-    return answer is not None and guard_or_false(answer)
+    return _is_nonnegative(expression, tensor, guard_or_false)
 
 
 def may_hold(expression: sympy.Expr, tensor: torch.Tensor) -> bool:
     """Whether `holds` would say so; the graph is not guarded."""
+    return _is_nonnegative(expression, tensor, is_true_now)
+
+
+def _is_nonnegative(expression: sympy.Expr, tensor: torch.Tensor, ask: Callable[[torch.SymBool], bool]) -> bool:
     if expression.is_nonnegative is not None:
         return bool(expression.is_nonnegative)
     answer = truth(sympy.Ge(expression, 0), tensor)
-    return answer is not None and is_true_now(answer)
+    return answer is not None and ask(answer)
 
 
 def symbolic_size(size: int | torch.SymInt) -> sympy.Expr:

@@ -13,8 +13,7 @@ from .axes import Layout, Misaligned, Size, broadcast, leaves, take, viewed
 from .mutation import Writes
 from .operations import Expanded, Operation, Permuted, Repeated, Same, Scaled, Viewed, read_operation
 from .symbolic import Reader
-from .torch_internals import unbatched
-from .values import fake_tensor, number
+from .values import fake_tensor, needs_gradients, number
 
 
 class Changed(Exception):
@@ -192,8 +191,7 @@ def _geometry(node: Node) -> tuple[Any, ...] | None:
 
 def _is_cut(source: Node, node: Node) -> bool:
     """Whether gradients of a node do not reach its source, as after `detach`."""
-    old, new = fake_tensor(source), fake_tensor(node)
-    return old is not None and new is not None and unbatched(old).requires_grad and not unbatched(new).requires_grad
+    return needs_gradients(source) and not needs_gradients(node)
 
 
 def _widened(source: Node, node: Node) -> bool:

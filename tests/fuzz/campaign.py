@@ -13,6 +13,8 @@ from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from s2o_compile.writing import write_text
+
 CHUNK = 100
 """Seeds tried in one process."""
 ALIKE = 3
@@ -66,8 +68,7 @@ class Result:
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         text = json.dumps(asdict(self) | {"counts": dict(self.counts.most_common())}, indent=1)
-        path.with_suffix(".part").write_text(text)
-        path.with_suffix(".part").replace(path)
+        write_text(path, text)
 
     @property
     def known(self) -> Known:
