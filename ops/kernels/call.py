@@ -44,7 +44,7 @@ class Call:
     @property
     def lists(self) -> int:
         """Lists per KV head and segment."""
-        return self.group if self.config.lists == "head" else 1
+        return self.group if self.config.ranking.lists == "head" else 1
 
     @property
     def blocks(self) -> int:
@@ -70,7 +70,7 @@ class Call:
 
     def distances(self) -> torch.Tensor | None:
         """How far values lie from the outputs [B, Hkv, Lk], float32; None where importance measures mass alone."""
-        if self.config.measure == "mass":
+        if self.config.ranking.measure == "mass":
             return None
         device = self.query.device
         rows = sampled_rows(self.geometry.queries, self.group, device)
@@ -116,7 +116,7 @@ class Call:
             "groups": self.groups,
             "scale": self.scale * LOG2_E,
             "softcap": self.softcap * LOG2_E,
-            "SEGMENT": self.config.segment,
+            "SEGMENT": self.config.ranking.segment,
             "CAUSAL": visibility.is_causal,
             "HAS_PADDING": visibility.key_padding is not None,
             "WINDOW": visibility.window is not None,

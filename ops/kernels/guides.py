@@ -18,15 +18,15 @@ _ROWS = 16
 def pool_guides(query: torch.Tensor, config: S2OConfig) -> torch.Tensor:
     """`ops.guides.pool_guides`, rounded once: query [B, Hkv, G, L, D], guides [B, Hkv, G or 1, ceil(L / pool), D]."""
     batch, groups, group, length, size = query.shape
-    together = group if config.guides == "group" else 1
-    if config.pool == together == 1:
+    together = group if config.ranking.guides == "kv_head" else 1
+    if config.ranking.pool == together == 1:
         return query
-    heads, per_head = group // together, -(-length // config.pool)
+    heads, per_head = group // together, -(-length // config.ranking.pool)
     guides = query.new_empty(batch, groups, heads, per_head, size)
     wrap_triton(pool_kernel)[(-(-per_head // _ROWS), heads, batch * groups)](
         query, guides,
         *query.stride()[:4], groups, length, per_head,
-        POOL=config.pool, TOGETHER=together,
+        POOL=config.ranking.pool, TOGETHER=together,
         D=size, BLOCK_D=channels(size), BLOCK_N=_ROWS, num_warps=4, num_stages=1,
     )  # fmt: skip
     return guides

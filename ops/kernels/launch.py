@@ -9,8 +9,9 @@ import math
 import torch
 from torch.library import triton_op, wrap_triton
 
-from ..config import S2OConfig
+from ..config import GAIN_CHUNK, S2OConfig
 from ..geometry import Geometry, round_up
+from ..memory import workspace
 from ..result import AttentionResult
 from ..sampling import MOST
 from ..visibility import Visibility
@@ -58,10 +59,10 @@ def sparse_attention(
     config: S2OConfig,
 ) -> AttentionResult:
     """Sparse attention without sinks, of some queries and keys and a scale above 0; shapes as in `ops.reference`."""
-    config = visibility.ranking(config)
-    result = AttentionResult.empty(query, value, config.tile)
+    config = visibility.effective_config(config)
+    result = AttentionResult.empty(query, value, config.ranking.tile)
     batch, heads = query.shape[:2]
-    at_once = max(1, MOST_PROGRAMS // (heads if config.lists == "head" else key.shape[1]))
+    at_once = max(1, MOST_PROGRAMS // (heads if config.ranking.lists == "head" else key.shape[1]))
     if batch <= at_once:
         attend_batch(query, key, value, visibility, scale, softcap, config, result)
         return result
@@ -94,7 +95,7 @@ def attend_batch(
     guides = pool_guides(query.unflatten(1, (call.groups, call.group)), config)
     if config.has_means:
         means = tuple(block_means(x, call) for x in (key, value))
-    ranking = None if config.stop == "gain" else Ranking.of(call, guides)
+    ranking = None if config.ranking.rule == "gain" else Ranking.of(call, guides)
     for segments in runs(call):
         lists = sort(call, guides, segments) if ranking is None else select(call, ranking, segments)
         attend(call, lists, means, segments, result)
@@ -102,14 +103,14 @@ def attend_batch(
 
 def runs(call: Call) -> tuple[range, ...]:
     """Consecutive segments whose lists fit into the workspace together."""
-    is_sorted = call.config.stop == "gain"
+    is_sorted = call.config.ranking.rule == "gain"
     bits = call.query.shape[0] * call.groups * call.lists
     if is_sorted:
         # Scores, weights and their own index beside the index.
         bits *= 256
     else:
         bits *= 32 + (8 * call.importance_dtype.itemsize if call.config.has_samples else call.flags)
-    return _runs(call.geometry, is_sorted, 8 * call.config.workspace // bits)
+    return _runs(call.geometry, is_sorted, 8 * workspace() // bits)
 
 
 @functools.lru_cache(maxsize=2**12)
@@ -131,14 +132,14 @@ def _runs(geometry: Geometry, is_sorted: bool, room: int) -> tuple[range, ...]:
 def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: range, result: AttentionResult) -> None:
     """Attend the tiles of a run of segments, and write their part of the result."""
     config, geometry = call.config, call.geometry
-    heads = max(1, min(call.group // call.lists, MAX_ROWS // config.tile))
+    heads = max(1, min(call.group // call.lists, MAX_ROWS // config.ranking.tile))
     parts = call.lists * -(-call.group // call.lists // heads)
     widest = max(call.key.shape[-1], call.value.shape[-1])
     # Every row has a maximum after the keys that need a mask.
-    is_fixed = not call.visibility.varies and config.stop != "gain"
+    is_fixed = not call.visibility.varies and config.ranking.rule != "gain"
     shared = shared_memory(call.key.device)
-    tiling = attend_tiling(widest, call.key.element_size(), heads * config.tile, is_fixed, shared)
-    per_segment = config.segment // config.tile
+    tiling = attend_tiling(widest, call.key.element_size(), heads * config.ranking.tile, is_fixed, shared)
+    per_segment = config.ranking.segment // config.ranking.tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     wrap_triton(attend_kernel)[(tiles, parts, call.query.shape[0] * call.groups)](
         call.query, call.key, call.value, *call.masks,
@@ -156,13 +157,13 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
         skipped_stride=lists.skipped.stride(0),
         threshold=config.threshold,
         log2_most=math.log2(MOST * max(config.threshold, 1e-30)),
-        guides_per_head=-(-geometry.queries // config.pool),
-        POOL=config.pool, GUIDE_HEADS=call.group if config.guides == "head" else 1,
+        guides_per_head=-(-geometry.queries // config.ranking.pool),
+        POOL=config.ranking.pool, GUIDE_HEADS=call.group if config.ranking.guides == "head" else 1,
         FIXED=is_fixed,
         BOUNDED=config.bounds_weights(call.key.shape[-1]),
-        TILE=config.tile, GROUP=call.group, LISTS=call.lists, HEADS=heads,
+        TILE=config.ranking.tile, GROUP=call.group, LISTS=call.lists, HEADS=heads,
         HAS_MEANS=config.has_means, SAMPLED=config.has_samples,
-        STOP_BY_GAIN=config.stop == "gain", CHUNK=config.chunk,
+        STOP_BY_GAIN=config.ranking.rule == "gain", CHUNK=GAIN_CHUNK,
         DV=call.value.shape[-1], BLOCK_DV=channels(call.value.shape[-1]),
         **tiling.arguments,
     )  # fmt: skip

@@ -64,7 +64,7 @@ def ranks_in_float8(guides: torch.Tensor, softcap: float) -> bool:
 
 def sums_in_half(operands: Operands, config: S2OConfig) -> bool:
     """Whether their products are summed in half precision, whose maxima take half the instructions (sm_90)."""
-    if not operands.are_quantised or config.mean_weight > 0:
+    if not operands.are_quantised or config.ranking.combine == "mean":
         return False
     return torch.cuda.get_device_capability(operands.key.device)[0] == 9
 

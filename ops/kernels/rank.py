@@ -68,7 +68,7 @@ class Ranking(NamedTuple):
     @classmethod
     def of(cls, call: Call, guides: torch.Tensor) -> Ranking:
         """Of guides [B, Hkv, guide heads, guides, D]."""
-        wanted, key, softcap = call.config.channels, call.key, call.softcap
+        wanted, key, softcap = call.config.ranking.channels, call.key, call.softcap
         if picks_channels(wanted, key.shape[-1]):
             channels, neglected = strongest_channels(guides, key, call.visibility.key_padding, wanted, call.scale)
             whole, few = operands_of_channels(guides, key, softcap, channels)
@@ -83,7 +83,7 @@ class Ranking(NamedTuple):
 
 def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
     """The whole history, by importance."""
-    per_segment = call.config.segment // call.config.pool
+    per_segment = call.config.ranking.segment // call.config.ranking.pool
     part = guides[:, :, :, segments.start * per_segment : segments.stop * per_segment]
     index, count = sorted_history(
         part, call.key, call.visibility, segments, call.geometry, call.scale, call.softcap, call.config
@@ -123,7 +123,7 @@ def normalisers(call: Call, operands: Operands) -> torch.Tensor:
     """
     config, guides, key, segments = call.config, operands.guides, operands.key, range(call.geometry.segments)
     lse = torch.empty(guides.shape[:-1], dtype=torch.float32, device=guides.device)
-    total = guides.shape[2] * (config.segment // config.pool)
+    total = guides.shape[2] * (config.ranking.segment // config.ranking.pool)
     tiling = normaliser_tiling(key.shape[-1], key.element_size(), total)
     together = tiling.segments(total)
     wrap_triton(normaliser_kernel)[
@@ -131,8 +131,8 @@ def normalisers(call: Call, operands: Operands) -> torch.Tensor:
     ](
         guides, operands.ranges, key, *call.masks, lse,
         *guides.stride()[:4], *key.stride()[:3], *call.mask_strides,
-        sample=config.sample,
-        log2_sample=math.log2(config.sample),
+        sample=config.ranking.sample,
+        log2_sample=math.log2(config.ranking.sample),
         SEGMENTS=together,
         **call.shared, **guide_settings(call, operands, segments), **tiling.arguments,
     )  # fmt: skip
@@ -160,11 +160,11 @@ def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range
     config, operands, distances, neglected = call.config, scoring.operands, ranking.distances, ranking.neglected
     guides, key = operands.guides, operands.key
     capacity = call.capacity(segments[-1])
-    total = guides.shape[2] // call.lists * (config.segment // config.pool)
+    total = guides.shape[2] // call.lists * (config.ranking.segment // config.ranking.pool)
     half = sums_in_half(operands, config)
     tiling = importance_tiling(key.shape[-1], key.element_size(), total, half)
     together = tiling.guides.segments(total)
-    programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
+    programs = -(-len(segments) // together) * -(-(capacity + config.ranking.segment * together) // CHUNK)
     wrap_triton(importance_kernel)[(programs, call.lists, call.query.shape[0] * call.groups)](
         guides, operands.ranges, ranking.lse, key, ranking.lse if distances is None else distances,
         ranking.lse if neglected is None else neglected, *call.masks, importance,
@@ -172,11 +172,11 @@ def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range
         capacity=capacity,
         chunk=CHUNK,
         threshold=config.threshold,
-        max_weight=config.max_weight,
-        mean_weight=config.mean_weight,
+        max_weight=1.0,
+        mean_weight=1.0,
         HALF=half,
-        HAS_MAX=config.max_weight > 0,
-        HAS_MEAN=config.mean_weight > 0,
+        HAS_MAX=config.ranking.combine == "max",
+        HAS_MEAN=config.ranking.combine == "mean",
         SAMPLED=config.has_samples, HAS_LEFT=call.flags == 2,
         MEASURES_OUTPUT=distances is not None, CHOOSES=neglected is not None, FEW=scoring.is_few,
         LISTS=call.lists, SEGMENTS=together,
@@ -190,8 +190,8 @@ def guide_settings(call: Call, operands: Operands, segments: range) -> dict[str,
         "guides_per_head": operands.guides.shape[3],
         "first_segment": segments.start,
         "segments": len(segments),
-        "first_keys": call.config.first_keys,
-        "POOL": call.config.pool,
+        "first_keys": call.config.ranking.first_keys,
+        "POOL": call.config.ranking.pool,
         "GUIDE_HEADS": operands.guides.shape[2],
         "D": operands.key.shape[-1],
         "BLOCK_D": channels(operands.key.shape[-1]),
