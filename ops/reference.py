@@ -24,7 +24,7 @@ import math
 
 import torch
 
-from .config import S2OConfig
+from .config import GAIN_CHUNK, S2OConfig
 from .contribution import sampled_rows, value_distances
 from .geometry import BLOCK, Geometry, round_up
 from .guides import pool_guides
@@ -59,7 +59,7 @@ def reference_attention(
         config: The rule, as far as `visibility` lets a call follow it; `min_length` does not matter here.
     """
     visibility = visibility or Visibility()
-    config = visibility.ranking(config or S2OConfig())
+    config = visibility.effective_config(config or S2OConfig())
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     geometry = Geometry.of(query, key, visibility, config)
     batch, heads, length, _ = query.shape
@@ -74,9 +74,9 @@ def reference_attention(
             members = slice(g * group, (g + 1) * group)
             valid = None if visibility.key_padding is None else visibility.key_padding[b]
             guides = pool_guides(query[b, members], config)
-            scored = project_group(guides, key[b, g], config.channels, scale, valid)
+            scored = project_group(guides, key[b, g], config.ranking.channels, scale, valid)
             distances = None
-            if config.measure == "output":
+            if config.ranking.measure == "output":
                 rows = sampled_rows(length, group, query.device)
                 held = masked(value[b, g], valid)
                 distances = value_distances(
@@ -88,7 +88,7 @@ def reference_attention(
                     config, scale, softcap,
                 )  # fmt: skip
                 for tile in site.tiles():
-                    part = slice(tile * config.tile, min((tile + 1) * config.tile, length))
+                    part = slice(tile * config.ranking.tile, min((tile + 1) * config.ranking.tile, length))
                     softmax, counts = site.attend(part, tile)
                     if sinks is not None:
                         sink = sinks[members, None, None].to(query.dtype).expand(-1, part.stop - part.start, 1)
@@ -124,16 +124,16 @@ class Segment:
         self.query, self.key, self.value, self.seen = query, key, value, seen
         self.geometry, self.config, self.scale, self.softcap = geometry, config, scale, softcap
         self.index = index
-        per_segment = config.segment // config.pool
+        per_segment = config.ranking.segment // config.ranking.pool
         part = slice(index * per_segment, (index + 1) * per_segment)
         self.scored, self.distances = scored._replace(guides=scored.guides[:, part]), distances
-        self.rows = range(index * config.segment, min((index + 1) * config.segment, geometry.queries))
+        self.rows = range(index * config.ranking.segment, min((index + 1) * config.ranking.segment, geometry.queries))
         span = geometry.span(index)
         _, self.low, self.high = span
         self.positions = torch.arange(geometry.keys, device=key.device)
         self.history = geometry.history(self.positions, torch.tensor([span], device=key.device))[0]
         guides = pool_guides(self.query[:, self.rows.start : self.rows.stop], config)
-        self.seen_by_guides = self.seen[: len(guides), self.rows.start : self.rows.stop : config.pool]
+        self.seen_by_guides = self.seen[: len(guides), self.rows.start : self.rows.stop : config.ranking.pool]
         self.guide_lse = self.normaliser(self.logits(guides, key).masked_fill(~self.seen_by_guides, -math.inf))
         self.lists, self.log_weights = self.ranking()
 
@@ -143,7 +143,7 @@ class Segment:
 
     def tiles(self) -> range:
         """The tiles of this segment."""
-        return range(self.rows.start // self.config.tile, -(-self.rows.stop // self.config.tile))
+        return range(self.rows.start // self.config.ranking.tile, -(-self.rows.stop // self.config.ranking.tile))
 
     def ranking(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The keys to visit in order, and the logs of what they weigh, by query head; a group may share one list."""
@@ -156,7 +156,7 @@ class Segment:
             segment = torch.tensor(self.index, device=self.key.device)
             listed = listed & (probability >= draws(self.positions, segment))
             log_weight = -probability.log()
-        elif self.config.stop == "importance":
+        elif self.config.ranking.rule != "gain":
             listed = listed & (importance >= self.config.threshold)
         lists = [
             row.argsort(descending=True, stable=True)[: int(keep.sum())]
@@ -176,19 +176,18 @@ class Segment:
         if self.scored.neglected is not None:
             logits = logits + self.scored.neglected
         probability = (logits - self.guide_lse[..., None]).exp().masked_fill(~self.seen_by_guides, 0)
-        if config.lists == "group":
+        if config.ranking.lists == "kv_head":
             probability = probability.flatten(0, 1)[None]
-        largest, mean = probability.amax(1) * config.max_weight, probability.mean(1) * config.mean_weight
-        importance = torch.maximum(largest, mean)
+        importance = probability.amax(1) if config.ranking.combine == "max" else probability.mean(1)
         if self.distances is not None:
             importance = importance * self.distances
         importance = importance.masked_fill(importance.isnan(), math.inf)
-        importance[:, : config.first_keys] = math.inf
+        importance[:, : config.ranking.first_keys] = math.inf
         return importance
 
     def normaliser(self, logits: torch.Tensor) -> torch.Tensor:
         """Each guide's log-sum-exp [heads, n], from its dense span, the first keys and one in `sample` of the rest."""
-        first, sample = self.config.first_keys, self.config.sample
+        first, sample = self.config.ranking.first_keys, self.config.ranking.sample
         dense = (self.positions >= self.low) & (self.positions < self.high)
         drawn = self.history & (self.positions >= first) & (self.positions % sample == sample // 2)
         exact = dense | (self.history & (self.positions < first))
@@ -214,14 +213,14 @@ class Segment:
             logits = self.logits(query, self.key[dense])
             softmax.add(logits.masked_fill(~seen[:, dense], -math.inf), self.value[dense])
         keys = round_up(max(0, end - self.low))
-        chunk = self.config.chunk if self.config.stop == "gain" else max(1, len(ranked))
+        chunk = GAIN_CHUNK if self.config.ranking.rule == "gain" else max(1, len(ranked))
         for start in range(0, len(ranked), chunk):
             part = slice(start, start + chunk)
             index = ranked[part]
             logits = self.weigh(self.logits(query, self.key[index]), log_weight[part], head, rows)
             gain = softmax.add(logits.masked_fill(~seen[:, index], -math.inf), self.value[index])
             keys += round_up(len(index))
-            if self.config.stop == "gain" and bool((gain < self.config.threshold).all()):
+            if self.config.ranking.rule == "gain" and bool((gain < self.config.threshold).all()):
                 break
         if self.config.has_means:
             softmax.add(*self.means(query, ranked))
@@ -234,7 +233,7 @@ class Segment:
         if not self.config.bounds_weights(self.key.shape[1]):
             return weighed
         place = torch.arange(rows.start, rows.stop, device=logits.device) - self.rows.start
-        lse = self.guide_lse[head % len(self.guide_lse), place // self.config.pool]
+        lse = self.guide_lse[head % len(self.guide_lse), place // self.config.ranking.pool]
         most = most_logits(lse, self.config.threshold)
         return torch.minimum(weighed, torch.maximum(logits, most[:, None]))
 
