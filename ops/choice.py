@@ -46,7 +46,7 @@ def choose_sparse(queries: int, keys: int, device: torch.device, config: S2OConf
     least = default_min_length(device) if config.min_length is None else config.min_length
     if least == 0:
         return True
-    densely = max(config.last_queries, config.segment)
+    densely = max(config.last_queries, config.ranking.segment)
     if statically_known_true(keys >= least) and statically_known_true(queries > densely):
         return True
     if least == DENSE_AT_ANY_LENGTH or statically_known_true(keys < least) or statically_known_true(queries <= densely):

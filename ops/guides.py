@@ -17,11 +17,11 @@ def pool_guides(query: torch.Tensor, config: S2OConfig) -> torch.Tensor:
     Returns:
         Guides [..., G or 1, ceil(L / pool), D].
     """
-    length, pool = query.shape[-2], config.pool
+    length, pool = query.shape[-2], config.ranking.pool
     if pool > 1:
         whole = length // pool * pool
         guides = query[..., :whole, :].unflatten(-2, (-1, pool)).mean(-2)
         if whole < length:
             guides = torch.cat([guides, query[..., whole:, :].mean(-2, keepdim=True)], -2)
         query = guides
-    return query.mean(-3, keepdim=True) if config.guides == "group" else query
+    return query.mean(-3, keepdim=True) if config.ranking.guides == "kv_head" else query

@@ -37,7 +37,7 @@ def sorted_history(
     Returns:
         Keys to visit [B, Hkv, G, segments, Lk] int32, and how many of them count [B, Hkv, G, segments] int32.
     """
-    per_segment = config.segment // config.pool
+    per_segment = config.ranking.segment // config.ranking.pool
     batch, groups, group, count, _ = guides.shape
     padding = len(segments) * per_segment - count
     device = key.device
@@ -45,15 +45,15 @@ def sorted_history(
     seen = visibility.seen(
         torch.arange(batch, device=device)[:, None, None, None, None],
         torch.arange(groups * group, device=device).view(groups, group, 1, 1),
-        torch.arange(count, device=device)[:, None] * config.pool + segments.start * config.segment,
+        torch.arange(count, device=device)[:, None] * config.ranking.pool + segments.start * config.ranking.segment,
         positions,
     ).expand(batch, groups, group, count, geometry.keys)
     spans = geometry.spans(segments, device)
     of_guide = spans.repeat_interleave(per_segment, 0)[:count]
     dense = (positions >= of_guide[:, 1:2]) & (positions < of_guide[:, 2:])
-    drawn = positions % config.sample == config.sample // 2
+    drawn = positions % config.ranking.sample == config.ranking.sample // 2
     far = geometry.history(positions, of_guide)
-    weight = (dense + far * torch.where(positions < config.first_keys, 1, config.sample * drawn)) * seen
+    weight = (dense + far * torch.where(positions < config.ranking.first_keys, 1, config.ranking.sample * drawn)) * seen
     logits = soft_cap((guides.float() @ key.float()[:, :, None].transpose(-1, -2)) * scale, softcap)
     lse = (logits + weight.log()).masked_fill(weight == 0, -math.inf).logsumexp(-1, keepdim=True)
 
@@ -64,9 +64,7 @@ def sorted_history(
     history = geometry.history(positions, spans) & by_segment(seen).any(4)
     guides_of = torch.full((len(segments),), per_segment, device=device)
     guides_of[-1] -= padding
-    importance = torch.maximum(
-        share.amax(4) * config.max_weight, share.sum(4) * (config.mean_weight / guides_of)[:, None]
-    )
-    importance = importance.masked_fill(importance.isnan() | (positions < config.first_keys), math.inf)
+    importance = share.amax(4) if config.ranking.combine == "max" else share.sum(4) * (1 / guides_of)[:, None]
+    importance = importance.masked_fill(importance.isnan() | (positions < config.ranking.first_keys), math.inf)
     order = importance.masked_fill(~history, -1).argsort(dim=-1, descending=True, stable=True)
     return order.int(), history.sum(-1).int()
