@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .exporting import export
     from .functional import attention
     from .integrations.settings import configure
-    from .ops import S2OConfig
+    from .ops import Ranking, S2OConfig
     from .passes import Report
     from .profiling import profile
     from .view import visualize
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibration",
     "CalibrationError",
+    "Ranking",
     "Report",
     "S2OBackend",
     "S2OConfig",
@@ -48,6 +49,7 @@ __all__ = [
 _HOMES = {
     "Calibration": "calibration.file",
     "CalibrationError": "calibration.file",
+    "Ranking": "ops",
     "Report": "passes",
     "S2OBackend": "backend",
     "S2OConfig": "ops",

@@ -65,7 +65,7 @@ def as_dict(case: Case, rows: list[Row], repetitions: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "dtype": case.precision,
         "repetitions": repetitions,
-        "settings": {name: config.arguments() for name, config in case.settings.items()},
+        "settings": {name: config.to_dict() for name, config in case.settings.items()},
         "shapes": {name: asdict(SHAPES[name]) for name in dict.fromkeys(row.shape for row in rows)},
         "rows": [asdict(row) for row in rows],
     }

@@ -30,7 +30,7 @@ from benchmarks.quality.yarn import stretch
 from s2o_compile.cli.errors import UsageError
 from s2o_compile.demo.document import MIDDLE
 from s2o_compile.demo.errors import DemoError
-from s2o_compile.ops import S2OConfig
+from s2o_compile.ops import Ranking, S2OConfig
 
 from ..examples import examples
 from ..passes.models import VOCABULARY, tiny
@@ -218,7 +218,9 @@ class TestRun:
             assert other.loss == pytest.approx(dense.loss, rel=1e-5) and other.agreed == dense.agreed
 
     def test_sparse_attention_is_what_is_measured(self) -> None:
-        dense, sparse = outcomes({"s2o": operator(S2OConfig(min_length=0, threshold=0.5, tail="none"))})
+        dense, sparse = outcomes(
+            {"s2o": operator(S2OConfig(min_length=0, threshold=0.5, ranking=Ranking(rule="dropped")))}
+        )
         assert dense.loss != sparse.loss
         assert 0 < sparse.density < 0.5 < dense.density == 1 and sparse.ranking > 0.3
 

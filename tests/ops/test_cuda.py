@@ -14,21 +14,22 @@ from s2o_compile.ops.kernels.launch import sparse_triton
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
+from .settings import config_of
 
 pytestmark = pytest.mark.gpu
 
 LENGTH, HEADS, GROUPS, CHANNELS = 2100, 4, 2, 64
-SETTINGS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "block means": {"tail": "means"},
-    "no tail": {"tail": "none"},
-    "lists per head": {"lists": "head"},
-    "pools of 4": {"pool": 4},
-    "guides per group": {"guides": "group", "pool": 8, "mean_weight": 1.0, "max_weight": 0.0},
-    "16 channels": {"channels": 16},
-    "output": {"measure": "output"},
-    "exact": {"threshold": 0.0},
-    "the paper's": S2OConfig.paper(min_length=0).arguments(),
+SETTINGS = {
+    "defaults": S2OConfig(min_length=0),
+    "block means": config_of(min_length=0, rule="means"),
+    "no tail": config_of(min_length=0, rule="dropped"),
+    "lists per head": config_of(min_length=0, lists="head"),
+    "pools of 4": config_of(min_length=0, pool=4),
+    "guides per KV head": config_of(min_length=0, guides="kv_head", pool=8, combine="mean"),
+    "16 channels": config_of(min_length=0, channels=16),
+    "output": config_of(min_length=0, measure="output"),
+    "exact": S2OConfig(min_length=0, threshold=0.0),
+    "the paper's": S2OConfig.paper(min_length=0),
 }
 TERMS = ["nothing", "padding", "window", "documents", "mask", "soft cap", "sinks"]
 
@@ -75,9 +76,9 @@ def no_synchronisation() -> Iterator[None]:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_calls_do_not_wait(name: str, dtype: torch.dtype) -> None:
     inputs = tensors(dtype=dtype)
-    attend(inputs, **SETTINGS[name])
+    attend(inputs, **SETTINGS[name].arguments())
     with no_synchronisation():
-        attend(inputs, **SETTINGS[name])
+        attend(inputs, **SETTINGS[name].arguments())
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -104,8 +105,8 @@ def test_calls_that_run_dense_do_not_wait(name: str) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_same_input_gives_the_same_bits(name: str) -> None:
     inputs = tensors()
-    first = attend(inputs, **SETTINGS[name])
-    assert torch.equal(attend([x.clone() for x in inputs], **SETTINGS[name]), first)
+    first = attend(inputs, **SETTINGS[name].arguments())
+    assert torch.equal(attend([x.clone() for x in inputs], **SETTINGS[name].arguments()), first)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -114,17 +115,17 @@ def test_cuda_graphs(name: str) -> None:
     places, side = tensors(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        attend(places, **SETTINGS[name])
+        attend(places, **SETTINGS[name].arguments())
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = attend(places, **SETTINGS[name])
+        output = attend(places, **SETTINGS[name].arguments())
     for seed in range(1, 4):
         inputs = tensors(seed)
         for place, x in zip(places, inputs, strict=True):
             place.copy_(x)
         graph.replay()
-        assert torch.equal(output, attend(inputs, **SETTINGS[name]))
+        assert torch.equal(output, attend(inputs, **SETTINGS[name].arguments()))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -134,8 +135,8 @@ def test_inductor(name: str) -> None:
     query, key, value = tensors(channels=128)
     query *= 0.75  # Half the channels would neglect too much of the variance of larger logits.
     want = dense(query, key, value, seen(query, key, Visibility(True)))
-    itself = (attend([query, key, value], **SETTINGS[name]) - want).norm()
-    settings = S2OConfig(**SETTINGS[name]).as_json
+    itself = (attend([query, key, value], **SETTINGS[name].arguments()) - want).norm()
+    settings = SETTINGS[name].as_json
 
     def call(*tensors: torch.Tensor) -> torch.Tensor:
         return sparse_triton(*tensors, True, 0, None, None, None, None, None, 128**-0.5, 0.0, settings)[0]

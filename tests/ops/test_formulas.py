@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig
 from s2o_compile.ops.block_means import block_means
 from s2o_compile.ops.density import dense_pairs, share_in_all_channels
 from s2o_compile.ops.geometry import Geometry
@@ -114,7 +114,7 @@ def test_draws_are_uniform_and_neighbours_differ() -> None:
         assert both < 0.09
 
 
-@pytest.mark.parametrize("lists", ["group", "head"])
+@pytest.mark.parametrize("lists", ["kv_head", "head"])
 @pytest.mark.parametrize(("measure", "threshold"), [("mass", 0.05), ("output", 0.4)])
 def test_the_sampled_tail_is_unbiased(lists: str, measure: str, threshold: float) -> None:
     """Over orders of the keys, which get other draws, softmax sums are dense attention's in the mean."""
@@ -125,7 +125,7 @@ def test_the_sampled_tail_is_unbiased(lists: str, measure: str, threshold: float
     )
     orders = 200
     config = S2OConfig(
-        threshold=threshold, lists=lists, measure=measure, sample=1, near_keys=0, first_keys=0, channels=None
+        threshold=threshold, ranking=Ranking(lists=lists, measure=measure, sample=1, near_keys=0, channels=None)
     )
     logits = query @ key.mT / 4
     total = logits.logsumexp(-1)
@@ -205,7 +205,7 @@ def test_the_share_of_groups_in_all_channels_is_counted() -> None:
     generator = torch.Generator().manual_seed(5)
     query = torch.randn(3, 4, 50, 16, generator=generator) * torch.tensor([0.3, 3.0, 0.2, 0.1])[:, None, None]
     key = torch.randn(3, 4, 60, 16, generator=generator)
-    config = S2OConfig(channels=8)
+    config = S2OConfig(ranking=Ranking(channels=8))
     lacks = [
         formulas.scores(q[None].double().numpy(), k.double().numpy(), np.ones(60, dtype=bool), 1.0, config)[1] == 0
         for q, k in zip(query.flatten(0, 1), key.flatten(0, 1), strict=True)
