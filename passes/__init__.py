@@ -1,8 +1,8 @@
 """Graph passes: find attention, prove what its mask says, rewrite it, and record each decision."""
 
-from .masks import Mask, NotProven, Prover
+from .mask.prover import Mask, NotProven, Prover
+from .match.site import AttentionSite
 from .report import Decision, Report
 from .rewrite import Refused, rewrite
-from .site import AttentionSite
 
 __all__ = ["AttentionSite", "Decision", "Mask", "NotProven", "Prover", "Refused", "Report", "rewrite"]

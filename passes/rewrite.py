@@ -17,24 +17,24 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..ops.choice import choose_sparse, why_dense
 from ..ops.config import S2OConfig
 from ..ops.validation import DTYPES, MAX_HEAD_DIM, dtype_name
-from .axes import Step
-from .decompose import decompose
-from .emit import Emitter, NotComputed, emit_size
-from .emit_empty_rows import emit_empty_rows
-from .empty_rows import EmptyRows
-from .find import find_attention
-from .masks import AXES, Mask, NotProven, Prover, scores_shape
-from .metadata import as_computed
-from .mutation import Writes
-from .nested import nested_graphs
-from .operations import Cleaned, operation_name, read_operation
-from .regions import autocast_at
+from .graph.autocast import autocast_at
+from .graph.axes import Step
+from .graph.metadata import as_computed
+from .graph.mutation import Writes
+from .graph.nested import nested_graphs
+from .graph.node_values import constant, fake_tensor, is_floating, needs_gradients, symbolic_shape, why_unknown
+from .graph.operations import Cleaned, operation_name, read_operation
+from .graph.torch_internals import FloorDiv, guard_or_false, is_erased
+from .mask.emit import Emitter, NotComputed, emit_size
+from .mask.emit_empty_rows import emit_empty_rows
+from .mask.empty_rows import EmptyRows
+from .mask.prover import AXES, Mask, NotProven, Prover, scores_shape
+from .mask.reader import BATCH, HEAD, KEY, QUERY, is_predicate
+from .match.decompose import decompose
+from .match.find import find_attention
+from .match.site import AttentionSite
+from .match.walk import Factor, Walker
 from .report import Decision, site_name, source_location
-from .site import AttentionSite
-from .symbolic import BATCH, HEAD, KEY, QUERY, is_predicate
-from .torch_internals import FloorDiv, guard_or_false, is_erased
-from .values import constant, fake_tensor, is_floating, needs_gradients, symbolic_shape, why_unknown
-from .walk import Factor, Walker
 
 _LAYOUTS = {"transpose", "permute", "swapaxes", "movedim", "to", "float", "half", "bfloat16"}
 _VIEWING = {"reshape", "flatten"}

@@ -13,13 +13,13 @@ from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from s2o_compile.passes import Decision, rewrite
-from s2o_compile.passes.nested import nested_graphs
+from s2o_compile.passes.graph.nested import nested_graphs
 from s2o_compile.passes.safety import RAISE_ERRORS, Safeguard
 
 from .capture import EXACT, inputs
 
 PASSES = [
-    "find.handwritten_site",
+    "match.find.handwritten_site",
     "rewrite.Emitter.predicate",
     "rewrite.Prover.prove",
     "rewrite.Walker.operands",

@@ -12,10 +12,11 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
+from ..graph.node_values import fake_tensor, is_floating, is_nonnegative, symbolic_shape
+from ..graph.operations import Permuted, read_operation
 from .clauses import is_zero
 from .constants import Number, as_number, computed, held
-from .operations import Permuted, read_operation
-from .symbolic import (
+from .reader import (
     INTEGERS,
     Choice,
     Handler,
@@ -34,7 +35,6 @@ from .symbolic import (
     nonzero,
     where,
 )
-from .values import fake_tensor, is_floating, is_nonnegative, symbolic_shape
 
 _LONGEST = 2**24
 """The longest attention for which reading is right: positions may be added, multiplied and scaled in 64 bits."""

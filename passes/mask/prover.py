@@ -17,15 +17,15 @@ from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from ..ops.validation import dtype_name
+from ...ops.validation import dtype_name
+from ..graph.mutation import Writes
+from ..graph.node_values import fake_tensor, holds, symbolic_shape, why_unknown
+from ..graph.torch_internals import Min
 from .clauses import Clause, TooMany, at_least_zero, clauses, is_zero
 from .empty_rows import EmptyRows, Hiding, every_query_sees_a_key, of_finite_masks
-from .mask_operations import HANDLERS
-from .mutation import Writes
+from .handlers import HANDLERS
 from .packing import with_indices_for_positions
-from .symbolic import BATCH, HEAD, KEY, QUERY, Reader, Unreadable, as_choice, at_least_zero_within, axis, level, where
-from .torch_internals import Min
-from .values import fake_tensor, holds, symbolic_shape, why_unknown
+from .reader import BATCH, HEAD, KEY, QUERY, Reader, Unreadable, as_choice, at_least_zero_within, axis, level, where
 
 AXES = (BATCH, HEAD, QUERY, KEY)
 _MAPPED_AXES = tuple(map(level, range(1, 9)))

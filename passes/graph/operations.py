@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .node_values import are_tensors, constant, fake_tensor, objects, symbolic_shape
 from .torch_internals import OpOverload, OpOverloadPacket, is_aten, namespaces
-from .values import are_tensors, constant, fake_tensor, objects, symbolic_shape
 
 _MODULES = (operator, torch, torch.nn.functional, torch.special, *namespaces)
 _MAGIC = {name for name in vars(operator) if name.startswith("__") and inspect.isbuiltin(getattr(operator, name))}

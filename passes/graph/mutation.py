@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .node_values import objects
 from .torch_internals import (
     HigherOrderOperator,
     OpOverload,
@@ -22,7 +23,6 @@ from .torch_internals import (
     tree_leaves,
     written_arguments,
 )
-from .values import objects
 
 _Storage = StorageWeakRef | None
 

@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .masks import AXES, Mask
-from .symbolic import QUERY
+from .prover import AXES, Mask
+from .reader import QUERY
 
 Axes = dict[sympy.Symbol, sympy.Expr]
 

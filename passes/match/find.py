@@ -9,16 +9,16 @@ from typing import Any
 
 from torch.fx import Node
 
-from .axes import Layout, Misaligned, fresh, is_size, leaves
+from ..graph.axes import Layout, Misaligned, fresh, is_size, leaves
+from ..graph.node_values import fake_tensor
+from ..graph.operations import Product, operation_name, read_operation
+from ..graph.torch_internals import flex_attention
+from ..mask.prover import AXES, MaskTerm
 from .flex import flex_site
 from .handwritten import handwritten_site
-from .inputs import Input, choose, fewest_axes, laid_out
-from .masks import AXES, MaskTerm
-from .operations import Product, operation_name, read_operation
+from .operator_inputs import Input, choose, fewest_axes, laid_out
 from .scores import ScoreMask, mask_term, separated
 from .site import AttentionSite
-from .torch_internals import flex_attention
-from .values import fake_tensor
 from .walk import Factor, Walker
 
 

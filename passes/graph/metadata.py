@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from .autocast import autocast_at
 from .mutation import Writes, called_name, changes_shape, may_change_anything
-from .regions import autocast_at
+from .node_values import AS_COMPUTED, fake_tensor, objects, symbolic_size
 from .torch_internals import HigherOrderOperator, fake_mode, is_plain, tree_leaves, tree_map, version
-from .values import AS_COMPUTED, fake_tensor, objects, symbolic_size
 
 _OTHER_MEMORY = ("set_", "resize_", "resize_as_")
 """Changes that have no counterpart out of place."""

@@ -18,15 +18,15 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch.fx import Graph, GraphModule, Node
 
-from .block_mask import BlockMask
-from .inputs import Input
-from .masks import AXES
-from .mutation import Writes
-from .operations import operation_name, read_operation
-from .score_mod import ModifiedScore, NotRead, ScoreModWalk
+from ..graph.mutation import Writes
+from ..graph.node_values import fake_tensor
+from ..graph.operations import operation_name, read_operation
+from ..mask.prover import AXES
+from ..mask.reader import Reader, Reading, Unreadable, is_predicate, level
+from .flex_block_mask import BlockMask
+from .flex_score_mod import ModifiedScore, NotRead, ScoreModWalk
+from .operator_inputs import Input
 from .site import AttentionSite
-from .symbolic import Reader, Reading, Unreadable, is_predicate, level
-from .values import fake_tensor
 from .walk import Factor, Walker
 
 _INDICES = tuple(map(level, range(1, 5)))

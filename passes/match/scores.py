@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from .axes import Dim, Layout, Misaligned, broadcast, is_size, leaves
-from .masks import AXES, HIDDEN, OTHER_AXES, MaskTerm
-from .operations import (
+from ..graph.axes import Dim, Layout, Misaligned, broadcast, is_size, leaves
+from ..graph.node_values import are_tensors, fake_tensor
+from ..graph.operations import (
     Clamped,
     Concatenated,
     Dropout,
@@ -28,8 +28,8 @@ from .operations import (
     operation_name,
     read_operation,
 )
+from ..mask.prover import AXES, HIDDEN, OTHER_AXES, MaskTerm
 from .softmax import Reduction, find_reduction
-from .values import are_tensors, fake_tensor
 from .walk import Factor, Walker, shape_of, source_layout
 
 ACTIVE_DROPOUT = "dropout is active; call model.eval() or set its probability to 0"

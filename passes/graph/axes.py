@@ -13,7 +13,7 @@ from typing import Any
 import sympy
 import torch
 
-from .values import symbolic_size
+from .node_values import symbolic_size
 
 Size = int | torch.SymInt
 Step = tuple[str, tuple[Any, ...]]

@@ -17,9 +17,9 @@ import torch
 from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 
+from ..graph.node_values import holds, may_hold
 from .clauses import Clause
-from .symbolic import KEY, QUERY, Index, bounds
-from .values import holds, may_hold
+from .reader import KEY, QUERY, Index, bounds
 
 _ABSORBING = -1e30
 """From here down, adding a score changes no number of any dtype with so large ones."""

@@ -10,9 +10,9 @@ import sympy
 from sympy.logic.boolalg import Boolean
 from torch.fx import Graph, Node
 
-from .operations import Filled, Same, Scaled, Sum, Tanh, read_operation
-from .symbolic import Choice, Reader, Unreadable, is_predicate, where
-from .values import number
+from ..graph.node_values import number
+from ..graph.operations import Filled, Same, Scaled, Sum, Tanh, read_operation
+from ..mask.reader import Choice, Reader, Unreadable, is_predicate, where
 
 
 class NotRead(Exception):

@@ -8,8 +8,8 @@ from typing import Any
 import sympy
 import torch
 
-from .symbolic import Unreadable
-from .values import fake_tensor
+from ..graph.node_values import fake_tensor
+from .reader import Unreadable
 
 Number = int | float
 

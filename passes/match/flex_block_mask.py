@@ -14,10 +14,10 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .axes import is_size
-from .operations import operation_name
-from .symbolic import INTEGERS, Reader
-from .values import fake_tensor, is_nonnegative, symbolic
+from ..graph.axes import is_size
+from ..graph.node_values import fake_tensor, is_nonnegative, symbolic
+from ..graph.operations import operation_name
+from ..mask.reader import INTEGERS, Reader
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .axes import Layout, Misaligned, Size, broadcast, leaves, take, viewed
-from .mutation import Writes
-from .operations import Expanded, Operation, Permuted, Repeated, Same, Scaled, Viewed, read_operation
-from .symbolic import Reader
-from .values import fake_tensor, needs_gradients, number
+from ..graph.axes import Layout, Misaligned, Size, broadcast, leaves, take, viewed
+from ..graph.mutation import Writes
+from ..graph.node_values import fake_tensor, needs_gradients, number
+from ..graph.operations import Expanded, Operation, Permuted, Repeated, Same, Scaled, Viewed, read_operation
+from ..mask.reader import Reader
 
 
 class Changed(Exception):

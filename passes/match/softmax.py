@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from .operations import LogSoftmax, Scaled, Softmax, Sum, operation_name, read_operation
-from .values import are_tensors, fake_tensor
+from ..graph.node_values import are_tensors, fake_tensor
+from ..graph.operations import LogSoftmax, Scaled, Softmax, Sum, operation_name, read_operation
 from .walk import Walker
 
 

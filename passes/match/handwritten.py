@@ -8,14 +8,14 @@ from functools import reduce
 import torch
 from torch.fx import Node
 
-from .axes import Axis, Dim, Layout, Misaligned, Step, all_leaves, fresh, is_size, leaves, relayout
-from .inputs import Input, choose, fewest_axes, laid_out
-from .masks import MaskTerm
-from .operations import Cleaned, Dropout, Expanded, Narrowed, Permuted, Product, Same, Viewed, read_operation
+from ..graph.axes import Axis, Dim, Layout, Misaligned, Step, all_leaves, fresh, is_size, leaves, relayout
+from ..graph.node_values import fake_tensor
+from ..graph.operations import Cleaned, Dropout, Expanded, Narrowed, Permuted, Product, Same, Viewed, read_operation
+from ..mask.prover import MaskTerm
+from .operator_inputs import Input, choose, fewest_axes, laid_out
 from .scores import ACTIVE_DROPOUT, NotAttention, ScoreMask, Scores, ScoreWalk, mask_term
 from .site import AttentionSite
 from .softmax import FoundSoftmax, find_softmax
-from .values import fake_tensor
 from .walk import Changed, Walker, shape_of, source_layout
 
 

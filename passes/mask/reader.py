@@ -19,10 +19,10 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
+from ..graph.node_values import fake_tensor, symbolic, symbolic_shape
+from ..graph.operations import operation_name, out_of_place
+from ..graph.torch_internals import is_batched
 from .clauses import at_least_zero, is_zero
-from .operations import operation_name, out_of_place
-from .torch_internals import is_batched
-from .values import fake_tensor, symbolic, symbolic_shape
 
 INTEGERS = (torch.int32, torch.int64)
 Shape = tuple[sympy.Expr, ...]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from .axes import Step
-from .inputs import Input
-from .masks import MaskTerm
+from ..graph.axes import Step
+from ..mask.prover import MaskTerm
+from .operator_inputs import Input
 from .walk import Factor
 
 

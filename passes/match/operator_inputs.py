@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .axes import Axis, Layout, Misaligned, Step, all_leaves, leaves, relayout
-from .torch_internals import unbatched
-from .values import fake_tensor
+from ..graph.axes import Axis, Layout, Misaligned, Step, all_leaves, leaves, relayout
+from ..graph.node_values import fake_tensor
+from ..graph.torch_internals import unbatched
 from .walk import Operand
 
 

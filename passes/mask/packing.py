@@ -13,10 +13,10 @@ import sympy
 from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
+from ..graph.node_values import are_tensors
+from ..graph.operations import operation_name
 from .clauses import Clause, literal_of
-from .operations import operation_name
-from .symbolic import Reader, axis
-from .values import are_tensors
+from .reader import Reader, axis
 
 
 def with_indices_for_positions(found: Iterable[Clause], reader: Reader) -> list[Clause]:

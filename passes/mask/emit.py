@@ -12,10 +12,10 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch.fx import Graph, Node
 
+from ..graph.node_values import fake_tensor, symbolic, symbolic_shape
+from ..graph.torch_internals import FloorDiv, Max, Min, Mod, PythonMod
 from .clauses import literal_of
-from .symbolic import INTEGERS
-from .torch_internals import FloorDiv, Max, Min, Mod, PythonMod
-from .values import fake_tensor, symbolic, symbolic_shape
+from .reader import INTEGERS
 
 Value = int | Node
 _SIZES: dict[type, Callable[[Any, Any], Any]] = {

@@ -12,9 +12,9 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.nn import functional as F
 
-from .regions import autocast_at
-from .torch_internals import fake_mode, is_batched, make_fx, transformer_encoder_layer
-from .values import AS_COMPUTED, fake_tensor, held, needs_gradients, objects
+from ..graph.autocast import autocast_at
+from ..graph.node_values import AS_COMPUTED, fake_tensor, held, needs_gradients, objects
+from ..graph.torch_internals import fake_mode, is_batched, make_fx, transformer_encoder_layer
 
 
 def _encoder_layer(
