@@ -12,11 +12,13 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx import Node
 
 from .node_values import symbolic_size
 
 Size = int | torch.SymInt
 Step = tuple[str, tuple[Any, ...]]
+"""A tensor method and its arguments."""
 
 
 class Misaligned(Exception):
@@ -162,3 +164,10 @@ def _sizes(dim: Dim) -> tuple[int, ...]:
     if sizes.count(-1) > 1:
         raise Misaligned
     return sizes
+
+
+def with_steps(node: Node, steps: Iterable[Step]) -> Node:
+    """The result of tensor methods that are called one after another, written at the insertion point of the graph."""
+    for name, arguments in steps:
+        node = node.graph.call_method(name, (node, *arguments))
+    return node

@@ -15,7 +15,7 @@ Clause = frozenset[Boolean]
 _MOST = 64
 
 
-class TooMany(Exception):
+class TooManyClauses(Exception):
     """A predicate has more clauses than are worth looking at."""
 
 
@@ -53,7 +53,7 @@ def clauses(predicate: Boolean, holds: bool = True) -> set[Clause]:
         holds: Which of the two.
 
     Raises:
-        TooMany: The normal form is long.
+        TooManyClauses: The normal form is long.
     """
     if isinstance(predicate, sympy.Not):
         return clauses(predicate.args[0], not holds)
@@ -82,7 +82,7 @@ def literal_of(relation: Boolean) -> Boolean:
 def _distributed(parts: list[set[Clause]]) -> set[Clause]:
     """The clauses of a disjunction of conjunctions."""
     if math.prod(map(len, parts)) > _MOST:
-        raise TooMany
+        raise TooManyClauses
     joined = (_joined(itertools.chain(*choice)) for choice in itertools.product(*parts))
     return {clause for clause in joined if clause is not None}
 

@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from ..graph.node_values import fake_tensor
-from .reader import Unreadable
+from .expressions import Unreadable
 
 Number = int | float
 

@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from ..graph.node_values import fake_tensor, symbolic, symbolic_shape
 from ..graph.torch_internals import FloorDiv, Max, Min, Mod, PythonMod
 from .clauses import literal_of
-from .reader import INTEGERS
+from .expressions import INTEGERS
 
 Value = int | Node
 _SIZES: dict[type, Callable[[Any, Any], Any]] = {

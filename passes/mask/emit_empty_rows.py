@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .prover import AXES, Mask
-from .reader import QUERY
+from .expressions import AXES, QUERY
+from .terms import Mask
 
 Axes = dict[sympy.Symbol, sympy.Expr]
 

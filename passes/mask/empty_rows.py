@@ -19,7 +19,7 @@ from sympy.logic.boolalg import Boolean
 
 from ..graph.node_values import holds, may_hold
 from .clauses import Clause
-from .reader import KEY, QUERY, Index, bounds
+from .expressions import KEY, QUERY, Index, bounds
 
 _ABSORBING = -1e30
 """From here down, adding a score changes no number of any dtype with so large ones."""

@@ -13,15 +13,14 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from ..graph.node_values import fake_tensor, is_floating, is_nonnegative, symbolic_shape
-from ..graph.operations import Permuted, read_operation
+from ..graph.operations import Permuted
+from ..graph.read_operations import read_operation
 from .clauses import is_zero
 from .constants import Number, as_number, computed, held
-from .reader import (
+from .expressions import (
     INTEGERS,
     Choice,
-    Handler,
     Index,
-    Reader,
     Shape,
     Unreadable,
     as_choice,
@@ -35,6 +34,7 @@ from .reader import (
     nonzero,
     where,
 )
+from .reader import Handler, Reader
 
 _LONGEST = 2**24
 """The longest attention for which reading is right: positions may be added, multiplied and scaled in 64 bits."""

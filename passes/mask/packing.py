@@ -14,9 +14,10 @@ from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
 from ..graph.node_values import are_tensors
-from ..graph.operations import operation_name
+from ..graph.operation_names import operation_name
 from .clauses import Clause, literal_of
-from .reader import Reader, axis
+from .expressions import axis
+from .reader import Reader
 
 
 def with_indices_for_positions(found: Iterable[Clause], reader: Reader) -> list[Clause]:

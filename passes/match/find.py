@@ -11,13 +11,16 @@ from torch.fx import Node
 
 from ..graph.axes import Layout, Misaligned, fresh, is_size, leaves
 from ..graph.node_values import fake_tensor
-from ..graph.operations import Product, operation_name, read_operation
+from ..graph.operation_names import operation_name
+from ..graph.operations import Product
+from ..graph.read_operations import read_operation
 from ..graph.torch_internals import flex_attention
-from ..mask.prover import AXES, MaskTerm
+from ..mask.expressions import AXES
+from ..mask.mask_tensors import MaskTensor
 from .flex import flex_site
 from .handwritten import handwritten_site
 from .operator_inputs import Input, choose, fewest_axes, laid_out
-from .scores import ScoreMask, mask_term, separated
+from .scores import ScoreMask, mask_tensor, separated
 from .site import AttentionSite
 from .walk import Factor, Walker
 
@@ -62,13 +65,13 @@ def _sdpa_site(
     return _without_repeats(walker, site)
 
 
-def _masks(walker: Walker, mask: Node | None, user: Node) -> tuple[tuple[MaskTerm, ...], frozenset[Node]]:
+def _masks(walker: Walker, mask: Node | None, user: Node) -> tuple[tuple[MaskTensor, ...], frozenset[Node]]:
     """The masks that the mask of a call of SDPA consists of, and the nodes that join them."""
     if mask is None:
         return (), frozenset()
     tensor = fake_tensor(mask)
     if tensor is None or tensor.dim() > 4:
-        return (MaskTerm(mask, user, AXES, True, -math.inf),), frozenset()
+        return (MaskTensor(mask, user, AXES, True, -math.inf),), frozenset()
     scores: Layout = (*((),) * (4 - tensor.dim()), *fresh(tensor.shape))
     keep, value = (None, 1.0) if tensor.is_floating_point() else (True, -math.inf)
     whole = ScoreMask(mask, user, scores[4 - tensor.dim() :], keep, value)
@@ -79,7 +82,7 @@ def _masks(walker: Walker, mask: Node | None, user: Node) -> tuple[tuple[MaskTer
     dims = {(), *map(leaves, scores)}
     if not all(dims.issuperset(map(leaves, part.layout)) for part in parts):
         parts, passed = [whole], []
-    return tuple(mask_term(part, scores) for part in parts), frozenset(passed)
+    return tuple(mask_tensor(part, scores) for part in parts), frozenset(passed)
 
 
 def _without_repeats(walker: Walker, site: AttentionSite) -> AttentionSite:

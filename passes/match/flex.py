@@ -20,11 +20,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..graph.mutation import Writes
 from ..graph.node_values import fake_tensor
-from ..graph.operations import operation_name, read_operation
-from ..mask.prover import AXES
-from ..mask.reader import Reader, Reading, Unreadable, is_predicate, level
+from ..graph.operation_names import operation_name
+from ..graph.read_operations import read_operation
+from ..mask.expressions import AXES, Unreadable, is_predicate, level
+from ..mask.reader import Reader, Reading
+from ..mask.refused import Refused
 from .flex_block_mask import BlockMask
-from .flex_score_mod import ModifiedScore, NotRead, ScoreModWalk
+from .flex_score_mod import ModifiedScore, ScoreModWalk
 from .operator_inputs import Input
 from .site import AttentionSite
 from .walk import Factor, Walker
@@ -63,11 +65,11 @@ def flex_site(
     )
     try:
         if statistics is None:
-            raise NotRead("the log-sum-exp of the scores is used; call flex_attention without asking for it")
+            raise Refused("the log-sum-exp of the scores is used; call flex_attention without asking for it")
         score = _read_score_mod(walker, score_mod, score_mod_other_buffers)
         shape = _shape(query, key)
         visible = _read_mask_mod(walker, blocks, mask_mod_other_buffers, shape)
-    except NotRead as reason:
+    except Refused as reason:
         return replace(site, obstacle=str(reason))
     return replace(
         site,
@@ -94,7 +96,7 @@ def _read_score_mod(walker: Walker, score_mod: Node, buffers: Sequence[Any]) -> 
         reader = _ModReader(walker, graph, "score_mod", [None, *_INDICES, *buffers])
         return ScoreModWalk(graph, reader).find(_result(graph))
     except Unreadable as unreadable:
-        raise NotRead(f"the score_mod cannot be read: {unreadable}") from None
+        raise Refused(f"the score_mod cannot be read: {unreadable}") from None
 
 
 def _read_mask_mod(walker: Walker, blocks: BlockMask, buffers: Sequence[Any], shape: Sequence[Any]) -> Boolean:
@@ -104,27 +106,27 @@ def _read_mask_mod(walker: Walker, blocks: BlockMask, buffers: Sequence[Any], sh
         reader = _ModReader(walker, graph, "mask_mod", [*_INDICES, *buffers])
         predicate = reader.read(_result(graph)).expression
     except Unreadable as unreadable:
-        raise NotRead(f"the mask_mod cannot be read: {unreadable}") from None
+        raise Refused(f"the mask_mod cannot be read: {unreadable}") from None
     if not is_predicate(predicate):
-        raise NotRead("the mask_mod does not give a boolean")
+        raise Refused("the mask_mod does not give a boolean")
     _check_blocks(walker, blocks, predicate, shape)
     return predicate
 
 
 def _check_blocks(walker: Walker, blocks: BlockMask, predicate: Boolean, shape: Sequence[Any]) -> None:
-    """Raise NotRead unless the blocks of a block mask show what its mask_mod does."""
+    """Raise Refused unless the blocks of a block mask show what its mask_mod does."""
     if any(node.op in ("placeholder", "get_attr") for node in blocks.nodes):
-        raise NotRead(
+        raise Refused(
             "the block mask is made outside of the compiled function, where its blocks may be made from anything; "
             "call create_block_mask inside"
         )
     if any(walker.is_written(node) for node in _ancestors(blocks.nodes)):
-        raise NotRead("the block mask is made from tensors that are changed in place; make it without that")
+        raise Refused("the block mask is made from tensors that are changed in place; make it without that")
     if blocks.leaves_all_to_mask_mod(walker.reader, shape[2:]):
         return
     mask = blocks.mask(shape)
     if mask is None or walker.reader.read(mask).expression != _over_axes(predicate, shape):
-        raise NotRead(
+        raise Refused(
             "the blocks of the block mask are not known to be those of its mask_mod for these lengths; "
             "call create_block_mask with it, and with B and H where it depends on them"
         )
@@ -152,7 +154,7 @@ def _shape(query: Node, key: Node) -> tuple[Any, ...]:
     """The shape of the scores."""
     tensors = fake_tensor(query), fake_tensor(key)
     if tensors[0] is None or tensors[1] is None:
-        raise NotRead("the shapes of query and key are not known while compiling")
+        raise Refused("the shapes of query and key are not known while compiling")
     return (*tensors[0].shape[:3], tensors[1].shape[2])
 
 
@@ -179,21 +181,21 @@ class _ModReader(Reader):
         arguments: What its placeholders stand for: an index, or what the calling graph passes.
 
     Raises:
-        NotRead: It changes tensors in place, or takes some that are.
+        Refused: It changes tensors in place, or takes some that are.
     """
 
     def __init__(self, walker: Walker, graph: Graph, name: str, arguments: Sequence[Any]) -> None:
         super().__init__(walker.reader.handlers)
         self.innermost: Node | None = None
         if any(map(Writes(graph.nodes).to, graph.nodes)):
-            raise NotRead(f"the {name} changes tensors in place; let it compute new ones")
+            raise Refused(f"the {name} changes tensors in place; let it compute new ones")
         for placeholder, argument in zip(graph.find_nodes(op="placeholder"), arguments, strict=True):
             if isinstance(argument, sympy.Symbol):
                 self.readings[placeholder] = Reading(argument, ())
             elif fake_tensor(argument) is not None:
                 self.readings[placeholder] = walker.reader.read(argument)
                 if walker.is_ever_changed(argument):
-                    raise NotRead(f"the {name} reads {argument.name}, which is changed in place; build it without that")
+                    raise Refused(f"the {name} reads {argument.name}, which is changed in place; build it without that")
 
     def leaf(self, node: Node, tensor: torch.Tensor) -> sympy.Basic:
         """Nothing: only what the calling graph passes is a function of its own indices alone.

@@ -16,8 +16,9 @@ from torch.fx import Node
 
 from ..graph.axes import is_size
 from ..graph.node_values import fake_tensor, is_nonnegative, symbolic
-from ..graph.operations import operation_name
-from ..mask.reader import INTEGERS, Reader
+from ..graph.operation_names import operation_name
+from ..mask.expressions import INTEGERS
+from ..mask.reader import Reader
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,11 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Graph, Node
 
 from ..graph.node_values import number
-from ..graph.operations import Filled, Same, Scaled, Sum, Tanh, read_operation
-from ..mask.reader import Choice, Reader, Unreadable, is_predicate, where
-
-
-class NotRead(Exception):
-    """A score_mod does what the operator cannot; the message is the reason."""
-
+from ..graph.operations import Filled, Same, Scaled, Sum, Tanh
+from ..graph.read_operations import read_operation
+from ..mask.expressions import Choice, Unreadable, is_predicate, where
+from ..mask.reader import Reader
+from ..mask.refused import Refused
 
 _CONTENT = (
     "the score_mod adds or multiplies something that depends on positions, on tensors or on the score itself, such as "
@@ -44,15 +42,15 @@ class ModifiedScore:
     def scaled(self, factor: float) -> ModifiedScore:
         """The same times a number."""
         if factor == 0 or not math.isfinite(factor):
-            raise NotRead(f"the score_mod scales scores by {factor}; use another number")
+            raise Refused(f"the score_mod scales scores by {factor}; use another number")
         if factor < 0 and self.visible != sympy.true:
-            raise NotRead("the score_mod negates masked scores; mask them afterwards")
+            raise Refused("the score_mod negates masked scores; mask them afterwards")
         return replace(self, factor=self.factor * factor)
 
     def capped(self) -> ModifiedScore:
         """The tanh of the same."""
         if self.inner is not None or self.is_shifted or self.visible != sympy.true:
-            raise NotRead("the score_mod caps scores by tanh after more than scaling; mask them afterwards")
+            raise Refused("the score_mod caps scores by tanh after more than scaling; mask them afterwards")
         return ModifiedScore(inner=self.factor)
 
     def masked(self, visible: Boolean) -> ModifiedScore:
@@ -75,7 +73,7 @@ class ScoreModWalk:
         """What a node makes of the score.
 
         Raises:
-            NotRead: Something that the operator cannot.
+            Refused: Something that the operator cannot.
             Unreadable: A mask on the way cannot be read.
         """
         if node is self.score:
@@ -91,7 +89,7 @@ class ScoreModWalk:
             return self._sum(operation)
         if isinstance(operation, Filled):
             return self._filled(operation)
-        raise NotRead(_CONTENT)
+        raise Refused(_CONTENT)
 
     def _scaled(self, scaled: Scaled) -> ModifiedScore:
         score, other = self._sides(scaled.source, scaled.factor, commute=not scaled.inverted)
@@ -105,14 +103,14 @@ class ScoreModWalk:
         if choice.predicate == sympy.true and math.isfinite(added[0]):
             return replace(self.find(score), is_shifted=True)
         if not all(value in (0, -math.inf) for value in added):
-            raise NotRead(_CONTENT)
+            raise Refused(_CONTENT)
         return self.find(score).masked(where(choice, lambda value: value == 0))
 
     def _filled(self, filled: Filled) -> ModifiedScore:
         score, other = self._sides(filled.source, filled.value)
         keep = filled.keep is (score is filled.source)
         if self._number(other) != -math.inf:
-            raise NotRead("the score_mod fills scores with another number than -inf; use -inf to hide a key")
+            raise Refused("the score_mod fills scores with another number than -inf; use -inf to hide a key")
         predicate = self.reader.read(filled.mask).expression
         if not is_predicate(predicate):
             raise Unreadable(f"{filled.mask.name} is not boolean")
@@ -123,21 +121,21 @@ class ScoreModWalk:
         for score, other in ((first, second), (second, first))[: 1 + commute]:
             if score in self.modified and other not in self.modified:
                 return score, other
-        raise NotRead(_CONTENT)
+        raise Refused(_CONTENT)
 
     def _number(self, value: Any) -> float:
         """The number that an operand is."""
         choice = self._choice(value)
         if choice.predicate != sympy.true:
-            raise NotRead(_CONTENT)
+            raise Refused(_CONTENT)
         return float(choice.values[0])
 
     def _choice(self, value: Any) -> Choice:
         """The two numbers of which an operand is made, also where they are one."""
         known = number(value)
         if isinstance(known, Node):
-            raise NotRead("the score_mod uses a number that is only known while the model runs; use a constant")
+            raise Refused("the score_mod uses a number that is only known while the model runs; use a constant")
         try:
             return self.reader.choice(value if known is None else known, ())
         except Unreadable:
-            raise NotRead(_CONTENT) from None
+            raise Refused(_CONTENT) from None

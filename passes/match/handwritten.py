@@ -10,10 +10,11 @@ from torch.fx import Node
 
 from ..graph.axes import Axis, Dim, Layout, Misaligned, Step, all_leaves, fresh, is_size, leaves, relayout
 from ..graph.node_values import fake_tensor
-from ..graph.operations import Cleaned, Dropout, Expanded, Narrowed, Permuted, Product, Same, Viewed, read_operation
-from ..mask.prover import MaskTerm
+from ..graph.operations import Cleaned, Dropout, Expanded, Narrowed, Permuted, Product, Same, Viewed
+from ..graph.read_operations import read_operation
+from ..mask.mask_tensors import MaskTensor
 from .operator_inputs import Input, choose, fewest_axes, laid_out
-from .scores import ACTIVE_DROPOUT, NotAttention, ScoreMask, Scores, ScoreWalk, mask_term
+from .scores import ACTIVE_DROPOUT, NotAttention, ScoreMask, Scores, ScoreWalk, mask_tensor
 from .site import AttentionSite
 from .softmax import FoundSoftmax, find_softmax
 from .walk import Changed, Walker, shape_of, source_layout
@@ -190,7 +191,7 @@ class _Matched:
             query=laid_out(chosen_query, roles.query, dtype),
             key=laid_out(chosen_key, roles.key, dtype),
             value=laid_out(chosen_value, roles.value, dtype),
-            masks=tuple(map(roles.mask_term, self.scores.masks)),
+            masks=tuple(map(roles.mask_tensor, self.scores.masks)),
             scale=(*(self.scores.inner or ()), *self.scores.factors, *chosen_query.factors, *chosen_key.factors),
             softcap=None if self.scores.inner is None else tuple(self.scores.factors),
             sinks=self._sinks(roles),
@@ -256,6 +257,6 @@ class Roles:
     def output(self) -> Layout:
         return self.batch, self.heads + self.groups, self.queries, self.value_channels
 
-    def mask_term(self, mask: ScoreMask) -> MaskTerm:
+    def mask_tensor(self, mask: ScoreMask) -> MaskTensor:
         """A mask with the axes of its dimensions as those of scores [batch, heads, queries, keys]."""
-        return mask_term(mask, (self.batch, self.heads + self.groups, self.queries, self.keys))
+        return mask_tensor(mask, (self.batch, self.heads + self.groups, self.queries, self.keys))

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ..graph.axes import Dim, Layout, Misaligned, broadcast, is_size, leaves
 from ..graph.node_values import are_tensors, fake_tensor
+from ..graph.operation_names import operation_name
 from ..graph.operations import (
     Clamped,
     Concatenated,
@@ -25,10 +26,10 @@ from ..graph.operations import (
     Sum,
     Tanh,
     Viewed,
-    operation_name,
-    read_operation,
 )
-from ..mask.prover import AXES, HIDDEN, OTHER_AXES, MaskTerm
+from ..graph.read_operations import read_operation
+from ..mask.expressions import AXES, OTHER_AXES
+from ..mask.mask_tensors import HIDDEN, MaskTensor
 from .softmax import Reduction, find_reduction
 from .walk import Factor, Walker, shape_of, source_layout
 
@@ -294,11 +295,11 @@ def separated(walker: Walker, mask: ScoreMask) -> tuple[list[ScoreMask], list[No
     return masks, passed
 
 
-def mask_term(mask: ScoreMask, scores: Layout) -> MaskTerm:
+def mask_tensor(mask: ScoreMask, scores: Layout) -> MaskTensor:
     """A mask with the axes of its dimensions as those of scores, whose dimensions are given."""
     known = dict(zip(map(leaves, scores), AXES, strict=True))
     axes = tuple(known.get(leaves(dim), other) for dim, other in zip(mask.layout, OTHER_AXES, strict=False))
-    return MaskTerm(mask.node, mask.user, axes, mask.keep, mask.value, mask.least)
+    return MaskTensor(mask.node, mask.user, axes, mask.keep, mask.value, mask.least)
 
 
 def _operand(node: Node, layout: Layout, operand: Node) -> Layout:

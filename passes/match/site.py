@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from ..graph.axes import Step
-from ..mask.prover import MaskTerm
+from ..mask.mask_tensors import MaskTensor
 from .operator_inputs import Input
 from .walk import Factor
 
@@ -40,7 +41,7 @@ class AttentionSite:
     query: Input
     key: Input
     value: Input
-    masks: tuple[MaskTerm, ...] = ()
+    masks: tuple[MaskTensor, ...] = ()
     mask_mod: Boolean | None = None
     is_causal: bool | Node = False
     scale: tuple[Factor, ...] | None = None
@@ -52,3 +53,10 @@ class AttentionSite:
     scores: frozenset[Node] = frozenset()
     passed: frozenset[Node] = frozenset()
     obstacle: str = ""
+
+    @property
+    def query_and_key(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fake tensors of the query and of the key, where they are known."""
+        query, key = self.query.tensor, self.key.tensor
+        assert query is not None and key is not None
+        return query, key

@@ -8,7 +8,9 @@ from typing import Any
 from torch.fx import Node
 
 from ..graph.node_values import are_tensors, fake_tensor
-from ..graph.operations import LogSoftmax, Scaled, Softmax, Sum, operation_name, read_operation
+from ..graph.operation_names import operation_name
+from ..graph.operations import LogSoftmax, Scaled, Softmax, Sum
+from ..graph.read_operations import read_operation
 from .walk import Walker
 
 

@@ -12,7 +12,8 @@ from torch.fx import Node
 from ..graph.axes import Layout, Misaligned, Size, broadcast, leaves, take, viewed
 from ..graph.mutation import Writes
 from ..graph.node_values import fake_tensor, needs_gradients, number
-from ..graph.operations import Expanded, Operation, Permuted, Repeated, Same, Scaled, Viewed, read_operation
+from ..graph.operations import Expanded, Operation, Permuted, Repeated, Same, Scaled, Viewed
+from ..graph.read_operations import read_operation
 from ..mask.reader import Reader
 
 

@@ -19,16 +19,16 @@ from s2o_compile.passes.safety import RAISE_ERRORS, Safeguard
 from .capture import EXACT, inputs
 
 PASSES = [
+    "arguments.Emitter.predicate",
+    "arguments.emit_size",
     "match.find.handwritten_site",
-    "rewrite.Emitter.predicate",
+    "replace.Replacer.erase",
+    "replace.Replacer.laid_out",
     "rewrite.Prover.prove",
     "rewrite.Walker.operands",
     "rewrite.Writes.__init__",
     "rewrite.Writes.readers",
-    "rewrite._Rewriter.erase",
-    "rewrite._Rewriter.laid_out",
     "rewrite.decompose",
-    "rewrite.emit_size",
     "rewrite.find_attention",
     "rewrite.site_name",
 ]
