@@ -28,7 +28,7 @@ def path_of_module(module: str) -> Path | None:
 @cache
 def modules() -> dict[str, ast.Module]:
     """The modules of all packages, by name."""
-    found = {}
+    found: dict[str, ast.Module] = {}
     for package, folder in PACKAGES.items():
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts

@@ -135,7 +135,7 @@ def _refuse_vast_numbers(found: Iterable[Clause], shape: tuple[sympy.Expr, ...],
             raise Refused(f"the mask depends on a number, {symbol}, beyond {_VAST}")
 
 
-def _hidden_rows_are_marked(rest: Boolean, masks: list[MaskTensor]) -> bool:
+def _hidden_rows_are_marked(rest: Boolean, masks: Iterable[MaskTensor]) -> bool:
     """Whether queries that see nothing for a reason of their own give zeros, or else there are none."""
     by_query = any(KEY not in part.free_symbols for part in sympy.And.make_args(rest) if part != sympy.true)
     return not by_query or all(mask.keep is not None and mask.value == -math.inf for mask in masks)

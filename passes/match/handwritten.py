@@ -14,7 +14,8 @@ from ..graph.operations import Cleaned, Dropout, Expanded, Narrowed, Permuted, P
 from ..graph.read_operations import read_operation
 from ..mask.mask_tensors import MaskTensor
 from .operator_inputs import Input, choose, fewest_axes, laid_out
-from .scores import ACTIVE_DROPOUT, NotAttention, ScoreMask, Scores, ScoreWalk, mask_tensor
+from .score_masks import ScoreMask, mask_tensor
+from .scores import ACTIVE_DROPOUT, NotAttention, Scores, ScoreWalk
 from .site import AttentionSite
 from .softmax import FoundSoftmax, find_softmax
 from .walk import Changed, Walker, shape_of, source_layout
@@ -161,7 +162,7 @@ class _Matched:
         return frozenset([*self.probabilities.nodes, *self.scores.nodes])
 
     def _changes(self, nodes: dict[str, Node]) -> list[str]:
-        """What is wrong with reading the inputs where the output is computed."""
+        """The in-place writes to inputs between the product of query and key and the output, in sentences."""
         return [
             f"{name} is changed in place while attention is computed; change it afterwards"
             for name, node in nodes.items()
@@ -195,7 +196,7 @@ class _Matched:
             scale=(*(self.scores.inner or ()), *self.scores.factors, *chosen_query.factors, *chosen_key.factors),
             softcap=None if self.scores.inner is None else tuple(self.scores.factors),
             sinks=self._sinks(roles),
-            enable_gqa=bool(roles.groups),
+            enable_gqa=bool(roles.heads_per_kv_head),
             output=(*relayout(roles.output, self.layout), *self._cast(dtype)),
             passed=frozenset(node for item in (queries, keys, values) for node in item[-1].passed)
             | frozenset(self.scores.passed),
@@ -205,7 +206,7 @@ class _Matched:
         """The sinks [Hq]."""
         if self.scores.sink is None:
             return None
-        layout = (roles.heads + roles.groups,)
+        layout = (roles.heads + roles.heads_per_kv_head,)
         sources = self.walker.operands(*self.scores.sink, self.node, scaled=False)
         return laid_out(choose(sources, layout), layout)
 
@@ -224,11 +225,11 @@ class _Matched:
 
 @dataclass(frozen=True)
 class Roles:
-    """What the axes of an attention are; the heads of key and value are `heads`, each for a group of query heads."""
+    """The axes of an attention by their role: `heads` are the KV heads, `heads_per_kv_head` the query heads of each."""
 
     batch: Dim
     heads: Dim
-    groups: Dim
+    heads_per_kv_head: Dim
     queries: Dim
     keys: Dim
     channels: Dim
@@ -238,12 +239,12 @@ class Roles:
     def of(cls, batch: Dim, kept: set[Axis], queries: Dim, keys: Dim, channels: Dim, value_channels: Dim) -> Roles:
         """The roles, of which `batch` are batch and heads, those in `kept` also of key and value."""
         own = tuple(x for x in batch if x in kept)
-        groups = tuple(x for x in batch if x not in kept)
-        return cls(own[:1], own[1:], groups, queries, keys, channels, value_channels)
+        heads_per_kv_head = tuple(x for x in batch if x not in kept)
+        return cls(own[:1], own[1:], heads_per_kv_head, queries, keys, channels, value_channels)
 
     @property
     def query(self) -> Layout:
-        return self.batch, self.heads + self.groups, self.queries, self.channels
+        return self.batch, self.heads + self.heads_per_kv_head, self.queries, self.channels
 
     @property
     def key(self) -> Layout:
@@ -255,8 +256,8 @@ class Roles:
 
     @property
     def output(self) -> Layout:
-        return self.batch, self.heads + self.groups, self.queries, self.value_channels
+        return self.batch, self.heads + self.heads_per_kv_head, self.queries, self.value_channels
 
     def mask_tensor(self, mask: ScoreMask) -> MaskTensor:
         """A mask with the axes of its dimensions as those of scores [batch, heads, queries, keys]."""
-        return mask_tensor(mask, (self.batch, self.heads + self.groups, self.queries, self.keys))
+        return mask_tensor(mask, (self.batch, self.heads + self.heads_per_kv_head, self.queries, self.keys))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch.fx import Node
 
-from ..graph.axes import Dim, Layout, Misaligned, broadcast, is_size, leaves
+from ..graph.axes import Dim, Layout, Misaligned, is_size, leaves
 from ..graph.node_values import are_tensors, fake_tensor
 from ..graph.operation_names import operation_name
 from ..graph.operations import (
@@ -28,8 +28,8 @@ from ..graph.operations import (
     Viewed,
 )
 from ..graph.read_operations import read_operation
-from ..mask.expressions import AXES, OTHER_AXES
-from ..mask.mask_tensors import HIDDEN, MaskTensor
+from ..mask.mask_tensors import HIDDEN
+from .score_masks import ScoreMask, operand_layout, separated
 from .softmax import Reduction, find_reduction
 from .walk import Factor, Walker, shape_of, source_layout
 
@@ -38,27 +38,6 @@ ACTIVE_DROPOUT = "dropout is active; call model.eval() or set its probability to
 
 class NotAttention(Exception):
     """What was walked is no attention."""
-
-
-@dataclass
-class ScoreMask:
-    """A mask of scores, before it is read.
-
-    Attributes:
-        node: A boolean tensor, or one that is added.
-        user: The node that reads it.
-        layout: The axes of its dimensions.
-        keep: Whether scores stay where the mask is true, or are filled there; None for a mask that is added.
-        value: What the scores are filled with, or what an added mask is multiplied by; None if it is not known.
-        least: What lesser scores are raised to afterwards.
-    """
-
-    node: Node
-    user: Node
-    layout: Layout
-    keep: bool | None
-    value: float | None
-    least: float = -math.inf
 
 
 @dataclass
@@ -231,7 +210,7 @@ class ScoreWalk:
         keep = filled.keep if other is filled.value else not filled.keep
         value = self.walker.factor(other)
         known = value if isinstance(value, float) else None
-        self._mask(found, ScoreMask(filled.mask, node, _operand(node, layout, filled.mask), keep, known))
+        self._mask(found, ScoreMask(filled.mask, node, operand_layout(node, layout, filled.mask), keep, known))
         return found
 
     def _first(self, orders: list[tuple[Any, Any]], node: Node, layout: Layout) -> tuple[Scores, Any]:
@@ -239,7 +218,7 @@ class ScoreWalk:
         for source, other in orders:
             if fake_tensor(source) is not None:
                 try:
-                    return self.find(source, _operand(node, layout, source), node), other
+                    return self.find(source, operand_layout(node, layout, source), node), other
                 except (NotAttention, Misaligned):
                     continue
         raise NotAttention
@@ -251,7 +230,7 @@ class ScoreWalk:
             found.passed.append(other)
         elif fake_tensor(other) is not None and factor != 0:
             known = factor if isinstance(factor, float) else None
-            self._mask(found, ScoreMask(other, node, _operand(node, layout, other), None, known))
+            self._mask(found, ScoreMask(other, node, operand_layout(node, layout, other), None, known))
 
     def _mask(self, found: Scores, mask: ScoreMask) -> None:
         masks, passed = separated(self.walker, mask)
@@ -268,39 +247,3 @@ class ScoreWalk:
         Tanh: _tanh,
         Concatenated: _concatenated,
     }
-
-
-def separated(walker: Walker, mask: ScoreMask) -> tuple[list[ScoreMask], list[Node]]:
-    """What a mask is laid out and scaled from, each of them where added masks are a sum, and the nodes between.
-
-    Raises:
-        Misaligned: The dimensions of a sum cannot be told apart.
-    """
-    node = walker.current(mask.node, mask.user, [])
-    source = walker.operands(node, mask.layout, mask.user)[-1]
-    value = mask.value
-    for factor in source.factors:
-        value = None if value is None or factor.number is None else value * factor.number
-    total = read_operation(source.node)
-    is_changed = walker.is_changed(source.node, source.node, mask.user)
-    if mask.keep is not None or is_changed or not isinstance(total, Sum) or not are_tensors(total.left, total.right):
-        return [replace(mask, node=source.node, layout=source.layout, value=value)], list(source.passed)
-    masks, passed = [], [*source.passed, source.node]
-    for term, sign in ((total.left, 1), (total.right, total.sign)):
-        layout = _operand(source.node, source.layout, term)
-        signed = None if value is None else sign * value
-        inner, between = separated(walker, ScoreMask(term, source.node, layout, None, signed))
-        masks += inner
-        passed += between
-    return masks, passed
-
-
-def mask_tensor(mask: ScoreMask, scores: Layout) -> MaskTensor:
-    """A mask with the axes of its dimensions as those of scores, whose dimensions are given."""
-    known = dict(zip(map(leaves, scores), AXES, strict=True))
-    axes = tuple(known.get(leaves(dim), other) for dim, other in zip(mask.layout, OTHER_AXES, strict=False))
-    return MaskTensor(mask.node, mask.user, axes, mask.keep, mask.value, mask.least)
-
-
-def _operand(node: Node, layout: Layout, operand: Node) -> Layout:
-    return broadcast(layout, shape_of(node), shape_of(operand))

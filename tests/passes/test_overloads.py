@@ -44,7 +44,7 @@ class Program:
     def number(self, value: torch.Tensor) -> Node:
         """A number as export stores it."""
         self.module.lifted_tensor_0 = value
-        node = self.graph.get_attr("lifted_tensor_0")
+        node = self.graph.create_node("get_attr", "lifted_tensor_0")
         node.meta["example_value"] = value
         return self.call(aten.lift_fresh_copy.default, node)
 
@@ -137,10 +137,8 @@ def test_a_number_that_export_stores(program: Program) -> None:
 
 def test_stored_tensors_with_content(program: Program) -> None:
     """Of several numbers nothing is read, nor of what is no literal."""
-    for number in (
-        program.number(torch.tensor([0.0, 1.0])),
-        program.call(aten.lift_fresh_copy.default, program.scores),
-    ):
+    numbers = program.number(torch.tensor([0.0, 1.0]))
+    for stored in (numbers, program.call(aten.lift_fresh_copy.default, program.scores)):
         prover = Prover(Writes(program.graph.nodes))
-        prover.reader.read(number)
-        assert number not in prover.reader.understood
+        prover.reader.read(stored)
+        assert stored not in prover.reader.understood
