@@ -12,7 +12,7 @@ from .calibration.file import CalibrationError
 from .calibration.settings import site_settings
 from .ops import S2OConfig
 from .ops.density import dense_pairs
-from .passes.nested import nested_graphs
+from .passes.graph.nested import nested_graphs
 from .passes.report import Decision, Report
 from .passes.rewrite import rewrite
 from .passes.safety import Safeguard

@@ -57,12 +57,22 @@ def export(
 
 
 def _prepare(module: torch.fx.GraphModule) -> None:
-    """Put fake tensors where the passes look for them, and drop checks of dtypes, which use masks and scores."""
+    """Put fake tensors where the passes look for them, and drop what hides masks and scores from them.
+
+    These are checks of dtypes, and the in-place detaching of numbers, which are stored without gradients anyway.
+    """
     for node in list(module.graph.nodes):
         if "val" in node.meta:
             node.meta["example_value"] = node.meta["val"]
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
+        elif node.target is torch.ops.aten.detach_.default and _is_literal(node.args[0]):
+            node.target = torch.ops.aten.detach.default
+
+
+def _is_literal(node: Any) -> bool:
+    """Whether a node holds a copy of a number that is written in a program."""
+    return isinstance(node, torch.fx.Node) and node.target is torch.ops.aten.lift_fresh_copy.default
 
 
 def _check(report: Report, model: torch.nn.Module) -> None:
