@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 from .after_import import after_import
 
 if TYPE_CHECKING:
-    from .analysis import explain
+    from ._attention import attention
+    from ._explain import explain
+    from ._export import export
+    from ._profile import profile
     from .backend import S2OBackend, s2o
     from .calibration.calibrate import calibrate
     from .calibration.file import Calibration, CalibrationError
-    from .exporting import export
-    from .functional import attention
     from .integrations.settings import configure
     from .ops import S2OConfig
     from .passes import Report
-    from .profiling import profile
     from .view import visualize
 
     __version__: str
@@ -51,12 +51,12 @@ _HOMES = {
     "Report": "passes",
     "S2OBackend": "backend",
     "S2OConfig": "ops",
-    "attention": "functional",
+    "attention": "_attention",
     "calibrate": "calibration.calibrate",
     "configure": "integrations.settings",
-    "explain": "analysis",
-    "export": "exporting",
-    "profile": "profiling",
+    "explain": "_explain",
+    "export": "_export",
+    "profile": "_profile",
     "s2o": "backend",
     "visualize": "view",
 }
