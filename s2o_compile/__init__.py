@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ._attention import attention
     from ._explain import explain
     from ._export import export
-    from ._profile import profile
+    from ._profile import Profile, SiteProfile, profile
     from .backend import S2OBackend, s2o
     from .calibration.calibrate import calibrate
     from .calibration.file import Calibration, CalibrationError
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibration",
     "CalibrationError",
+    "Profile",
     "Report",
     "S2OBackend",
     "S2OConfig",
+    "SiteProfile",
     "__version__",
     "attention",
     "calibrate",
@@ -49,9 +51,11 @@ __all__ = [
 _HOMES = {
     "Calibration": "calibration.file",
     "CalibrationError": "calibration.file",
+    "Profile": "_profile",
     "Report": "passes",
     "S2OBackend": "backend",
     "S2OConfig": "ops",
+    "SiteProfile": "_profile",
     "attention": "_attention",
     "calibrate": "calibration.calibrate",
     "configure": "integrations.settings",

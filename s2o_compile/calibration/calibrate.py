@@ -48,7 +48,7 @@ def calibrate(
         output: The JSON file to write, for ``options={"calibration": output}``; None for none.
         config: The other settings of the operator, by default ``S2OConfig()``; all but `threshold` and `min_length`,
             which do not matter here, are kept in the file.
-        progress: Whether to show a progress bar on stderr.
+        progress: Whether to show a progress bar on stderr, if rich is installed.
 
     Returns:
         What was chosen.
