@@ -67,4 +67,8 @@ DENSE: dict[str, Callable[[bool], Dense]] = {
 
 def sparse(config: S2OConfig, is_causal: bool) -> Sparse:
     """The operator."""
-    return partial(attention, is_causal=is_causal, config=config, return_stats=True)
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionResult:
+        return attention(query, key, value, is_causal, config=config, return_stats=True)
+
+    return run
