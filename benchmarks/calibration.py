@@ -24,14 +24,13 @@ import typer
 from rich.table import Table
 
 from s2o_compile import Calibration, S2OConfig, calibrate
+from s2o_compile._console import Progress, UsageError
 from s2o_compile.calibration.calibrate import MARGIN
-from s2o_compile.calibration.sites import Measurement, SiteCall, call_sites
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, Json
-from s2o_compile.demo.document import build_document, check_document, read_texts
-from s2o_compile.demo.measure import prefill_inputs
-from s2o_compile.demo.model import choose_device, choose_dtype, load_model
-from s2o_compile.demo.progress import Progress
+from s2o_compile.calibration.sites import Measurement, SiteInputs, visit_sites
+from s2o_compile.testbed.document import build_document, check_document, read_texts
+from s2o_compile.testbed.model import choose_device, choose_dtype, load_model
+from s2o_compile.testbed.options import Device, Json
+from s2o_compile.testbed.predict import prefill_inputs
 
 from .command import run, wide_console
 
@@ -92,7 +91,7 @@ def measure_texts(
     calls: list[HeldOut] = []
     with Progress().step("Other texts") as update:
 
-        def handle(text: int, call: SiteCall) -> None:
+        def handle(text: int, call: SiteInputs) -> None:
             rules = {rule: [as_calibrated(call, found) for found in each] for rule, each in calibrations.items()}
             rules["budget alone"] = [with_budget(call, budget) for budget in budgets]
             grid = [call.measure(threshold) for threshold in GRID]
@@ -100,17 +99,17 @@ def measure_texts(
             update(done=len(calls), total=len(texts) * len(calibrations["calibrated"][0].sites))
 
         for text, inputs in enumerate(texts, 1):
-            call_sites(model, inputs, S2OConfig(), functools.partial(handle, text), lambda decisions: None)
+            visit_sites(model, inputs, S2OConfig(), functools.partial(handle, text), lambda decisions: None)
     return calls
 
 
-def as_calibrated(call: SiteCall, calibration: Calibration) -> Measurement:
+def as_calibrated(call: SiteInputs, calibration: Calibration) -> Measurement:
     """A call at the threshold of its site; dense ones have no error."""
     site = calibration.sites[call.site]
     return DENSE if site.dense else call.measure(site.threshold or 0.0)
 
 
-def with_budget(call: SiteCall, budget: float) -> Measurement:
+def with_budget(call: SiteInputs, budget: float) -> Measurement:
     """A call under a budget without calibration."""
     settings = S2OConfig(error_budget=budget).arguments()
     return dataclasses.replace(call, options=call.options | settings).measure(settings["threshold"])

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from s2o_compile.cli.options import Json
 from s2o_compile.ops import S2OConfig
 from s2o_compile.passes import rewrite
+from s2o_compile.testbed.options import Json
 
 from .command import run
 

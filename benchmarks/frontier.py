@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, Json, make_folder, read_config
-from s2o_compile.demo.model import choose_device
+from s2o_compile._console import UsageError
+from s2o_compile.testbed.model import choose_device
+from s2o_compile.testbed.options import Device, Json, make_folder, read_config
 from s2o_compile.writing import write_text
 
 from .captured import Layer, load_layer

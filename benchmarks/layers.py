@@ -20,14 +20,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from s2o_compile.calls import AttentionCalls, Call
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, Json, read_config
-from s2o_compile.demo.document import build_document, check_document, read_texts
-from s2o_compile.demo.measure import prefill_inputs
-from s2o_compile.demo.model import choose_device, choose_dtype, load_model
+from s2o_compile._console import UsageError
 from s2o_compile.ops import AttentionResult, S2OConfig
 from s2o_compile.ops.density import density
+from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
+from s2o_compile.testbed.document import build_document, check_document, read_texts
+from s2o_compile.testbed.model import choose_device, choose_dtype, load_model
+from s2o_compile.testbed.options import Device, Json, read_config
+from s2o_compile.testbed.predict import prefill_inputs
 
 from .command import progress_bars, run
 
@@ -42,7 +42,7 @@ class Row:
     error: float
 
 
-def compare(call: Call, config: S2OConfig, repetitions: int) -> tuple[torch.Tensor, Row]:
+def compare(call: SdpaInputs, config: S2OConfig, repetitions: int) -> tuple[torch.Tensor, Row]:
     """SDPA's output for one call, and what was measured; only calls as in a prefill of one document.
 
     Raises:
@@ -107,13 +107,13 @@ def main(
         task = progress.add_task("Prefill", total=loaded.config.num_hidden_layers)
         rows: list[Row] = []
 
-        def measure(call: Call) -> torch.Tensor:
+        def measure(call: SdpaInputs) -> torch.Tensor:
             dense, row = compare(call, config, repetitions)
             rows.append(row)
             progress.advance(task)
             return dense
 
-        with AttentionCalls(measure):
+        with SdpaIntercept(measure):
             loaded(**prefill_inputs(text, place))
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))

@@ -15,10 +15,10 @@ from typing import Annotated
 
 import typer
 
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, DType, Json, make_folder, read_config
-from s2o_compile.demo.document import check_document
-from s2o_compile.demo.model import choose_device, choose_dtype
+from s2o_compile._console import UsageError
+from s2o_compile.testbed.document import check_document
+from s2o_compile.testbed.model import choose_device, choose_dtype
+from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
 from s2o_compile.writing import write_text
 
 from ..command import progress_bars, run, wide_console

@@ -13,11 +13,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, DType, Json, Model, make_folder, read_config
-from s2o_compile.demo.memory import check_memory
-from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
+from s2o_compile.testbed.memory import check_memory
+from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
+from s2o_compile.testbed.options import Device, DType, Json, Model, make_folder, read_config
 from s2o_compile.writing import write_text
 
 from ..command import progress_bars, run

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Json, check_file
+from s2o_compile._console import UsageError
+from s2o_compile.testbed.options import Json, check_file
 from s2o_compile.writing import write_text
 
 from ..command import run

@@ -8,8 +8,6 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from .app import app
-
 BENCHMARKS = {
     "calibration": "calibration",
     "frontier": "frontier",
@@ -35,7 +33,6 @@ class _Benchmarks(TyperGroup):
 
 
 bench = typer.Typer(cls=_Benchmarks, name="bench")
-app.add_typer(bench)
 
 
 @bench.callback()

@@ -15,7 +15,7 @@ from benchmarks import capture, generation
 from benchmarks.command import run
 from benchmarks.zoo import __main__ as zoo
 from s2o_compile import cli
-from s2o_compile.cli.options import check_file
+from s2o_compile.testbed.options import check_file
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from benchmarks.frontier_report import Point, work_at
 from benchmarks.inputs import Structure
 from benchmarks.judge import Judge, Score
 from benchmarks.methods import METHODS, operator_scores, ranking_flops, rule_scores
-from s2o_compile.cli.errors import UsageError
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
 
 

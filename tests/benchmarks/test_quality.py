@@ -27,10 +27,9 @@ from benchmarks.quality.report import as_dict, count_lookups, summarise, tables
 from benchmarks.quality.run import Outcome, read_case
 from benchmarks.quality.tasks import CONSTANTS, TASKS, VALUES
 from benchmarks.quality.yarn import stretch
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.demo.document import MIDDLE
-from s2o_compile.demo.errors import DemoError
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
+from s2o_compile.testbed.document import MIDDLE
 
 from ..examples import examples
 from ..passes.models import VOCABULARY, tiny
@@ -138,7 +137,7 @@ class TestCases:
             build_case(Characters(), "multikey", 300, 0, Settings())
         path = tmp_path / "text"
         path.write_text("short " * 20)
-        with pytest.raises(DemoError, match="only 120 tokens of text left and --length 5000 needs"):
+        with pytest.raises(UsageError, match="only 120 tokens of text left and --length 5000 needs"):
             build_case(Characters(), "niah", 5000, 0, Settings(text=path))
 
 
@@ -347,5 +346,5 @@ def test_what_is_wrong_is_one_sentence(options: dict[str, Any], message: str) ->
 
 def test_too_many_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "load_model", lambda *_: (model(), Characters(VOCABULARY)))
-    with pytest.raises(DemoError, match="at most 4,096 positions"):
+    with pytest.raises(UsageError, match="at most 4,096 positions"):
         run(length=[1600, 9000])

@@ -15,11 +15,11 @@ import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig, cli
-from s2o_compile.calls import AttentionCalls, Call
-from s2o_compile.demo import prepare
-from s2o_compile.demo.document import Document
 from s2o_compile.ops import reference
 from s2o_compile.ops.density import density
+from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
+from s2o_compile.testbed import prepare
+from s2o_compile.testbed.document import Document
 from s2o_compile.view import ViewError
 from s2o_compile.view.head import view_head
 from s2o_compile.view.visits import visits
@@ -40,11 +40,11 @@ RULES = {
 }
 
 
-def attended(is_causal: bool = True) -> Call:
+def attended(is_causal: bool = True) -> SdpaInputs:
     """A call whose keys differ in importance: 4 heads over 2 KV heads."""
     torch.manual_seed(1)
     query, key, value = 2 * torch.randn(1, 4, LENGTH, 16), torch.randn(1, 2, LENGTH, 16), torch.randn(1, 2, LENGTH, 16)
-    return Call(0, query, key, value, {"is_causal": is_causal, "enable_gqa": True})
+    return SdpaInputs(0, query, key, value, {"is_causal": is_causal, "enable_gqa": True})
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -126,12 +126,12 @@ def test_the_report_says_what_the_operator_does(tmp_path: Path) -> None:
     model, ids, config = tiny("llama"), tokens(200, batch=1), RULES["default"]
     want: list[tuple[Any, Any]] = []
 
-    def record(call: Call) -> torch.Tensor:
+    def record(call: SdpaInputs) -> torch.Tensor:
         tensors = call.query, call.key, call.value
         want.append((s2o_compile.attention(*tensors, True, config=config, return_stats=True), call.dense()))
         return want[-1][1]
 
-    with torch.no_grad(), AttentionCalls(record):
+    with torch.no_grad(), SdpaIntercept(record):
         model(ids)
     done: list[int] = []
     path, folder = tmp_path / "report.html", tmp_path / "pictures"
