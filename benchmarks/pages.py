@@ -5,7 +5,7 @@
 rewrites every table between two comments of this form, in the README and below ``docs``:
 
     <!-- table: FILE.json
-    where: FIELD=VALUE, ...
+    where: FIELD=VALUE; ...
     columns: HEADING = TEMPLATE | HEADING = TEMPLATE ...
     across: TEMPLATE
     cell: TEMPLATE
@@ -13,7 +13,7 @@ rewrites every table between two comments of this form, in the README and below 
     <!-- end of table -->
 
 Templates are Python format strings of a row's fields; one is empty where a field of it is missing. Rows are those of
-`where`, all without it. With `across` and `cell`, rows that agree in their columns share a line, and its further cells
+`where` (None stands for a missing field), all without it. With `across` and `cell`, rows that agree in their columns share a line, and its further cells
 are headed by what `across` gives for each row.
 """
 
@@ -58,7 +58,7 @@ def read_spec(text: str) -> dict[str, str]:
 
 def render(rows: Iterable[Mapping[str, Any]], spec: Mapping[str, str]) -> str:
     """A table in Markdown."""
-    wanted = [pair.strip().split("=", 1) for pair in spec.get("where", "").split(",") if pair.strip()]
+    wanted = [pair.strip().split("=", 1) for pair in spec.get("where", "").split(";") if pair.strip()]
     chosen = [row for row in rows if all(str(row.get(name)) == value for name, value in wanted)]
     columns = [tuple(map(str.strip, column.split("=", 1))) for column in spec["columns"].split("|")]
     lines: dict[tuple[str, ...], dict[str, str]] = {}
