@@ -12,9 +12,9 @@ rewrites every table between two comments of this form, in the README and below 
     -->
     <!-- end of table -->
 
-Templates are Python format strings of a row's fields; one is empty where a field of it is missing. Rows are those of
-`where` (None stands for a missing field), all without it. With `across` and `cell`, rows that agree in their columns share a line, and its further cells
-are headed by what `across` gives for each row.
+Templates are Python format strings of a row's fields; the result is empty where a field is missing. Rows are those that
+`where` chooses (None stands for a missing field), all without it. With `across` and `cell`, rows that agree in their
+columns share a line, whose further cells are headed by what `across` gives for each row.
 """
 
 from __future__ import annotations
