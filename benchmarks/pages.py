@@ -36,8 +36,10 @@ TABLE = re.compile(r"(<!-- table: (\S+)\n(.*?)-->\n).*?(<!-- end of table -->)",
 
 
 def pages() -> list[Path]:
-    """The pages that may have tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """The README and all pages of the documentation, without what is generated when the website is built."""
+    docs = ROOT / "docs"
+    written = [page for page in sorted(docs.rglob("*.md")) if not page.relative_to(docs).parts[0].startswith("_")]
+    return [ROOT / "README.md", *written]
 
 
 def updated(text: str) -> str:
