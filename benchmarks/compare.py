@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +44,7 @@ class Comparison:
     """Two results compared.
 
     Attributes:
-        facts: Old and new, of each fact of the results in which they differ.
+        facts: Old and new, of each fact in which the results differ; parts of nested ones by their path.
         moved: The figures that moved beyond the noise.
         within: How many did not.
         only_old: Row and measure of the figures that only the old result has.
@@ -69,12 +69,21 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], noise: float = NOISE
         change for place in both if (change := _change(place, old, before[place], after[place], noise)) is not None
     ]
     return Comparison(
-        facts={name: (old[name], new[name]) for name in FACTS if old[name] != new[name]},
+        facts=dict(pair for name in FACTS for pair in _differences(name, old[name], new[name])),
         moved=moved,
         within=len(both) - len(moved),
         only_old=[place for place in before if place not in after],
         only_new=[place for place in after if place not in before],
     )
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """The parts in which two facts differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for part in {**old, **new}:
+            yield from _differences(f"{name}.{part}", old.get(part), new.get(part))
+    elif old != new:
+        yield name, (old, new)
 
 
 def figures(result: Mapping[str, Any]) -> Figures:
@@ -112,15 +121,17 @@ def table(comparison: Comparison) -> Table:
         shown.add_row(
             one.row, f"{one.measure}, {one.unit}", f"{one.old:.4g}", f"{one.new:.4g}", relative, f"{one.noise:.1%}"
         )
-    notes = [f"{name}: {was} -> {now}" for name, (was, now) in comparison.facts.items()]
-    notes += [f"only in the old result: {row}: {measure}" for row, measure in comparison.only_old]
-    notes += [f"only in the new result: {row}: {measure}" for row, measure in comparison.only_new]
-    shown.title, shown.caption = (
-        f"{len(comparison.moved)} moved, {comparison.within} within the noise",
-        "\n".join(notes),
-    )
-    shown.title_justify = shown.caption_justify = "left"
     return shown
+
+
+def notes(comparison: Comparison) -> Iterator[str]:
+    """The rest of a comparison, a line each."""
+    for name, (was, now) in comparison.facts.items():
+        yield f"{name}: {was} -> {now}"
+    for which, places in (("old", comparison.only_old), ("new", comparison.only_new)):
+        for row, measure in places:
+            yield f"only in the {which} result: {row}: {measure}"
+    yield f"{len(comparison.moved)} moved, {comparison.within} within the noise"
 
 
 def main(
@@ -139,7 +150,11 @@ def main(
     if as_json:
         print(json.dumps(dataclasses.asdict(comparison), indent=2))
     else:
-        wide_console().print(table(comparison))
+        console = wide_console()
+        if comparison.moved:
+            console.print(table(comparison))
+        for line in notes(comparison):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

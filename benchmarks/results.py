@@ -154,4 +154,5 @@ def device_name(device: torch.device) -> str:
         name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"

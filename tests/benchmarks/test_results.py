@@ -32,7 +32,7 @@ class TestFiles:
         save(written, tmp_path / "speed.json")
         read = load(tmp_path / "speed.json")
         assert read == json.loads(json.dumps(written))
-        assert read["versions"]["torch"] == torch.__version__ and "threads" in read["device"]
+        assert read["versions"]["torch"] == torch.__version__ and "thread" in read["device"]
         assert re.fullmatch(r"\d{4}-\d\d-\d\d", read["date"])
         assert read["measures"]["ms"] == {"unit": "ms", "spread": "spread"}
 
@@ -77,6 +77,14 @@ class TestComparing:
         assert found.within == 1 and found.facts == {}
         assert found.only_old == [("length 8192, gone", "ms")]
         assert found.only_new == [("length 8192, added", "ms")]
+
+    def test_the_facts_that_differ_are_named(self) -> None:
+        old = result() | {"settings": {"s2o": {"pool": 1, "sample": 16}, "dtype": "float32"}}
+        new = result() | {"settings": {"s2o": {"pool": 2, "sample": 16}}}
+        assert compare.compare(old, new).facts == {
+            "settings.s2o.pool": (1, 2),
+            "settings.dtype": ("float32", None),
+        }
 
     def test_without_a_spread_the_noise_is_given(self) -> None:
         old, new = result(row(density=0.100)), result(row(density=0.102))
