@@ -13,7 +13,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +27,24 @@ from s2o_compile._console import Progress, UsageError
 from s2o_compile.calibration.calibrate import MARGIN
 from s2o_compile.calibration.sites import Measurement, SiteInputs, visit_sites
 from s2o_compile.testbed.document import build_document, check_document, read_texts
-from s2o_compile.testbed.model import choose_device, choose_dtype, load_model
+from s2o_compile.testbed.model import choose_device, choose_dtype, load_model, model_name
 from s2o_compile.testbed.options import Device, Json
 from s2o_compile.testbed.predict import prefill_inputs
 
 from .command import run, wide_console
+from .results import as_text, record
 
 GRID = tuple(2.0**power for power in range(-9, -2))
 """Thresholds for all sites."""
 DENSE = Measurement(threshold=0.0, density=1.0, error=0.0)
 WITHIN = 1.5
+MEASURES: dict[str, tuple[str, str | None]] = {
+    "median": ("budgets", None),
+    "worst": ("budgets", None),
+    "kept": ("share of calls", None),
+    "within": ("share of calls", None),
+    "density": ("share", None),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +195,13 @@ def main(
     calls = measure_texts(loaded, [prefill_inputs(text, place) for text in unseen], calibrations, budgets)
     found = rows(calls, budgets)
     if as_json:
-        raw = [dataclasses.asdict(call) for call in calls]
-        print(json.dumps({"rows": [dataclasses.asdict(row) for row in found], "calls": raw}))
+        settings = {
+            "model": model_name(loaded, model), "length": length, "held_out_length": held_out_length, "texts": texts,
+            "other": list(map(str, others)),
+        }  # fmt: skip
+        details = [dataclasses.asdict(call) for call in calls]
+        rules = list(map(dataclasses.asdict, found))
+        print(as_text(record("calibration", rules, ("budget", "rule"), MEASURES, place, settings, calls=details)))
     else:
         wide_console().print(table(found))
 

@@ -9,7 +9,6 @@ SDPA and with the operator in turn. Times are medians of the repetitions.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
@@ -25,11 +24,19 @@ from s2o_compile.ops import AttentionResult, S2OConfig
 from s2o_compile.ops.density import density
 from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
 from s2o_compile.testbed.document import build_document, check_document, read_texts
-from s2o_compile.testbed.model import choose_device, choose_dtype, load_model
+from s2o_compile.testbed.model import choose_device, choose_dtype, load_model, model_name
 from s2o_compile.testbed.options import Device, Json, read_config
 from s2o_compile.testbed.predict import prefill_inputs
 
 from .command import progress_bars, run
+from .results import as_text, record
+
+MEASURES: dict[str, tuple[str, str | None]] = {
+    "sdpa": ("s", None),
+    "s2o": ("s", None),
+    "density": ("share", None),
+    "error": ("relative squared error", None),
+}
 
 
 @dataclasses.dataclass
@@ -116,7 +123,11 @@ def main(
         with SdpaIntercept(measure):
             loaded(**prefill_inputs(text, place))
     if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+        settings = {
+            "model": model_name(loaded, model), "length": length, "repetitions": repetitions, "s2o": config.arguments(),
+        }  # fmt: skip
+        layers = [{"layer": number, **dataclasses.asdict(row)} for number, row in enumerate(rows)]
+        print(as_text(record("layers", layers, ("layer",), MEASURES, place, settings)))
     else:
         Console().print(table(rows))
 

@@ -154,7 +154,7 @@ def test_reports(tmp_path: Path) -> None:
     assert {field for field, _ in COLUMNS.values()} < {field.name for field in dataclasses.fields(Row)}
     found = json.loads(json.dumps(as_dict(case(), rows, 5)))
     assert found["rows"] == [dataclasses.asdict(row) for row in rows]
-    assert found["settings"]["pool=4"]["pool"] == 4 and found["shapes"]["smollm2"]["channels"] == 64
+    assert found["settings"]["s2o"]["pool=4"]["pool"] == 4 and found["settings"]["shapes"]["smollm2"]["channels"] == 64
     save_plot(rows, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
