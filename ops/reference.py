@@ -48,13 +48,15 @@ BLOCK = 64
 class Call(NamedTuple):
     """A call in float64: `query` [B, H, G, L, D], `key` [B, H, 1, N, D], `value` [B, H, 1, N, Dv], padding zeroed.
 
-    `seen` [B, H, G, L, N] is the whole mask, true where a query sees a key. `sinks` [H, G] are -inf for none.
+    `seen` [B, H, G, L, N] is the whole mask, true where a query sees a key; `valid` [B, N] are the keys that are not
+    padding; `sinks` [H, G] are -inf for none.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     seen: Tensor
+    valid: Tensor
     scale: float
     softcap: float
     sinks: Tensor
@@ -68,6 +70,27 @@ class Segment(NamedTuple):
     seen: Tensor
     dense: Tensor
     history: Tensor
+
+
+def call_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Visibility,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Call:
+    """The arguments of `reference_attention` as a `Call`."""
+    (batch, heads, length, width), (kv_heads, keys) = query.shape, key.shape[1:3]
+    shape = (batch, kv_heads, heads // max(1, kv_heads), length)
+    seen = terms.as_mask(batch, length, keys, key.device).expand(batch, heads, length, keys).reshape(*shape, keys)
+    valid = torch.ones(batch, keys, device=key.device).bool() if terms.key_padding is None else terms.key_padding
+    key, value = (x.double().masked_fill(~valid[:, None, :, None], 0)[:, :, None] for x in (key, value))
+    scale = width**-0.5 if scale is None else scale
+    sinks = torch.full((heads,), -math.inf, device=key.device) if sinks is None else sinks
+    sinks = sinks.double().view(shape[1:3])
+    return Call(query.double().reshape(*shape, width), key, value, seen, valid, scale, softcap, sinks)
 
 
 def logits(call: Call, query: Tensor) -> Tensor:
@@ -100,10 +123,8 @@ def projection(guide_moments: Tensor, key_moments: Tensor, count: int) -> Tensor
     return torch.diag_embed(torch.zeros_like(energy).scatter(-1, energy.topk(count).indices, 1))
 
 
-def channels(
-    guide: Tensor, key: Tensor, valid: Tensor, scale: float, count: int, projection: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor]:
-    """P [B, H, 1, D, D] and nu [B, H, 1, 1, 1] of each KV head, from the moments of all its guides and `valid` keys.
+def channels(call: Call, guide: Tensor, count: int, projection: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """P [B, H, 1, D, D] and nu [B, H, 1, 1, 1] of each KV head, from the moments of all its guides and valid keys.
 
     nu = scale^2 E_i Var_j (q_i - q_i P) . k_j is the variance of what scores lack. A score that is off by a normal
     variable of variance nu is too small as often as too large, which costs more; the factor e^nu makes up for it
@@ -112,14 +133,14 @@ def channels(
     """
     step = max(1, guide.shape[2] * guide.shape[3] // 2**11)
     rows = guide[..., ::step, :].flatten(2, 3).nan_to_num(0, 0, 0)
-    step = max(1, key.shape[3] // 2**11)
-    keys, counted = key[:, :, 0, ::step].nan_to_num(0, 0, 0), valid[:, None, ::step, None]
+    step = max(1, call.key.shape[3] // 2**11)
+    keys, counted = call.key[:, :, 0, ::step].nan_to_num(0, 0, 0), call.valid[:, None, ::step, None]
     total = counted.sum(-2, keepdim=True).clamp_min(1)
     centred = (keys - keys.sum(-2, keepdim=True) / total) * counted
-    kept = projection(rows.mT @ rows / rows.shape[1], keys.mT @ keys / total, count)
+    kept = projection(rows.mT @ rows / rows.shape[2], keys.mT @ keys / total, count)
     lack = rows - rows @ kept
-    nu = scale**2 * (lack @ (centred.mT @ centred / total) * lack).sum(-1).mean(-1)[:, :, None, None, None]
-    everything = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device)
+    nu = call.scale**2 * (lack @ (centred.mT @ centred / total) * lack).sum(-1).mean(-1)[:, :, None, None, None]
+    everything = torch.eye(rows.shape[3], dtype=rows.dtype, device=rows.device)
     return torch.where(nu > 2, everything, kept[:, :, None]), nu.masked_fill(nu > 2, 0)
 
 
@@ -207,6 +228,8 @@ def reference_attention(
 ) -> AttentionResult:
     """Sparse attention as specified; output and log-sum-exp in the dtype of the query.
 
+    Each of the `steps` is the function of this file of the same name, unless `config` overrides it.
+
     Args:
         query: [B, H G, L, D].
         key: [B, H, N, D].
@@ -224,27 +247,21 @@ def reference_attention(
     theta, size, tile, sample = config.threshold, config.segment, config.tile, config.sample
     first_keys, near_keys, count = config.first_keys, config.near_keys, config.channels or query.shape[3]
 
-    (batch, heads, length, width), (kv_heads, keys) = query.shape, key.shape[1:3]
-    shape = (batch, kv_heads, heads // max(1, kv_heads), length)
-    position = torch.arange(keys, device=key.device)
-    valid = (position >= 0).expand(batch, keys) if terms.key_padding is None else terms.key_padding
-    key, value = (x.double().masked_fill(~valid[:, None, :, None], 0)[:, :, None] for x in (key, value))
-    seen = terms.as_mask(batch, length, keys, key.device).expand(batch, heads, length, keys).reshape(*shape, keys)
-    sink = query.new_full((heads,), -math.inf) if sinks is None else sinks
-    scale = width**-0.5 if scale is None else scale
-    call = Call(query.double().reshape(*shape, width), key, value, seen, scale, softcap, sink.double().view(shape[1:3]))
-    output, lse = query.new_zeros(*shape, value.shape[4]), query.new_zeros(shape)
+    call = call_of(query, key, value, terms, scale, softcap, sinks)
+    shape, keys, position = call.query.shape[:4], call.key.shape[3], positions(call.seen)
+    length, width = call.query.shape[3:]
+    output, lse = query.new_zeros(*shape, value.shape[3]), query.new_zeros(shape)
     visited = position.new_zeros(*shape[:3], -(-length // tile))
 
     steps = steps_of(config, call)
-    guide, _ = steps.guides(call.query, seen)
-    few, nu = channels(guide, key, valid, scale, min(count, width), steps.projection)
+    guide, _ = steps.guides(call.query, call.seen)
+    few, nu = channels(call, guide, min(count, width), steps.projection)
     for index in range(-(-length // size)):
         rows = slice(index * size, min((index + 1) * size, length))
         start, low, high = steps.span(index, size, near_keys, length, keys, terms)
         dense = (position >= low) & (position < high)
         history = (position >= start) & (position < low if terms.is_causal else ~dense)
-        segment = Segment(index, call.query[..., rows, :], seen[..., rows, :], dense, history)
+        segment = Segment(index, call.query[..., rows, :], call.seen[..., rows, :], dense, history)
 
         guide, guide_sees = steps.guides(segment.query, segment.seen)
         log_z = log_normalisers(segment, logits(call, guide), guide_sees, sample, first_keys)
