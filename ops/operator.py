@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cpu
-from .choice import choose_sparse
+from .choice import choose_sparse, has_kernels
 from .config import SETTINGS, S2OConfig, operator_fields
 from .dense import decode_attention, dense_attention, positive_scale
 from .distributed import refuse_context_parallel, refuse_dtensors
@@ -230,7 +230,9 @@ class _Call(NamedTuple):
         arguments = (self.query, self.key, value, *self.visibility, self.factor, self.softcap)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
-        if self.query.is_cuda and not symbolic and not _is_empty(self.query, self.key) and _is_packaging():
+        is_empty = _is_empty(self.query, self.key)
+        by_kernels = self.query.is_cuda and not is_empty and has_kernels(self.visibility, self.config)
+        if by_kernels and not symbolic and _is_packaging():
             from .kernels.launch import sparse_triton
 
             result = AttentionResult(*sparse_triton(*arguments, settings))
@@ -258,15 +260,18 @@ def _is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 def _sparse_cpu(*arguments: Any) -> AttentionResult:
-    def attend(call: SparseCall, config: S2OConfig) -> AttentionResult:
-        operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
-        return cpu.sparse_attention(*operands, config)
+    return _dispatched(_attend_by_torch, *arguments)
 
-    return _dispatched(attend, *arguments)
+
+def _attend_by_torch(call: SparseCall, config: S2OConfig) -> AttentionResult:
+    operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
+    return cpu.sparse_attention(*operands, config)
 
 
 def _sparse_cuda(*arguments: Any) -> AttentionResult:
     def attend(call: SparseCall, config: S2OConfig) -> AttentionResult:
+        if not has_kernels(call.visibility, config):
+            return _attend_by_torch(call, config)
         from .kernels.launch import sparse_triton
 
         *operands, _, _ = arguments

@@ -1,4 +1,7 @@
-"""The CPU implementation, in torch operations batched over tiles: `rank` lists the keys, `attend` visits them."""
+"""The implementation in torch operations batched over tiles: `rank` lists the keys, `attend` visits them.
+
+It is written for CPUs, and runs on any device: on a GPU, for the rules that have no Triton kernels.
+"""
 
 from .launch import sparse_attention
 

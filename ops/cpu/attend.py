@@ -34,10 +34,10 @@ class Attention:
         tile = self.config.tile
         padded = pad(group.query, (0, 0, 0, -self.geometry.queries % tile))
         self.query = padded.unflatten(1, (-1, tile)).transpose(0, 1).contiguous()
-        tiles = torch.arange(self.geometry.tiles)
+        tiles = group.arange(self.geometry.tiles)
         segments = tiles // (self.config.segment // tile)
         _, low, high = group.spans[segments].unbind(1)
-        self.rows = tiles[:, None] * tile + torch.arange(tile)
+        self.rows = tiles[:, None] * tile + group.arange(tile)
         end = high
         if self.geometry.is_causal:
             last = self.rows[:, -1].clamp_max(self.geometry.queries - 1) + self.geometry.offset
@@ -54,7 +54,7 @@ class Attention:
         if pool == 1 and self.config.guides == "head":
             lse = self.lse.transpose(0, 1).flatten(1)[:, : self.geometry.queries]
             return self.group.by_segment(lse[..., None])[..., 0]
-        rows = (torch.arange(guides.shape[1] * guides.shape[2]) * pool).view(guides.shape[1:3])
+        rows = (self.group.arange(guides.shape[1] * guides.shape[2]) * pool).view(guides.shape[1:3])
         return self.spans(guides.transpose(0, 1), rows, *self.group.spans[:, 1:].unbind(1))[1].transpose(0, 1)
 
     def spans(
@@ -64,11 +64,11 @@ class Attention:
         output = query.new_zeros(*query.shape[:3], self.value.shape[-1])
         lse = query.new_full(query.shape[:3], -math.inf)
         for units in batches(end - low):
-            keys = low[units, None] + torch.arange(int((end - low)[units].max()))
+            keys = low[units, None] + self.group.arange(int((end - low)[units].max()))
             inside = keys < end[units, None]
             keys = keys.clamp_max(self.geometry.keys - 1)
             bias = torch.where(inside, self.key.new_zeros(()), -math.inf)
-            bias = self.mask(bias, torch.arange(query.shape[1]), rows[units], keys)
+            bias = self.mask(bias, self.group.arange(query.shape[1]), rows[units], keys)
             output[units], lse[units] = self.gather(query[units], keys, bias)
         return output, lse
 
@@ -77,7 +77,7 @@ class Attention:
         per_segment = self.config.segment // self.config.tile
         first = lists.segments.start * per_segment
         end = min(lists.segments.stop * per_segment, self.geometry.tiles)
-        segment = torch.arange(end - first) // per_segment
+        segment = self.group.arange(end - first) // per_segment
         start, count = (x[segment].flatten() for x in (lists.start, lists.count))
         if self.most is not None and lists.lse is not None:
             self.most[first:end] = self.bound(lists.lse)[: end - first]
@@ -99,11 +99,11 @@ class Attention:
     def visit_means(self, lists: Lists, segment: torch.Tensor, first: int) -> None:
         """Let block means stand for the keys left out, in the tiles from `first` on, of these segments [U]."""
         left = lists.left_per_block().flatten(0, 1)
-        left = left[segment * self.group.lists + torch.arange(len(segment)) % self.group.lists]
+        left = left[segment * self.group.lists + self.group.arange(len(segment)) % self.group.lists]
         _, low, high = self.group.spans[lists.segments.start + segment].unbind(1)
         size = round_up(self.geometry.history_blocks(low, high))
-        for units in batches(torch.full((len(segment),), left.shape[1])):
-            blocks = (self.geometry.keys + torch.arange(left.shape[1])).expand(len(units), -1)
+        for units in batches(torch.full_like(segment, left.shape[1])):
+            blocks = (self.geometry.keys + self.group.arange(left.shape[1])).expand(len(units), -1)
             self.add(units + first, blocks, left[units].to(self.key.dtype).log(), size[units])
 
     def walk(self, places: torch.Tensor, lists: Lists, start: torch.Tensor, count: torch.Tensor) -> None:
@@ -135,7 +135,7 @@ class Attention:
     def mask_listed(self, bias: torch.Tensor, places: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """`mask`, at (tile, list) pairs `places`."""
         heads = self.group.heads // self.group.lists
-        head = places[:, None] % self.group.lists * heads + torch.arange(heads)
+        head = places[:, None] % self.group.lists * heads + self.group.arange(heads)
         return self.mask(bias, head, self.rows[places // self.group.lists], keys)
 
     def mask(self, bias: torch.Tensor, head: torch.Tensor, row: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -155,13 +155,13 @@ class Attention:
         length, tile = self.geometry.queries, self.config.tile
         result.output.copy_(self.output.transpose(0, 1).flatten(1, 2)[:, :length])
         result.lse.copy_(self.lse.transpose(0, 1).flatten(1)[:, :length])
-        rows = (length - torch.arange(self.geometry.tiles) * tile).clamp_max(tile)
+        rows = (length - self.group.arange(self.geometry.tiles) * tile).clamp_max(tile)
         result.visited.copy_(self.keys.T * rows)
 
 
 def listed(lists: Lists, start: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` keys from `start` [U] on, and their log-weights, side by side [U, n]; the shorter end in -inf."""
-    place = torch.arange(int(count.max()))
+    place = torch.arange(int(count.max()), device=count.device)
     index = torch.where(place < count[:, None], start[:, None] + place, len(lists.keys) - 1)
     return lists.keys[index], lists.log_weight[index]
 

@@ -71,6 +71,10 @@ class Group:
         """Query heads."""
         return len(self.query)
 
+    def arange(self, *ends: int) -> torch.Tensor:
+        """``torch.arange`` on the device of the inputs."""
+        return torch.arange(*ends, device=self.query.device)
+
     @functools.cached_property
     def pooled(self) -> torch.Tensor:
         """The pooled queries [G or 1, guides, D]."""
@@ -92,7 +96,7 @@ class Group:
     def log_distances(self) -> torch.Tensor:
         """The logs of how far values lie from the outputs, in units of these [Lk]."""
         rows = sampled_rows(self.geometry.queries, self.heads, self.query.device)
-        head, position = torch.arange(self.heads)[:, None, None], torch.arange(self.geometry.keys)
+        head, position = self.arange(self.heads)[:, None, None], self.arange(self.geometry.keys)
         seen = self.seen(head, rows[:, None], position)
         return value_distances(self.query[:, rows], self.key, self.value, seen, 1.0, self.softcap).log()
 
@@ -100,7 +104,7 @@ class Group:
     def real_guides(self) -> torch.Tensor:
         """Which guides of a segment are not past a ragged end [segments, n]."""
         pooled = -(-self.geometry.queries // self.config.pool)
-        return self.by_segment(torch.ones(1, pooled, 1, dtype=torch.bool))[0, :, :, 0]
+        return self.by_segment(self.query.new_ones(1, pooled, 1, dtype=torch.bool))[0, :, :, 0]
 
     def by_segment(self, guides: torch.Tensor) -> torch.Tensor:
         """Cut guides [heads, n, D] into segments [heads, segments, n, D], filled up with zeros."""

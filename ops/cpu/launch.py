@@ -1,4 +1,4 @@
-"""Sparse attention on a CPU: one KV group of one batch entry at a time, and of that, a run of segments at a time."""
+"""Sparse attention in torch operations: one KV head of one batch entry at a time, and a run of segments at a time."""
 
 from __future__ import annotations
 

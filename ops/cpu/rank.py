@@ -73,10 +73,10 @@ class Ranking:
     def __init__(self, group: Group, near: torch.Tensor) -> None:
         self.group, self.geometry, self.config = group, group.geometry, group.config
         self.real, self.near = group.real_guides, near.transpose(0, 1)
-        self.positions = torch.arange(self.geometry.keys)
+        self.positions = group.arange(self.geometry.keys)
         exact = group.query.dtype
-        fast = exact == torch.float32 and not group.softcap and has_fast_bfloat16()
-        dtype = torch.bfloat16 if fast else exact
+        is_exact = exact != torch.float32 or group.softcap > 0 or not group.query.is_cpu
+        dtype = exact if is_exact or not has_fast_bfloat16() else torch.bfloat16
         self.comparable = dtype == torch.bfloat16 and group.finite
         guides, key, self.neglected = group.scored
         self.guides = pad(guides.transpose(0, 1), (0, _MORE)).to(dtype)
@@ -87,7 +87,7 @@ class Ranking:
         self.key[:, -_MORE : 2 - _MORE] = 1
         self.most = min(_SCORES, self.config.workspace // dtype.itemsize)
         self.held = self.most if dtype == torch.bfloat16 else min(self.most, _HELD)
-        self.buffer = torch.empty(max(self.most, self.rows * BLOCK), dtype=dtype)
+        self.buffer = self.key.new_empty(max(self.most, self.rows * BLOCK))
         first, sample = self.config.first_keys, self.config.sample
         drawn = self.positions[sample // 2 :: sample]
         self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
@@ -127,11 +127,11 @@ class Ranking:
         if config.stop == "gain":
             ranked = importance.clamp_min(-1e30).masked_fill(~keep, -math.inf)
             order = ranked.argsort(dim=-1, descending=True, stable=True)
-            listed = torch.arange(len(run.reach)) < keep.sum(-1, keepdim=True)
+            listed = self.group.arange(len(run.reach)) < keep.sum(-1, keepdim=True)
             return pack(run, keep, order[listed], log_weight, normaliser)
         bar = importance.new_tensor(math.log(config.threshold))
         if config.has_samples:
-            segment = torch.arange(segments.start, segments.stop)[:, None]
+            segment = self.group.arange(segments.start, segments.stop)[:, None]
             keep = keep & (importance >= bar + draws(self.positions[span(run.reach)], segment).log()[:, None])
             log_weight = (bar - importance[keep]).clamp_min(0)
         else:
@@ -157,9 +157,9 @@ class Ranking:
     def seen(self, segments: range, reach: range) -> torch.Tensor:
         """Which keys in reach each guide sees [segments, heads or 1, n, keys]."""
         heads, per_segment = self.guides.shape[1:3]
-        row = torch.arange(segments.start * per_segment, segments.stop * per_segment) * self.config.pool
+        row = self.group.arange(segments.start * per_segment, segments.stop * per_segment) * self.config.pool
         row = row.view(-1, 1, per_segment, 1)
-        seen = self.group.seen(torch.arange(heads)[:, None, None], row, self.positions[span(reach)])
+        seen = self.group.seen(self.group.arange(heads)[:, None, None], row, self.positions[span(reach)])
         return (seen & self.real[span(segments), None, :, None]).expand(-1, -1, -1, len(reach))
 
     def by_list(self, x: torch.Tensor) -> torch.Tensor:
@@ -185,7 +185,7 @@ class Ranking:
         if run.seen is not None:
             surprisal.masked_fill_(~run.seen, math.inf)
         surprisal = self.by_list(surprisal)
-        importance = torch.full((), -math.inf)
+        importance = normaliser.new_full((), -math.inf)
         if config.max_weight:
             least = least_by_bits(surprisal, 2) if self.comparable else surprisal.amin(2)
             importance = math.log(config.max_weight) - least.to(normaliser.dtype)

@@ -1,4 +1,4 @@
-"""Attention of tiles: the dense span, the listed keys by index until they no longer matter, and block means."""
+"""Attention of tiles: the dense span, and the listed keys by index."""
 
 # mypy: ignore-errors
 from __future__ import annotations
@@ -125,26 +125,6 @@ def _begin(
 
 
 @triton.jit
-def _add_means(
-    maximum, mass, total, rows, means, skipped, blocks, unit, softcap,
-    FIXED: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the means of the first blocks, each for as many keys as were `skipped`."""
-    mean_key, mean_value = means
-    lane = tl.arange(0, BLOCK_N)
-    for start in tl.range(0, blocks, BLOCK_N, num_stages=3):
-        # Past the last block the bias is -inf. Loads without a mask are fewer, and leave registers free.
-        bias = tl.load(skipped + start + lane) * (1 / unit)
-        column = tl.minimum(start + lane, blocks - 1)
-        maximum, mass, total = _add(
-            maximum, mass, total, rows, mean_key, mean_value, column, None, None, bias, None,
-            unit, softcap, D, DV, FIXED, False, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
-        )  # fmt: skip
-    return maximum, mass, total
-
-
-@triton.jit
 def _places(
     tile, first_head, end_head, first_head_of_group, queries, HEADS: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -167,11 +147,8 @@ def attend_kernel(
     mask,
     index,
     count,
-    skipped,
     weights,
     guide_lse,
-    mean_key,
-    mean_value,
     output,
     lse,
     visited,
@@ -203,9 +180,6 @@ def attend_kernel(
     window,
     near_keys,
     capacity,
-    blocks,
-    skipped_stride,
-    threshold,
     log2_most,
     guides_per_head,
     scale,
@@ -221,14 +195,11 @@ def attend_kernel(
     DOCUMENTS: tl.constexpr,
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    HAS_MEANS: tl.constexpr,
     SAMPLED: tl.constexpr,
     POOL: tl.constexpr,
     GUIDE_HEADS: tl.constexpr,
     BOUNDED: tl.constexpr,
     FIXED: tl.constexpr,
-    STOP_BY_GAIN: tl.constexpr,
-    CHUNK: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr,
     D: tl.constexpr,
@@ -244,7 +215,7 @@ def attend_kernel(
     Lists as `select_kernel` writes them. Program (tile, latest first; part of the group's heads;
     batch entry and group).
     """
-    scale, threshold, log2_most = float32(scale), float32(threshold), float32(log2_most)
+    scale, log2_most = float32(scale), float32(log2_most)
     unit = tl.maximum(scale, 1e-30)
     softcap = float32(softcap) / unit
     tiles_per_segment: tl.constexpr = SEGMENT // TILE
@@ -291,7 +262,7 @@ def attend_kernel(
     if FIXED and not HAS_PADDING:
         seen_by_all = tl.minimum(end - 1, tile * TILE + offset + 1) if CAUSAL else end - 1
         open_end += tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
-    whole = listed if STOP_BY_GAIN else tl.maximum(listed - 1, 0) // BLOCK_N * BLOCK_N
+    whole = tl.maximum(listed - 1, 0) // BLOCK_N * BLOCK_N
     places, tensors, lists = (head, position, real), (key, value, padding), (index, weights)
     maximum, mass, total = _begin(
         rows, places, tensors, lists, terms, most, open_end, end, whole, listed, unit, softcap,
@@ -304,57 +275,22 @@ def attend_kernel(
         mass *= 0.5**STEPS_IN_HALF
         total *= 0.5**STEPS_IN_HALF
 
-    if STOP_BY_GAIN:
-        done = 0
-        while done < listed:
-            stop = tl.minimum(done + CHUNK, listed)
-            maximum_before, mass_before = maximum, mass
-            for start in range(done, stop, BLOCK_N):
-                column = start + lane
-                inside = column < stop
-                chosen = tl.load(index + column, mask=inside, other=0)
-                seen = see(terms, head, position, real, chosen, inside, False, WINDOW, DOCUMENTS, MASK)
-                maximum, mass, total = _add(
-                    maximum, mass, total, rows, key, value, chosen, inside, seen, None, None,
-                    unit, softcap, KEY_STRIDE, VALUE_STRIDE, False, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV,
-                    PRECISION,
-                )  # fmt: skip
-            before = mass_before * tl.exp2((maximum_before - finite_or_zero(maximum)) * unit)
-            small = (mass - before) < threshold * before
-            goes_on = tl.sum((real & (small == 0)).to(tl.int32), 0) > 0
-            done, listed = stop, tl.where(goes_on, listed, stop)
-    else:
-        for start in range(low - open_end, whole, BLOCK_N):
-            column = start + lane
-            chosen = tl.where(start < 0, open_end + column, tl.load(index + column, mask=column >= 0, other=0))
-            bias = None
-            if SAMPLED:
-                bias = tl.load(weights + column, mask=column >= 0, other=0.0).to(tl.float32) * (1 / unit)
-            seen = None
-            if varies:
-                everywhere = lane < BLOCK_N
-                seen = see(terms, head, position, real, chosen, everywhere, False, WINDOW, DOCUMENTS, MASK)
-            maximum, mass, total = _add(
-                maximum, mass, total, rows, key, value, chosen, None, seen, bias, most,
-                unit, softcap, KEY_STRIDE, VALUE_STRIDE, FIXED, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
-            )  # fmt: skip
-
-    seen_keys = round_up(end - low, KEY_BLOCK) + round_up(listed, KEY_BLOCK)
-    if HAS_MEANS:
-        mean_blocks = low // KEY_BLOCK
-        seen_blocks = mean_blocks
-        if not CAUSAL:
-            seen_blocks += (keys - high + KEY_BLOCK - 1) // KEY_BLOCK
-            mean_blocks = tl.where(seen_blocks > 0, blocks, 0)
-        seen_keys += round_up(seen_blocks, KEY_BLOCK)
-        skipped += place.to(tl.int64) * skipped_stride
-        mean_place = (batch * groups + group) * blocks
-        means = (mean_key + mean_place * D, mean_value + mean_place * DV)
-        maximum, mass, total = _add_means(
-            maximum, mass, total, rows, means, skipped, mean_blocks, unit, softcap,
-            FIXED, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+    for start in range(low - open_end, whole, BLOCK_N):
+        column = start + lane
+        chosen = tl.where(start < 0, open_end + column, tl.load(index + column, mask=column >= 0, other=0))
+        bias = None
+        if SAMPLED:
+            bias = tl.load(weights + column, mask=column >= 0, other=0.0).to(tl.float32) * (1 / unit)
+        seen = None
+        if varies:
+            everywhere = lane < BLOCK_N
+            seen = see(terms, head, position, real, chosen, everywhere, False, WINDOW, DOCUMENTS, MASK)
+        maximum, mass, total = _add(
+            maximum, mass, total, rows, key, value, chosen, None, seen, bias, most,
+            unit, softcap, KEY_STRIDE, VALUE_STRIDE, FIXED, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
 
+    seen_keys = round_up(end - low, KEY_BLOCK) + round_up(listed, KEY_BLOCK)
     if FIXED:
         # Where far larger logits came later than the maximum was fixed, all is done again.
         most_mass: tl.constexpr = MOST_MASS_IN_HALF if rows.dtype == tl.float16 else MOST_MASS
@@ -365,11 +301,6 @@ def attend_kernel(
                 KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
-            if HAS_MEANS:
-                maximum, mass, total = _add_means(
-                    maximum, mass, total, rows, means, skipped, mean_blocks, unit, softcap,
-                    False, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-                )  # fmt: skip
 
     # Held across the loops, these would take registers from them; what is added is 0, but the compiler does not know.
     tile += tl.minimum(seen_keys, 0)

@@ -12,7 +12,7 @@ from triton import next_power_of_2
 
 from ..config import S2OConfig
 from ..contribution import sampled_rows, value_distances
-from ..geometry import BLOCK, Geometry, round_up
+from ..geometry import Geometry, round_up
 from ..visibility import Visibility, masked
 
 LOG2_E = math.log2(math.e)
@@ -47,11 +47,6 @@ class Call:
         return self.group if self.config.lists == "head" else 1
 
     @property
-    def blocks(self) -> int:
-        """Blocks of keys."""
-        return -(-self.geometry.keys // BLOCK)
-
-    @property
     def valid(self) -> torch.Tensor | None:
         """The keys that are not padding [B, 1, Lk]; None for all."""
         padding = self.visibility.key_padding
@@ -63,10 +58,9 @@ class Call:
         return torch.float32 if self.query.dtype == torch.float32 else torch.float16
 
     @property
-    def flags(self) -> int:
-        """Bits that say of a key whether it is listed, and whether it is left to a mean where that may be neither."""
-        hides = self.visibility.key_padding is not None or not self.visibility.is_causal
-        return 2 if self.config.has_means and hides else 1
+    def takes_mean(self) -> bool:
+        """Whether importance is the mean over guides, not the largest of them."""
+        return self.config.mean_weight > 0
 
     def distances(self) -> torch.Tensor | None:
         """How far values lie from the outputs [B, Hkv, Lk], float32; None where importance measures mass alone."""

@@ -14,8 +14,8 @@ FLOAT8_REACH = tl.constexpr(14.0)
 """Largest number in float8 operands: sums over 256 products stay within half precision."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 KEY_BLOCK = tl.constexpr(64)
-MEANS_AT_ONCE = tl.constexpr(128)
-"""Block means that attention adds at once, at most; counts of the keys they stand for come in multiples of it."""
+FIRST_KEYS = tl.constexpr(1)
+"""Keys at the start that are always visited."""
 FLAGS = tl.constexpr(16)
 """Keys whose flags are the bits of one number."""
 BEYOND = tl.constexpr(2**31 - 1)

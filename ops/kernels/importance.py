@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ..projection import MOST_NEGLECTED as MOST
 from .helpers import (
+    FIRST_KEYS,
     FLAGS,
     KEY_BLOCK,
     LOG2_E,
@@ -144,12 +145,9 @@ def importance_kernel(
     offset,
     window,
     near_keys,
-    first_keys,
     capacity,
     chunk,
     threshold,
-    max_weight,
-    mean_weight,
     scale,
     softcap,
     SEGMENT: tl.constexpr,
@@ -165,11 +163,9 @@ def importance_kernel(
     SOFTCAP: tl.constexpr,
     QUANTISED: tl.constexpr,
     HALF: tl.constexpr,
-    HAS_MAX: tl.constexpr,
-    HAS_MEAN: tl.constexpr,
+    TAKES_MEAN: tl.constexpr,
     MEASURES_OUTPUT: tl.constexpr,
     SAMPLED: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
     CHOOSES: tl.constexpr,
     FEW: tl.constexpr,
     HOLDS: tl.constexpr,
@@ -183,7 +179,7 @@ def importance_kernel(
     """Write importance [lists, capacity], in steps of `threshold`; NaN is sure to be visited, -1 is not to be visited.
 
     Where keys are not SAMPLED, all that is written is which of them reach the threshold, as the bits of int16
-    [lists, capacity / 16], the first of each 16 keys low; and with HAS_LEFT, after them, which do not but are visible.
+    [lists, capacity / 16], the first of each 16 keys low.
     With MEASURES_OUTPUT the shares of mass are multiplied by `distances` [B, groups, Lk]. With CHOOSES, FEW says that
     guides and keys lack channels, and only those groups are written for which that (or else its contrary) is right by
     what the others carry, `neglected` [B, groups]; importance makes up for it (`Projected.neglected`).
@@ -203,7 +199,7 @@ def importance_kernel(
             raised = missing * LOG2_E
     softcap = float32(softcap)
     scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
-    max_step, mean_step = float32(max_weight) / float32(threshold), float32(mean_weight) / float32(threshold)
+    step = 1 / float32(threshold)
     batch = (tl.program_id(2) // groups).to(tl.int64)
     group = (tl.program_id(2) % groups).to(tl.int64)
     per_segment: tl.constexpr = SEGMENT // POOL
@@ -230,7 +226,6 @@ def importance_kernel(
     end = tl.where(is_ranked, low if CAUSAL else keys, begin)
     present = tl.minimum(guides_per_head - part * per_segment, per_segment)
     place = (tl.program_id(2) * LISTS + tl.program_id(1)) * segments + part - first_segment
-    lists = (tl.num_programs(2) * LISTS * segments).to(tl.int64)
     importance += (place.to(tl.int64) * capacity - begin) // (1 if SAMPLED else FLAGS)
 
     held = ()
@@ -275,19 +270,17 @@ def importance_kernel(
             of_segments = _by_segment(logits, SEGMENTS)
             if HALF:
                 largest = _larger(largest, tl.reduce(of_segments, 2, _larger))
-            elif HAS_MAX:
+            elif TAKES_MEAN:
+                mean += tl.sum(tl.exp2(of_segments), 2)
+            else:
                 # A maximum over guides does not see the NaN of one that tells nothing.
                 blind = _by_segment((origin != origin).to(tl.int32)[None, :], SEGMENTS)
                 blind = tl.where(tl.max(blind, 2) > 0, float("inf"), float("-inf"))
                 largest = _larger(_larger(largest, blind), tl.max(of_segments, 2))
-            if HAS_MEAN:
-                mean += tl.sum(tl.exp2(of_segments), 2)
-        score = mean * (mean_step / (heads * present))[None, :]
-        if HAS_MAX:
-            score = _larger(score, tl.exp2(largest.to(tl.float32)) * max_step)
+        score = mean * (step / (heads * present))[None, :] if TAKES_MEAN else tl.exp2(largest.to(tl.float32)) * step
         if MEASURES_OUTPUT:
             score *= tl.load(distances + column, mask=column < keys, other=1.0)[:, None]
-        score += tl.where(column < first_keys, float("inf"), 0.0)[:, None]
+        score += tl.where(column < FIRST_KEYS, float("inf"), 0.0)[:, None]
         if HAS_PADDING:
             score = tl.where(load_padding(padding, column, column < keys, True)[:, None], score, -1.0)
         if not CAUSAL:
@@ -307,7 +300,5 @@ def importance_kernel(
                 written = written & (first_of_word[:, None] >= begin[None, :])
             if not CAUSAL:
                 score = tl.where((column < keys)[:, None], score, -1.0)
-            below = score < 1.0
-            tl.store(words, _pack(below == 0), mask=written)
-            if HAS_LEFT:
-                tl.store(words + lists * (capacity // FLAGS), _pack(below & (score >= 0.0)), mask=written)
+            # Not above or equal: a NaN is sure to be visited.
+            tl.store(words, _pack((score < 1.0) == 0), mask=written)

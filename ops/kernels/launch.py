@@ -17,8 +17,7 @@ from ..visibility import Visibility
 from .attend import attend_kernel
 from .call import Call, channels
 from .guides import pool_guides
-from .means import block_means
-from .rank import Lists, Ranking, select, sort
+from .rank import Lists, Ranking, select
 from .tiling import MAX_ROWS, attend_tiling, shared_memory
 
 MOST_PROGRAMS = 2**16 - 1
@@ -57,7 +56,10 @@ def sparse_attention(
     softcap: float,
     config: S2OConfig,
 ) -> AttentionResult:
-    """Sparse attention without sinks, of some queries and keys and a scale above 0; shapes as in `ops.reference`."""
+    """Sparse attention without sinks, of some queries and keys and a scale above 0; shapes as in `ops.reference`.
+
+    Of rules that `ops.choice.has_kernels`.
+    """
     config = visibility.ranking(config)
     result = AttentionResult.empty(query, value, config.tile)
     batch, heads = query.shape[:2]
@@ -85,39 +87,29 @@ def attend_batch(
     """Fill the `result` of so many batch entries as one launch can have programs for."""
     geometry = Geometry.of(query, key, visibility, config)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    means: tuple[torch.Tensor, ...] = (query.new_empty(1), query.new_empty(1))
     if not geometry.ranked_segments:
         call = Call(query, key, value, visibility, geometry, scale, softcap, config.without_ranking())
-        attend(call, Lists.empty(call), means, range(geometry.segments), result)
+        attend(call, Lists.empty(call), range(geometry.segments), result)
         return
     call = Call(query, key, value, visibility, geometry, scale, softcap, config)
     guides = pool_guides(query.unflatten(1, (call.groups, call.group)), config)
-    if config.has_means:
-        means = tuple(block_means(x, call) for x in (key, value))
-    ranking = None if config.stop == "gain" else Ranking.of(call, guides)
+    ranking = Ranking.of(call, guides)
     for segments in runs(call):
-        lists = sort(call, guides, segments) if ranking is None else select(call, ranking, segments)
-        attend(call, lists, means, segments, result)
+        attend(call, select(call, ranking, segments), segments, result)
 
 
 def runs(call: Call) -> tuple[range, ...]:
     """Consecutive segments whose lists fit into the workspace together."""
-    is_sorted = call.config.stop == "gain"
-    bits = call.query.shape[0] * call.groups * call.lists
-    if is_sorted:
-        # Scores, weights and their own index beside the index.
-        bits *= 256
-    else:
-        bits *= 32 + (8 * call.importance_dtype.itemsize if call.config.has_samples else call.flags)
-    return _runs(call.geometry, is_sorted, 8 * call.config.workspace // bits)
+    bits = 32 + (8 * call.importance_dtype.itemsize if call.config.has_samples else 1)
+    return _runs(call.geometry, 8 * call.config.workspace // (call.query.shape[0] * call.groups * call.lists * bits))
 
 
 @functools.lru_cache(maxsize=2**12)
-def _runs(geometry: Geometry, is_sorted: bool, room: int) -> tuple[range, ...]:
+def _runs(geometry: Geometry, room: int) -> tuple[range, ...]:
     """`runs`, of one list for each segment and so many keys in all; at least one segment each."""
 
     def size(last: int) -> int:
-        return (last + 1 - first) * (geometry.keys if is_sorted else round_up(geometry.longest_history(last)))
+        return (last + 1 - first) * round_up(geometry.longest_history(last))
 
     first, end = 0, geometry.segments
     found = []
@@ -128,21 +120,21 @@ def _runs(geometry: Geometry, is_sorted: bool, room: int) -> tuple[range, ...]:
     return tuple(found)
 
 
-def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: range, result: AttentionResult) -> None:
+def attend(call: Call, lists: Lists, segments: range, result: AttentionResult) -> None:
     """Attend the tiles of a run of segments, and write their part of the result."""
     config, geometry = call.config, call.geometry
     heads = max(1, min(call.group // call.lists, MAX_ROWS // config.tile))
     parts = call.lists * -(-call.group // call.lists // heads)
     widest = max(call.key.shape[-1], call.value.shape[-1])
     # Every row has a maximum after the keys that need a mask.
-    is_fixed = not call.visibility.varies and config.stop != "gain"
+    is_fixed = not call.visibility.varies
     shared = shared_memory(call.key.device)
     tiling = attend_tiling(widest, call.key.element_size(), heads * config.tile, is_fixed, shared)
     per_segment = config.segment // config.tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     wrap_triton(attend_kernel)[(tiles, parts, call.query.shape[0] * call.groups)](
         call.query, call.key, call.value, *call.masks,
-        lists.index, lists.count, lists.skipped, lists.weights, lists.guide_lse, *means, *result,
+        lists.index, lists.count, lists.weights, lists.guide_lse, *result,
         *call.query.stride()[:3], *call.key.stride()[:2], *call.value.stride()[:2], *call.mask_strides,
         *result.output.stride()[:3],
         **call.shared,
@@ -152,17 +144,13 @@ def attend(call: Call, lists: Lists, means: tuple[torch.Tensor, ...], segments: 
         segments=len(segments),
         tiles=geometry.tiles,
         capacity=lists.index.shape[-1],
-        blocks=call.blocks,
-        skipped_stride=lists.skipped.stride(0),
-        threshold=config.threshold,
         log2_most=math.log2(MOST * max(config.threshold, 1e-30)),
         guides_per_head=-(-geometry.queries // config.pool),
         POOL=config.pool, GUIDE_HEADS=call.group if config.guides == "head" else 1,
         FIXED=is_fixed,
         BOUNDED=config.bounds_weights(call.key.shape[-1]),
         TILE=config.tile, GROUP=call.group, LISTS=call.lists, HEADS=heads,
-        HAS_MEANS=config.has_means, SAMPLED=config.has_samples,
-        STOP_BY_GAIN=config.stop == "gain", CHUNK=config.chunk,
+        SAMPLED=config.has_samples,
         DV=call.value.shape[-1], BLOCK_DV=channels(call.value.shape[-1]),
         **tiling.arguments,
     )  # fmt: skip

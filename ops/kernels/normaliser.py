@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .helpers import (
     BEYOND,
+    FIRST_KEYS,
     dot_logits,
     finite_or_zero,
     float32,
@@ -76,7 +77,6 @@ def normaliser_kernel(
     offset,
     window,
     near_keys,
-    first_keys,
     sample,
     log2_sample,
     scale,
@@ -139,7 +139,7 @@ def normaliser_kernel(
     # The keys before this are in the history of every row, with nothing to mask.
     whole = 0 if varies or HAS_PADDING or not CAUSAL else tl.min(tl.where(real, end, keys), 0)
     middle = sample // 2
-    drawn = tl.maximum(first // sample, (tl.minimum(first_keys, last) + sample - 1 - middle) // sample)
+    drawn = tl.maximum(first // sample, (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample)
     for start in range(drawn * sample + middle, last, BLOCK_N * sample):
         column = start + tl.arange(0, BLOCK_N) * sample
         inside = load_padding(padding, column, column < last, HAS_PADDING)
@@ -154,9 +154,9 @@ def normaliser_kernel(
             logits = tl.where(seen, logits, float("-inf"))
         maximum, mass = _add(maximum, mass, logits)
 
-    for start in range(first, tl.minimum(first_keys, last), BLOCK_N):
+    for start in range(first, tl.minimum(FIRST_KEYS, last), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        inside = load_padding(padding, column, (column < first_keys) & (column < last), HAS_PADDING)
+        inside = load_padding(padding, column, (column < FIRST_KEYS) & (column < last), HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
         seen = _is_history(tl.where(inside, column, BEYOND), history, CAUSAL, WINDOW)
         if varies:

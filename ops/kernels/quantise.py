@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-from ..config import S2OConfig
 from .call import channels as padded
 from .helpers import FLOAT8_REACH, load_rows
 
@@ -62,9 +61,9 @@ def ranks_in_float8(guides: torch.Tensor, softcap: float) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(guides.device) >= (8, 9)
 
 
-def sums_in_half(operands: Operands, config: S2OConfig) -> bool:
+def sums_in_half(operands: Operands, takes_mean: bool) -> bool:
     """Whether their products are summed in half precision, whose maxima take half the instructions (sm_90)."""
-    if not operands.are_quantised or config.mean_weight > 0:
+    if not operands.are_quantised or takes_mean:
         return False
     return torch.cuda.get_device_capability(operands.key.device)[0] == 9
 
@@ -93,7 +92,7 @@ def quantise(guides: torch.Tensor, key: torch.Tensor, channels: torch.Tensor | N
     wrap_triton(reach_kernel)[grid](ranges, *operands, **options)
     wrap_triton(quantise_kernel)[grid](
         ranges, results[0], results[-1], ranges if channels is None else channels, *operands,
-        PICKED=0 if channels is None else sizes[1], BLOCK_P=padded(sizes[-1]), **options,
+        PICKED=0 if channels is None else sizes[-1], BLOCK_P=padded(sizes[-1]), **options,
     )  # fmt: skip
     return tuple(Operands(x[:, :, :total].unflatten(2, (heads, per_head)), x[:, :, total:], ranges) for x in results)
 

@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import wrap_triton
 
-from ..geometry import round_up
 from ..projection import picks_channels, project
-from ..ranking import sorted_history
 from .call import Call, channels
-from .helpers import FLAGS, MEANS_AT_ONCE
+from .helpers import FLAGS
 from .importance import importance_kernel
 from .normaliser import normaliser_kernel
 from .quantise import Operands, operands_of_channels, ranking_operands, sums_in_half
@@ -33,7 +31,6 @@ class Lists:
 
     index: torch.Tensor
     count: torch.Tensor
-    skipped: torch.Tensor
     weights: torch.Tensor
     guide_lse: torch.Tensor
 
@@ -43,7 +40,7 @@ class Lists:
         lists = call.query.shape[0] * call.groups * call.lists * call.geometry.segments
         count = call.key.new_zeros(lists, dtype=torch.int32)
         absent = call.key.new_empty(1)
-        return cls(count, count, count, absent, absent)
+        return cls(count, count, absent, absent)
 
 
 class Scoring(NamedTuple):
@@ -81,17 +78,6 @@ class Ranking(NamedTuple):
         return cls((Scoring(few, True), Scoring(whole, False)), normalisers(call, whole), neglected, call.distances())
 
 
-def sort(call: Call, guides: torch.Tensor, segments: range) -> Lists:
-    """The whole history, by importance."""
-    per_segment = call.config.segment // call.config.pool
-    part = guides[:, :, :, segments.start * per_segment : segments.stop * per_segment]
-    index, count = sorted_history(
-        part, call.key, call.visibility, segments, call.geometry, call.scale, call.softcap, call.config
-    )
-    absent = call.key.new_empty(1)
-    return Lists(index.contiguous(), count.contiguous(), count, absent, absent)
-
-
 def select(call: Call, ranking: Ranking, segments: range) -> Lists:
     """The keys that their importance and draws choose."""
     config, capacity = call.config, call.capacity(segments[-1])
@@ -99,21 +85,15 @@ def select(call: Call, ranking: Ranking, segments: range) -> Lists:
     lists = call.query.shape[0] * call.groups * call.lists * len(segments)
     index = torch.empty(lists, capacity, dtype=torch.int32, device=call.key.device)
     count = index.new_empty(lists)
-    blocks = round_up(call.blocks, MEANS_AT_ONCE.value) if config.has_means else 1
-    skipped = index.new_empty(lists, blocks, dtype=torch.float32)
     grid = (len(segments), lists // len(segments))
     spans = {name: call.shared[name] for name in _SPAN} | {"first_segment": segments.start, "capacity": capacity}
     if config.has_samples:
         wrap_triton(sample_kernel)[grid](importance, index, count, **spans, BLOCK_N=1024, num_warps=4, num_stages=2)
     else:
         wrap_triton(select_kernel)[grid](
-            importance, index, count, skipped,
-            **spans,
-            skipped_stride=skipped.stride(0),
-            HAS_MEANS=config.has_means, HAS_LEFT=call.flags == 2,
-            BLOCK_N=256, num_warps=1, num_stages=2,
+            importance, index, count, **spans, BLOCK_N=256, num_warps=1, num_stages=2
         )  # fmt: skip
-    return Lists(index, count, skipped, importance, ranking.lse)
+    return Lists(index, count, importance, ranking.lse)
 
 
 def normalisers(call: Call, operands: Operands) -> torch.Tensor:
@@ -142,14 +122,14 @@ def normalisers(call: Call, operands: Operands) -> torch.Tensor:
 def score(call: Call, ranking: Ranking, segments: range) -> torch.Tensor:
     """The importance of the keys of each list's history [lists, capacity], in steps of the threshold; or flags.
 
-    Where keys are not drawn, flags tell which of them are listed (`Call.flags`).
+    Where keys are not drawn, flags tell which of them are listed.
     """
     capacity = call.capacity(segments[-1])
     lists = call.query.shape[0] * call.groups * call.lists * len(segments)
     if call.config.has_samples:
         importance = torch.empty(lists, capacity, dtype=call.importance_dtype, device=call.key.device)
     else:
-        importance = torch.empty(call.flags, lists, capacity // FLAGS, dtype=torch.int16, device=call.key.device)
+        importance = torch.empty(lists, capacity // FLAGS, dtype=torch.int16, device=call.key.device)
     for scoring in ranking.scorings:
         score_groups(call, scoring, ranking, segments, importance)
     return importance
@@ -161,7 +141,7 @@ def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range
     guides, key = operands.guides, operands.key
     capacity = call.capacity(segments[-1])
     total = guides.shape[2] // call.lists * (config.segment // config.pool)
-    half = sums_in_half(operands, config)
+    half = sums_in_half(operands, call.takes_mean)
     tiling = importance_tiling(key.shape[-1], key.element_size(), total, half)
     together = tiling.guides.segments(total)
     programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
@@ -172,12 +152,8 @@ def score_groups(call: Call, scoring: Scoring, ranking: Ranking, segments: range
         capacity=capacity,
         chunk=CHUNK,
         threshold=config.threshold,
-        max_weight=config.max_weight,
-        mean_weight=config.mean_weight,
         HALF=half,
-        HAS_MAX=config.max_weight > 0,
-        HAS_MEAN=config.mean_weight > 0,
-        SAMPLED=config.has_samples, HAS_LEFT=call.flags == 2,
+        TAKES_MEAN=call.takes_mean, SAMPLED=config.has_samples,
         MEASURES_OUTPUT=distances is not None, CHOOSES=neglected is not None, FEW=scoring.is_few,
         LISTS=call.lists, SEGMENTS=together,
         **call.shared, **guide_settings(call, operands, segments), **tiling.arguments,
@@ -190,7 +166,6 @@ def guide_settings(call: Call, operands: Operands, segments: range) -> dict[str,
         "guides_per_head": operands.guides.shape[3],
         "first_segment": segments.start,
         "segments": len(segments),
-        "first_keys": call.config.first_keys,
         "POOL": call.config.pool,
         "GUIDE_HEADS": operands.guides.shape[2],
         "D": operands.key.shape[-1],

@@ -6,10 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import FLAGS, KEY_BLOCK, MEANS_AT_ONCE, place_list, round_up
-
-WORDS = tl.constexpr(KEY_BLOCK // FLAGS)
-"""Words of flags of a block of keys."""
+from .helpers import FLAGS, place_list
 
 
 @triton.jit
@@ -32,7 +29,6 @@ def select_kernel(
     flags,
     index,
     count,
-    skipped,
     queries,
     keys,
     first_segment,
@@ -41,34 +37,26 @@ def select_kernel(
     window,
     near_keys,
     capacity,
-    skipped_stride,
     SEGMENT: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
-    HAS_MEANS: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write one list: its keys, how many, and with HAS_MEANS the log2 of how many keys of each block are not in it.
+    """Write one list: its keys, and how many.
 
-    Flags as `importance_kernel` leaves them, index [lists, capacity], count [lists], skipped [lists, blocks] float32,
-    whose rows are as long as a multiple of `MEANS_AT_ONCE`: -inf follows the history up to a multiple.
+    Flags as `importance_kernel` leaves them, index [lists, capacity], count [lists].
     Program (segment, list of all batch entries and groups).
     """
     _, place, begin, end = place_list(
         first_segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW
     )
-    lists = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64)
-    left = flags + (lists + place) * (capacity // FLAGS)
     flags += place * (capacity // FLAGS)
     index += place * capacity
     listed = 0
     lane = tl.arange(0, BLOCK_N)
     # Few warps wait for what they load, so each block is loaded while the one before is at work.
     ahead = _load(flags, begin + lane * FLAGS, begin, end)
-    stop = round_up(end, MEANS_AT_ONCE * KEY_BLOCK) if HAS_MEANS else end
-    skipped += place * skipped_stride
-    for start in range(begin, stop, BLOCK_N * FLAGS):
+    for start in range(begin, end, BLOCK_N * FLAGS):
         column, word = start + lane * FLAGS, ahead
         ahead = _load(flags, column + BLOCK_N * FLAGS, begin, end)
         number = _count(word)
@@ -80,9 +68,4 @@ def select_kernel(
             word &= word - 1
             position += 1
         listed += tl.sum(number, 0)
-        if HAS_MEANS:
-            others = _count(_load(left, column, begin, end)) if HAS_LEFT else tl.where(column < end, FLAGS - number, 0)
-            others = tl.sum(tl.reshape(others, [BLOCK_N // WORDS, WORDS]), 1).to(tl.float32)
-            block = start // KEY_BLOCK + tl.arange(0, BLOCK_N // WORDS)
-            tl.store(skipped + block, tl.log2(others))
     tl.store(count + place, listed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops.choice import has_kernels
 from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.visibility import Visibility
 from tests.ops.comparison import allowed_error, dense, largest_difference, seen
@@ -136,7 +137,7 @@ def _against_reference(attempt: Attempt) -> tuple[str, str] | None:
 def _implementation(attempt: Attempt, visibility: Visibility, tensors: tuple[torch.Tensor, ...]) -> AttentionResult:
     scale = attempt.call.channels**-0.5 if attempt.scale is None else attempt.scale
     options: tuple[Any, ...] = (visibility, scale, attempt.call.softcap, attempt.call.config)
-    if attempt.device == "cpu":
+    if attempt.device == "cpu" or not has_kernels(visibility, attempt.call.config):
         from s2o_compile.ops import cpu
 
         return cpu.sparse_attention(*tensors, *options)

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.kernels import guides, launch, means, quantise, rank, strongest
+from s2o_compile.ops.kernels import guides, launch, quantise, rank, strongest
 from s2o_compile.ops.visibility import Visibility
 
 CAPABILITIES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -20,9 +20,8 @@ CAPABILITIES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 OTHERS = (
     S2OConfig(channels=32),
     S2OConfig(channels=16, measure="output"),
-    S2OConfig(tail="means", lists="head", mean_weight=1.0),
+    S2OConfig(tail="none", lists="head"),
     S2OConfig(pool=8, guides="group", tail="none", max_weight=0.0, mean_weight=1.0),
-    S2OConfig.paper(),
 )
 TYPES = {
     torch.float16: "*fp16",
@@ -73,7 +72,7 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     there is no float8.
     """
     Builder.capability = capability
-    for module in (launch, rank, guides, means, quantise, strongest):
+    for module in (launch, rank, guides, quantise, strongest):
         module.wrap_triton = Builder  # type: ignore[attr-defined]
     launch.shared_memory = lambda device: CAPABILITIES[capability]
     query, key = torch.empty(1, 4, 300, 64, dtype=dtype), torch.empty(1, 2, 300, 64, dtype=dtype)
@@ -82,7 +81,7 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
     has_float8 = dtype != torch.float32 and capability >= 89
     quantise.ranks_in_float8 = lambda guides, softcap: has_float8 and not softcap and guides.shape[-1] >= 32
-    rank.sums_in_half = lambda operands, config: capability == 90 and operands.are_quantised and config.mean_weight == 0
+    rank.sums_in_half = lambda operands, takes_mean: capability == 90 and operands.are_quantised and not takes_mean
     launch.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
     for config in OTHERS if has_float8 else ():
         padded = Visibility(True, key_padding=mask[0, 0, :1])

@@ -10,7 +10,7 @@ import pytest
 
 PLAIN = {"normaliser_kernel", "importance_kernel", "sample_kernel", "attend_kernel"}
 WITH_FLOAT8 = {
-    "pool_kernel", "means_kernel", "select_kernel", "reach_kernel", "quantise_kernel", "moments_kernel", "choose_kernel"
+    "pool_kernel", "select_kernel", "reach_kernel", "quantise_kernel", "moments_kernel", "choose_kernel"
 }  # fmt: skip
 
 

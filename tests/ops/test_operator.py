@@ -593,12 +593,17 @@ def test_terms_compile(dynamic: bool, min_length: int) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("packaging", [False, True])
-def test_only_packages_see_the_kernels(packaging: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "packaging, settings", [(False, {}), (True, {}), (True, {"tail": "means"}), (True, S2OConfig.paper().arguments())]
+)
+def test_only_packages_see_the_kernels(
+    packaging: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernels = Mock(side_effect=lambda query, key, value, *rest: AttentionResult.empty(query, value, 32))
     monkeypatch.setattr(launch, "sparse_triton", kernels)
     with FakeTensorMode(), V.set_aot_compilation(packaging):
         args = [torch.empty(1, 2, 128, 16, device="cuda", dtype=torch.bfloat16) for _ in "qkv"]
-        graph = make_fx(lambda *args: torch.ops.s2o.attention(*args, min_length=0))(*args).graph
-    assert kernels.called == packaging
-    assert (torch.ops.s2o.sparse.default in {node.target for node in graph.nodes}) != packaging
+        graph = make_fx(lambda *args: torch.ops.s2o.attention(*args, **{**settings, "min_length": 0}))(*args).graph
+    shows_kernels = packaging and not settings
+    assert kernels.called == shows_kernels
+    assert (torch.ops.s2o.sparse.default in {node.target for node in graph.nodes}) != shows_kernels
