@@ -28,7 +28,7 @@ from s2o_compile.cli.options import Device, Json, make_folder, read_config
 from s2o_compile.demo.document import build_document, check_document, read_texts
 from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.choice import default_min_length
+from s2o_compile.ops.dispatch import default_min_length
 from s2o_compile.writing import write_text
 
 from .command import progress_bars, run

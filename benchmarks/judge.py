@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from s2o_compile.ops.density import dense_pairs
-from s2o_compile.ops.softmax import OnlineSoftmax
+from s2o_compile.ops.rule.softmax import OnlineSoftmax
 
 from .baselines.visit import Visit
 from .captured import Layer

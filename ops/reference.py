@@ -25,13 +25,13 @@ import math
 import torch
 
 from .config import S2OConfig
-from .contribution import sampled_rows, value_distances
 from .geometry import BLOCK, Geometry, round_up
-from .guides import pool_guides
-from .projection import Projected, project_group
 from .result import AttentionResult
-from .sampling import draws, most_logits
-from .softmax import OnlineSoftmax, soft_cap
+from .rule.channels import Projected, project_kv_head
+from .rule.guides import pool_guides
+from .rule.output_weighting import sampled_rows, value_distances
+from .rule.sampling import draws, most_logits
+from .rule.softmax import OnlineSoftmax, soft_cap
 from .visibility import Visibility, masked
 
 
@@ -74,7 +74,7 @@ def reference_attention(
             members = slice(g * group, (g + 1) * group)
             valid = None if visibility.key_padding is None else visibility.key_padding[b]
             guides = pool_guides(query[b, members], config)
-            scored = project_group(guides, key[b, g], config.channels, scale, valid)
+            scored = project_kv_head(guides, key[b, g], config.channels, scale, valid)
             distances = None
             if config.measure == "output":
                 rows = sampled_rows(length, group, query.device)

@@ -14,8 +14,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..ops.choice import choose_sparse, why_dense
 from ..ops.config import S2OConfig
+from ..ops.dispatch import choose_sparse, why_dense
 from ..ops.validation import DTYPES, MAX_HEAD_DIM, dtype_name
 from .axes import Step
 from .decompose import decompose

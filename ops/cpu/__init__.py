@@ -3,6 +3,6 @@
 It is written for CPUs, and runs on any device: on a GPU, for the rules that have no Triton kernels.
 """
 
-from .launch import sparse_attention
+from .pipeline import sparse_attention
 
 __all__ = ["sparse_attention"]

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..softmax import soft_cap
+from ..rule.softmax import soft_cap
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

@@ -1,12 +1,26 @@
 """The keys whose flags are set, appended to one list per segment."""
 
-# mypy: ignore-errors
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch.library import wrap_triton
 
-from .helpers import FLAGS, place_list
+from .arguments import Arguments
+from .helpers import FLAGS_PER_WORD, place_list
+from .lists import Lists
+
+
+def select(arguments: Arguments, flags: torch.Tensor, guide_lse: torch.Tensor, segments: range) -> Lists:
+    """The keys whose flags [B, Hkv, lists, segments, capacity / 16] are set."""
+    lists = Lists.to_fill(arguments, segments, flags, guide_lse)
+    wrap_triton(select_kernel)[(len(segments), lists.count.numel() // len(segments))](
+        flags, lists.index, lists.count,
+        first_segment=segments.start, capacity=lists.capacity,
+        **arguments.spans, BLOCK_N=256, num_warps=1, num_stages=2,
+    )  # fmt: skip
+    return lists
 
 
 @triton.jit
@@ -21,44 +35,31 @@ def _count(word):
 @triton.jit
 def _load(flags, column, begin, end):
     """The flags of the keys from `column` on; none past the history."""
-    return tl.load(flags + (column - begin) // FLAGS, mask=column < end, other=0).to(tl.int32) & 0xFFFF
+    return tl.load(flags + (column - begin) // FLAGS_PER_WORD, mask=column < end, other=0).to(tl.int32) & 0xFFFF
 
 
 @triton.jit
 def select_kernel(
-    flags,
-    index,
-    count,
-    queries,
-    keys,
-    first_segment,
-    ranked_segments,
-    offset,
-    window,
-    near_keys,
-    capacity,
-    SEGMENT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Write one list: its keys, and how many.
+    flags, index, count,
+    queries, keys, first_segment, ranked_segments, offset, window, near_keys, capacity,
+    SEGMENT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write the index and the count of one of the `Lists`, by a prefix sum over its flags.
 
-    Flags as `importance_kernel` leaves them, index [lists, capacity], count [lists].
-    Program (segment, list of all batch entries and groups).
+    Program (segment, last first; list of all batch entries and KV heads).
     """
     _, place, begin, end = place_list(
         first_segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW
     )
-    flags += place * (capacity // FLAGS)
+    flags += place * (capacity // FLAGS_PER_WORD)
     index += place * capacity
     listed = 0
     lane = tl.arange(0, BLOCK_N)
     # Few warps wait for what they load, so each block is loaded while the one before is at work.
-    ahead = _load(flags, begin + lane * FLAGS, begin, end)
-    for start in range(begin, end, BLOCK_N * FLAGS):
-        column, word = start + lane * FLAGS, ahead
-        ahead = _load(flags, column + BLOCK_N * FLAGS, begin, end)
+    ahead = _load(flags, begin + lane * FLAGS_PER_WORD, begin, end)
+    for start in range(begin, end, BLOCK_N * FLAGS_PER_WORD):
+        column, word = start + lane * FLAGS_PER_WORD, ahead
+        ahead = _load(flags, column + BLOCK_N * FLAGS_PER_WORD, begin, end)
         number = _count(word)
         position = listed + tl.cumsum(number, 0) - number
         for _ in range(tl.max(number, 0)):

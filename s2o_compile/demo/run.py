@@ -12,7 +12,7 @@ import torch
 import s2o_compile
 from s2o_compile import S2OConfig
 
-from ..ops.choice import SLOW_CPU, default_min_length, is_slow
+from ..ops.dispatch import SLOW_CPU, default_min_length, is_slow
 from .document import LEAST_LENGTH, Document, build_document, check_document, read_texts
 from .errors import DemoError
 from .explain import explain_prefill

@@ -10,8 +10,8 @@ import torch
 
 from ..ops import S2OConfig
 from ..ops.cpu.attend import Attention
-from ..ops.cpu.group import Group
-from ..ops.cpu.rank import Lists, Ranking
+from ..ops.cpu.kv_head import KVHead
+from ..ops.cpu.rank import KeyRanking, Lists
 from ..ops.geometry import Geometry
 from ..ops.visibility import Visibility
 
@@ -48,7 +48,7 @@ def visits(
     scale: float,
     config: S2OConfig,
 ) -> Iterator[Visit]:
-    """Attend the KV group of one head as the operator does, and tell what each segment visits.
+    """Attend the KV head of one query head as the operator does, and tell what each segment visits.
 
     Args:
         query: [1, Hq, Lq, D], on a CPU.
@@ -62,9 +62,9 @@ def visits(
     visibility = Visibility(is_causal).simplified(query.shape[2], key.shape[2])
     geometry = Geometry.of(query, key, visibility, config)
     index, member = divmod(head, query.shape[1] // key.shape[1])
-    group = Group.of(query, key, value, visibility, 0, index, geometry, scale, 0.0, config)
-    attention = Attention(group)
-    ranking = Ranking(group, attention.guide_lse())
+    kv_head = KVHead.of(query, key, value, visibility, 0, index, geometry, scale, 0.0, config)
+    attention = Attention(kv_head)
+    ranking = KeyRanking(kv_head, attention.guide_lse())
     for segments in ranking.runs():
         lists = ranking.lists(segments)
         before = attention.keys[:, member].clone()

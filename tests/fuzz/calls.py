@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from s2o_compile.ops import AttentionResult, S2OConfig
-from s2o_compile.ops.choice import has_kernels
+from s2o_compile.ops.dispatch import has_kernels
 from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.visibility import Visibility
 from tests.ops.comparison import allowed_error, dense, largest_difference, seen
@@ -141,9 +141,9 @@ def _implementation(attempt: Attempt, visibility: Visibility, tensors: tuple[tor
         from s2o_compile.ops import cpu
 
         return cpu.sparse_attention(*tensors, *options)
-    from s2o_compile.ops.kernels import launch
+    from s2o_compile.ops.kernels import pipeline
 
-    return launch.sparse_attention(*(x.float() for x in tensors), *options)
+    return pipeline.sparse_attention(*(x.float() for x in tensors), *options)
 
 
 def _failure(attempt: Attempt) -> tuple[str, str] | None:

@@ -65,8 +65,8 @@ def test_low_precision_ranking_finds_the_same_keys_but_for_those_at_the_threshol
 
 
 def test_works_through_many_runs_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank, "_SCORES", 2**12)
-    monkeypatch.setattr(rank, "_HELD", 2**10)
+    monkeypatch.setattr(rank, "_SCORES_OF_A_RUN", 2**12)
+    monkeypatch.setattr(rank, "_SCORES_AT_ONCE", 2**10)
     monkeypatch.setattr(attend, "_GATHERED", 2**8)
     torch.manual_seed(1)
     query, key, value = (torch.randn(1, 2, 500, 16, dtype=torch.float64) for _ in "qkv")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from s2o_compile.ops.config import S2OConfig
-from s2o_compile.ops.kernels.launch import sparse_triton
+from s2o_compile.ops.kernels.pipeline import sparse_triton
 from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.visibility import Visibility
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2o_compile.ops import AttentionResult, S2OConfig
-from s2o_compile.ops.block_means import block_means
 from s2o_compile.ops.density import dense_pairs, share_in_all_channels
 from s2o_compile.ops.geometry import Geometry
-from s2o_compile.ops.guides import pool_guides
 from s2o_compile.ops.reference import reference_attention
-from s2o_compile.ops.sampling import draws
-from s2o_compile.ops.sinks import add_sinks
-from s2o_compile.ops.softmax import OnlineSoftmax
+from s2o_compile.ops.rule.block_means import block_means
+from s2o_compile.ops.rule.guides import pool_guides
+from s2o_compile.ops.rule.sampling import draws
+from s2o_compile.ops.rule.sinks import add_sinks
+from s2o_compile.ops.rule.softmax import OnlineSoftmax
 
 from . import formulas
 from .comparison import assert_same, largest_difference
