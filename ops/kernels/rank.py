@@ -1,4 +1,4 @@
-"""The ranking of keys: guides and keys score each other, importance chooses, the chosen keys are listed."""
+"""The ranking of keys: guides score them, and those that importance and draws choose are listed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .select import select
 
 
 def scoring_of(arguments: Arguments, guides: torch.Tensor) -> Scoring:
-    """What all runs of segments are scored by, given guides [B, Hkv, guide heads, guides, D]."""
+    """Operands, normalisers and corrections for all segments, given guides [B, Hkv, guide heads, guides, D]."""
     key, channels, scale, softcap = arguments.key, arguments.config.channels, arguments.scale, arguments.softcap
     subset: Operands | None = None
     neglected: torch.Tensor | None

@@ -105,7 +105,8 @@ def check(attempt: Attempt) -> tuple[str, str] | None:
     mask = seen(query, key, visibility)
     want = dense(query, key, value, mask, attempt.scale, call.softcap, call.sinks(attempt.device))
     if attempt.is_exact:
-        error, allowed = largest_difference(got, want), 2 * allowed_error(query, key, value, mask, want)
+        error = largest_difference(got, want)
+        allowed = 2 * allowed_error(query, key, value, mask, want, attempt.scale)
         return ("values", f"off by {error:.2g}, allowed {allowed:.2g}") if error > allowed else None
     # Outputs are weighted means of values, so that they stay within them.
     if got.numel() and value.numel() and float(got.abs().max()) > 1.01 * float(value.abs().max()) + 1e-3:
