@@ -24,7 +24,7 @@ from rich.table import Table
 import s2o_compile
 from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.choice import default_min_length
+from s2o_compile.ops.dispatch import default_min_length
 from s2o_compile.testbed.document import build_document, check_document, read_texts
 from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.testbed.options import Device, Json, make_folder, read_config

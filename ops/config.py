@@ -27,20 +27,20 @@ class S2OConfig:
     Attributes:
         threshold: The share of a query's softmax mass from which a key is sure to be visited; what becomes of
             the others, `tail` says. 0 visits every key and equals dense attention to rounding.
-        min_length: Calls with fewer keys run dense. None chooses by device (`ops.choice`), 0 forces the sparse path.
+        min_length: Calls with fewer keys run dense. None chooses by device (`ops.dispatch`), 0 forces the sparse path.
         segment: Consecutive query positions that share one ranking; a power of two from 16 to 1024.
         tile: Query positions that one program handles, and that stop together; a power of two, at least 16, at
             most `segment`.
         pool: Consecutive queries averaged into one guide; a power of two, at most `segment`. 1 scores every query.
         guides: "head" for guides of each query head, "group" for guides averaged over the heads of a KV group.
         channels: Keys are scored in so many directions of the head dimension, those that carry most of the products of
-            this call's queries and keys (`ops.projection`); None for all channels, as more than there are stand for.
+            this call's queries and keys (`ops.rule.channels`); None for all channels, as more than there are stand for.
             Where these directions miss some of the products more keys are visited; KV groups of which they miss much
             are scored in all channels.
         lists: "group" for one list of keys per KV group, "head" for one per query head.
         measure: What importance measures: "mass", the share of a query's softmax mass that a key holds; or "output",
             that share times how far the key's value lies from the group's outputs, in units of these
-            (`ops.contribution`), so that equal thresholds mean errors of like size in layers of unlike values.
+            (`ops.rule.output_weighting`), so that equal thresholds mean errors of like size in layers of unlike values.
         max_weight: Weight of the largest probability that a guide gives a key, in the key's importance.
         mean_weight: Weight of the mean probability over all guides of a list; importance is the larger term.
         sample: A guide's log-sum-exp is estimated from its dense span and every `sample`-th key of the history;
@@ -49,7 +49,7 @@ class S2OConfig:
             rule) sorts the whole history by importance and ends a tile's walk after the first `chunk` of keys in
             which no row gains `threshold` of its softmax mass.
         tail: What becomes of keys below the threshold. "sampled" visits each with probability importance /
-            `threshold` and weighs it by the inverse, which leaves softmax sums unbiased (`ops.sampling`).
+            `threshold` and weighs it by the inverse, which leaves softmax sums unbiased (`ops.rule.sampling`).
             "means" lets those of each block of 64 enter as one key, the block's mean key and value, weighted by
             how many they are. "none" leaves them out, as the "gain" rule always does.
         chunk: Keys between two checks of the "gain" rule; a multiple of 64.

@@ -32,7 +32,7 @@ class Visibility(NamedTuple):
         return not self.is_causal and all(term is None for term in self[2:])
 
     @property
-    def varies(self) -> bool:
+    def rows_differ(self) -> bool:
         """Whether the queries of a segment may see different keys of their history."""
         return self.window is not None or self.query_documents is not None or self.mask is not None
 
@@ -94,7 +94,7 @@ class Visibility(NamedTuple):
         """
         if self.query_documents is not None or self.mask is not None:
             config = replaced(config, pool=1, guides="head")
-        if self.varies and config.tail == "means":
+        if self.rows_differ and config.tail == "means":
             config = replaced(config, tail="sampled")
         return config
 

@@ -1,7 +1,7 @@
-"""Dense attention of gathered tiles on a CPU, with log-sum-exp.
+"""Dense attention of gathered tiles, with log-sum-exp.
 
 The fused kernel behind ``scaled_dot_product_attention`` on a CPU returns the log-sum-exp that partial results are
-merged by, but has no public name. This module alone calls it.
+merged by, but has no public name. This module alone calls it; other devices run plain torch operations.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..softmax import soft_cap
+from ..rule.softmax import soft_cap
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -41,7 +41,7 @@ def attend(
     """
     if not key.shape[1]:
         return query.new_zeros(*query.shape[:3], value.shape[2]), query.new_full(query.shape[:3], -math.inf)
-    if softcap or not finite or most is not None:
+    if softcap or not finite or most is not None or not query.is_cpu:
         return _attend_plainly(query, key, value, bias, softcap, finite, most)
     heads, width = query.shape[1], max(query.shape[-1], value.shape[-1])
     padded = (

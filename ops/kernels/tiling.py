@@ -12,8 +12,8 @@ MAX_ROWS = 128
 """Rows of queries that a kernel handles at once."""
 SHARED_MEMORY = 96 * 1024
 """Bytes that operands may take while they wait for their turn; every GPU that is supported has as many."""
-HELD = 32 * 1024
-"""Bytes of guides that a program holds while it goes through its keys."""
+MAX_GUIDE_BYTES = 32 * 1024
+"""Bytes of guides that stay with a program while it goes through its keys."""
 
 
 @functools.cache
@@ -60,12 +60,12 @@ class ImportanceTiling(NamedTuple):
 
     guides: Tiling
     rest: int
-    holds: bool
+    resident: bool
 
     @property
     def arguments(self) -> dict[str, int | bool]:
         """As arguments of a launch."""
-        return {**self.guides.arguments, "BLOCK_REST": self.rest, "HOLDS": self.holds}
+        return {**self.guides.arguments, "BLOCK_REST": self.rest, "GUIDES_RESIDENT": self.resident}
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def importance_tiling(channels: int, itemsize: int, guides: int, half: bool) -> 
     if guides <= tiling.rows:
         return ImportanceTiling(tiling, 0, True)
     total = (guides // tiling.rows * tiling.rows + rest) * channels * itemsize
-    if total <= HELD:
+    if total <= MAX_GUIDE_BYTES:
         return ImportanceTiling(tiling, rest, True)
     stage = total + tiling.keys * channels * itemsize
     stages = max(1, min(tiling.num_stages, SHARED_MEMORY // stage))

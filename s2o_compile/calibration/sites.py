@@ -12,8 +12,8 @@ import torch
 
 from .._explain import call_once, replace_operator
 from ..ops import AttentionResult, S2OConfig
-from ..ops.choice import DENSE_AT_ANY_LENGTH
 from ..ops.density import density, ranking_share, share_in_all_channels
+from ..ops.dispatch import DENSE_AT_ANY_LENGTH
 from ..passes import Decision, rewrite
 from ..passes.safety import Safeguard
 

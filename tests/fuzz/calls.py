@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops.dispatch import has_kernels
 from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.visibility import Visibility
 from tests.ops.comparison import allowed_error, dense, largest_difference, seen
@@ -140,13 +141,13 @@ def _implementation(attempt: Attempt, visibility: Visibility, tensors: tuple[tor
     if any(0 in x.shape for x in tensors):  # The operator asks no implementation then.
         arguments = attempt.call.arguments(attempt.device) | {"sinks": None} | attempt.call.config.arguments()
         return AttentionResult(*torch.ops.s2o.attention_stats(*(x.float() for x in tensors), scale=scale, **arguments))
-    if attempt.device == "cpu":
+    if attempt.device == "cpu" or not has_kernels(visibility, attempt.call.config):
         from s2o_compile.ops import cpu
 
         return cpu.sparse_attention(*tensors, *options)
-    from s2o_compile.ops.kernels import launch
+    from s2o_compile.ops.kernels import pipeline
 
-    return launch.sparse_attention(*(x.float() for x in tensors), *options)
+    return pipeline.sparse_attention(*(x.float() for x in tensors), *options)
 
 
 def _failure(attempt: Attempt) -> tuple[str, str] | None:

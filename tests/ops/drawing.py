@@ -98,13 +98,13 @@ class Call:
         return x
 
 
-def draw_config(choose: Choose, thresholds: Sequence[float] = THRESHOLDS) -> S2OConfig:
-    """Configurations over all fields, small enough for small calls."""
-    stop = choose(["importance", "importance", "gain"])
+def draw_config(choose: Choose, thresholds: Sequence[float] = THRESHOLDS, by_kernels: bool = False) -> S2OConfig:
+    """Configurations over all fields, small enough for small calls; `by_kernels`, of rules that have kernels."""
+    stop = "importance" if by_kernels else choose(["importance", "importance", "gain"])
     guides = "head" if stop == "gain" else choose(["head", "group"])
     lists = "head" if stop == "gain" else choose(["group", "head"]) if guides == "head" else "group"
     segment = choose([16, 32, 64])
-    mean_weight = choose([0.0, 3.0])
+    max_weight, mean_weight = choose([(1.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
     return S2OConfig(
         threshold=choose(thresholds),
         min_length=0,
@@ -115,16 +115,15 @@ def draw_config(choose: Choose, thresholds: Sequence[float] = THRESHOLDS) -> S2O
         channels=None if stop == "gain" else choose([None, None, 5, 16]),
         lists=lists,
         measure="mass" if stop == "gain" else choose(["mass", "output"]),
-        max_weight=choose([1.0, 0.5, 0.0] if mean_weight else [1.0, 0.5]),
+        max_weight=max_weight,
         mean_weight=mean_weight,
         sample=choose([1, 4, 16]),
         stop=stop,
         chunk=64,
-        first_keys=choose([0, 1, 5]),
         near_keys=choose([0, 20, 64]),
         last_queries=choose([0, 0, 40]),
         workspace=choose([2**30, 2**30, 2**14]),
-        tail="none" if stop == "gain" else choose(["sampled", "means", "none"]),
+        tail="none" if stop == "gain" else choose(["sampled", "none"] if by_kernels else ["sampled", "means", "none"]),
     )
 
 

@@ -18,14 +18,13 @@ SETTINGS = {
     "default": S2OConfig(min_length=0),
     "dense": S2OConfig(min_length=0, threshold=0),
     "packed": S2OConfig(min_length=0, pool=8, guides="group", channels=None, max_weight=0, mean_weight=1, tail="none"),
-    "block means": S2OConfig(min_length=0, tail="means"),
+    "no tail": S2OConfig(min_length=0, tail="none"),
     "pool 4": S2OConfig(min_length=0, threshold=1e-3, pool=4),
     "lists per head": S2OConfig(min_length=0, lists="head"),
     "few channels": S2OConfig(min_length=0, channels=16),
     "all channels": S2OConfig(min_length=0, channels=None),
     "output": S2OConfig(min_length=0, measure="output"),
     "last queries": S2OConfig(min_length=0, last_queries=40),
-    "the paper's": S2OConfig.paper(min_length=0),
 }
 
 

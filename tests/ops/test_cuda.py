@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from s2o_compile.ops.config import S2OConfig
-from s2o_compile.ops.kernels.launch import sparse_attention, sparse_triton
+from s2o_compile.ops.kernels.pipeline import sparse_attention, sparse_triton
+from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.gpu
 LENGTH, HEADS, GROUPS, CHANNELS = 2100, 4, 2, 64
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "block means": {"tail": "means"},
     "no tail": {"tail": "none"},
     "lists per head": {"lists": "head"},
     "pools of 4": {"pool": 4},
@@ -28,8 +28,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "16 channels": {"channels": 16},
     "output": {"measure": "output"},
     "exact": {"threshold": 0.0},
+}
+BY_TORCH: dict[str, dict[str, Any]] = {
+    "block means": {"tail": "means"},
     "the paper's": S2OConfig.paper(min_length=0).arguments(),
 }
+"""What has no kernels, and waits for the GPU."""
 TERMS = ["nothing", "padding", "window", "documents", "mask", "soft cap", "sinks"]
 
 
@@ -101,11 +105,21 @@ def test_calls_that_run_dense_do_not_wait(name: str) -> None:
         torch.ops.s2o.attention(*inputs, is_causal=True, causal_offset=LENGTH - 1, **arguments)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*SETTINGS, *BY_TORCH])
 def test_the_same_input_gives_the_same_bits(name: str) -> None:
-    inputs = tensors()
-    first = attend(inputs, **SETTINGS[name])
-    assert torch.equal(attend([x.clone() for x in inputs], **SETTINGS[name]), first)
+    inputs, settings = tensors(), (SETTINGS | BY_TORCH)[name]
+    first = attend(inputs, **settings)
+    assert torch.equal(attend([x.clone() for x in inputs], **settings), first)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("name", BY_TORCH)
+def test_rules_without_kernels_are_those_of_a_cpu(name: str, is_causal: bool) -> None:
+    inputs = tensors(dtype=torch.float32)
+    got = torch.ops.s2o.attention_stats(*inputs, is_causal, **{"min_length": 0, **BY_TORCH[name]})
+    on_cpu = (x.cpu().double() for x in inputs)
+    want = reference_attention(*on_cpu, Visibility(is_causal), config=S2OConfig(**BY_TORCH[name]))
+    assert largest_difference(got[0].cpu(), want.output) <= 1e-3
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (12, 2), (7, 1), (28, 4), (8, 8)])

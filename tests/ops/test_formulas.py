@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2o_compile.ops import AttentionResult, S2OConfig, reference, reference_variants
-from s2o_compile.ops.block_means import block_means
-from s2o_compile.ops.contribution import sampled_rows, value_distances
 from s2o_compile.ops.density import dense_pairs, share_in_all_channels
 from s2o_compile.ops.geometry import Geometry
-from s2o_compile.ops.guides import pool_guides
-from s2o_compile.ops.projection import project
 from s2o_compile.ops.reference import reference_attention
-from s2o_compile.ops.sampling import draws, most_logits
-from s2o_compile.ops.sinks import add_sinks
-from s2o_compile.ops.softmax import soft_cap
+from s2o_compile.ops.rule.block_means import block_means
+from s2o_compile.ops.rule.channels import project
+from s2o_compile.ops.rule.guides import pool_guides
+from s2o_compile.ops.rule.output_weighting import sampled_rows, value_distances
+from s2o_compile.ops.rule.sampling import draws, most_logits
+from s2o_compile.ops.rule.sinks import add_sinks
+from s2o_compile.ops.rule.softmax import soft_cap
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import largest_difference

@@ -267,7 +267,7 @@ def test_the_search_is_not_caught_by_a_step() -> None:
     ],
 )
 def test_the_price_of_ranking(fields: dict[str, Any], share: float) -> None:
-    assert ranking_share(S2OConfig(**fields), channels=64, value_channels=128, group=3) == pytest.approx(share)
+    assert ranking_share(S2OConfig(**fields), channels=64, value_channels=128, group_size=3) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(("size", "groups_in_all"), [(0.5, 0), (10, 2)])

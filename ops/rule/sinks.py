@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .result import AttentionResult
+from ..result import AttentionResult
 
 
 def add_sinks(result: AttentionResult, sinks: torch.Tensor) -> AttentionResult:

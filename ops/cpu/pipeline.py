@@ -1,4 +1,4 @@
-"""Sparse attention on a CPU: one KV group of one batch entry at a time, and of that, a run of segments at a time."""
+"""Sparse attention in torch operations: one KV head of one batch entry at a time, and a run of segments at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ..geometry import Geometry
 from ..result import AttentionResult
 from ..visibility import Visibility
 from .attend import Attention
-from .group import Group
-from .rank import Ranking
+from .kv_head import KVHead
+from .rank import KeyRanking
 
 
 def sparse_attention(
@@ -28,21 +28,21 @@ def sparse_attention(
     """
     config = visibility.ranking(config)
     geometry = Geometry.of(query, key, visibility, config)
-    batch, groups = query.shape[0], key.shape[1]
+    batch, kv_heads = query.shape[0], key.shape[1]
     result = AttentionResult.empty(query, value, config.tile)
-    parts = [x.unflatten(1, (groups, -1)) for x in result]
+    parts = [x.unflatten(1, (kv_heads, -1)) for x in result]
     for b in range(batch):
-        for g in range(groups):
-            group = Group.of(query, key, value, visibility, b, g, geometry, scale, softcap, config)
-            attend_group(group, AttentionResult(*(part[b, g] for part in parts)))
+        for h in range(kv_heads):
+            kv_head = KVHead.of(query, key, value, visibility, b, h, geometry, scale, softcap, config)
+            attend_kv_head(kv_head, AttentionResult(*(part[b, h] for part in parts)))
     return result
 
 
-def attend_group(group: Group, result: AttentionResult) -> None:
-    """Attend one group and fill its part of `result`: [G, Lq, Dv], [G, Lq] and [G, tiles]."""
-    attention = Attention(group)
-    if group.geometry.ranked_segments:
-        ranking = Ranking(group, attention.guide_lse())
+def attend_kv_head(kv_head: KVHead, result: AttentionResult) -> None:
+    """Attend one KV head and fill its part of `result`: [G, Lq, Dv], [G, Lq] and [G, tiles]."""
+    attention = Attention(kv_head)
+    if kv_head.geometry.ranked_segments:
+        ranking = KeyRanking(kv_head, attention.guide_lse())
         for segments in ranking.runs():
             attention.visit(ranking.lists(segments))
     attention.write(result)

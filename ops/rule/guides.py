@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .config import S2OConfig
+from ..config import S2OConfig
 
 
 def pool_guides(query: torch.Tensor, config: S2OConfig) -> torch.Tensor:
-    """Average `pool` consecutive queries (fewer at a ragged end), and heads where the guides are the group's.
+    """Average `pool` consecutive queries (fewer at a ragged end), and the heads of a KV head where `guides` is "group".
 
     Args:
-        query: [..., G, L, D], the G heads of each KV group.
+        query: [..., G, L, D], the G query heads of each KV head.
         config: Gives `pool` and `guides`.
 
     Returns:

@@ -9,6 +9,7 @@ import torch
 
 from .config import S2OConfig
 from .sizes import statically_known_true
+from .visibility import Visibility
 
 DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 32768}
 """Fewest keys from which the default settings were measured to beat SDPA: see the README."""
@@ -36,6 +37,12 @@ def has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def has_kernels(visibility: Visibility, config: S2OConfig) -> bool:
+    """Whether Triton kernels follow a call's rule; the "gain" rule and block means, which measured worse, have none."""
+    config = visibility.ranking(config)
+    return config.stop != "gain" and not config.has_means
 
 
 def choose_sparse(queries: int, keys: int, device: torch.device, config: S2OConfig) -> bool | None:

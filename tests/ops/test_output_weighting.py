@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from s2o_compile.ops import sampling
-from s2o_compile.ops.contribution import sampled_rows, value_distances
+from s2o_compile.ops.rule import sampling
+from s2o_compile.ops.rule.output_weighting import sampled_rows, value_distances
 
 
 def test_distances_are_in_units_of_the_outputs() -> None:
@@ -61,6 +61,6 @@ def test_what_importance_measures_changes_with_values() -> None:
 def test_keys_that_mean_queries_misjudge_weigh_no_more_than_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {"threshold": 0.02, "pool": 8}
     bounded, _ = error(**fields)
-    monkeypatch.setattr(sampling, "MOST", math.inf)
+    monkeypatch.setattr(sampling, "MAX_WEIGHT_FACTOR", math.inf)
     unbounded, _ = error(**fields)
     assert bounded < 0.8 * unbounded

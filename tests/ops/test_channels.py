@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2o_compile.ops import S2OConfig, cpu
-from s2o_compile.ops.kernels import launch
-from s2o_compile.ops.projection import principal_directions, project
+from s2o_compile.ops.kernels import pipeline
 from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.result import AttentionResult
+from s2o_compile.ops.rule.channels import principal_directions, project
 from s2o_compile.ops.visibility import Visibility
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,7 +106,7 @@ def on_a_cpu(*tensors: torch.Tensor, config: S2OConfig) -> AttentionResult:
 
 
 def by_kernels(*tensors: torch.Tensor, config: S2OConfig) -> AttentionResult:
-    return launch.sparse_attention(*(x.to(DEVICE) for x in tensors), Visibility(True), 0.5, 0.0, config)
+    return pipeline.sparse_attention(*(x.to(DEVICE) for x in tensors), Visibility(True), 0.5, 0.0, config)
 
 
 @pytest.mark.parametrize("attend", [by_reference, on_a_cpu, by_kernels])
