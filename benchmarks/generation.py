@@ -180,7 +180,7 @@ def main(
     new: Annotated[int, typer.Option(min=FIRST, help="Tokens to generate.")] = 64,
     only: Annotated[list[str] | None, typer.Option(help="A way to generate; repeatable, all by default.")] = None,
     threshold: Annotated[list[float] | None, typer.Option(help="Repeatable; by default 0 and the default.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="Another field of S2OConfig, NAME=VALUE.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Another field of S2OConfig or Ranking, NAME=VALUE.")] = None,
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     device: Device = "auto",

@@ -46,7 +46,7 @@ def density(
 def ranking_share(config: S2OConfig, channels: int, value_channels: int, group_size: int) -> float:
     """The ratio of ranking FLOPs to dense attention's FLOPs, visited pairs not counted.
 
-    Each guide is multiplied with every key, and with one in `S2OConfig.sample` once more for its log-sum-exp.
+    Each guide is multiplied with every key, and with one in `Ranking.sample` once more for its log-sum-exp.
 
     Args:
         config: The rule.
@@ -54,13 +54,13 @@ def ranking_share(config: S2OConfig, channels: int, value_channels: int, group_s
         value_channels: Dv.
         group_size: Query heads per KV head.
     """
-    queries_a_guide = config.pool * (group_size if config.guides == "group" else 1)
+    queries_a_guide = config.ranking.pool * (group_size if config.ranking.guides == "kv_head" else 1)
     return scored_channels(config, channels) / (queries_a_guide * (channels + value_channels))
 
 
 def scored_channels(config: S2OConfig, channels: int) -> float:
     """The multiplications of a guide and a key, of D channels: its score, and its part in a log-sum-exp."""
-    return min(config.channels or channels, channels) + channels / config.sample
+    return min(config.ranking.channels or channels, channels) + channels / config.ranking.sample
 
 
 def share_in_all_channels(query: torch.Tensor, key: torch.Tensor, scale: float, config: S2OConfig) -> float:
@@ -73,4 +73,4 @@ def share_in_all_channels(query: torch.Tensor, key: torch.Tensor, scale: float, 
         config: Gives the guides and how many channels they are.
     """
     guides = pool_guides(query.unflatten(-3, (key.shape[-3], -1)), config)
-    return float(project(guides, key, config.channels, scale).neglects_too_much.double().mean())
+    return float(project(guides, key, config.ranking.channels, scale).neglects_too_much.double().mean())

@@ -41,8 +41,8 @@ def has_fast_bfloat16() -> bool:
 
 def has_kernels(visibility: Visibility, config: S2OConfig) -> bool:
     """Whether Triton kernels follow a call's rule; the "gain" rule and block means, which measured worse, have none."""
-    config = visibility.ranking(config)
-    return config.stop != "gain" and not config.has_means
+    config = visibility.effective_config(config)
+    return config.ranking.rule != "gain" and not config.has_means
 
 
 def choose_sparse(queries: int, keys: int, device: torch.device, config: S2OConfig) -> bool | None:
@@ -53,7 +53,7 @@ def choose_sparse(queries: int, keys: int, device: torch.device, config: S2OConf
     least = default_min_length(device) if config.min_length is None else config.min_length
     if least == 0:
         return True
-    densely = max(config.last_queries, config.segment)
+    densely = max(config.last_queries, config.ranking.segment)
     if statically_known_true(keys >= least) and statically_known_true(queries > densely):
         return True
     if least == DENSE_AT_ANY_LENGTH or statically_known_true(keys < least) or statically_known_true(queries <= densely):

@@ -57,10 +57,10 @@ class Geometry:
             is_causal=visibility.is_causal,
             offset=visibility.causal_offset,
             window=visibility.window,
-            segment=config.segment,
-            tile=config.tile,
+            segment=config.ranking.segment,
+            tile=config.ranking.tile,
             # More would make no difference, and may overflow.
-            near_keys=min(config.near_keys, query.shape[2] + key.shape[2] + abs(visibility.causal_offset)),
+            near_keys=min(config.ranking.near_keys, query.shape[2] + key.shape[2] + abs(visibility.causal_offset)),
             last_queries=config.last_queries,
         )
 

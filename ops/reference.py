@@ -243,9 +243,10 @@ def reference_attention(
     from .reference_variants import steps_of  # Here, as variants are made of this module's functions.
 
     terms = visibility or Visibility()
-    config = terms.ranking(config or S2OConfig())
-    theta, size, tile, sample = config.threshold, config.segment, config.tile, config.sample
-    first_keys, near_keys, count = config.first_keys, config.near_keys, config.channels or query.shape[3]
+    config = terms.effective_config(config or S2OConfig())
+    ranking = config.ranking
+    theta, size, tile, sample = config.threshold, ranking.segment, ranking.tile, ranking.sample
+    first_keys, near_keys, count = ranking.first_keys, ranking.near_keys, ranking.channels or query.shape[3]
 
     call = call_of(query, key, value, terms, scale, softcap, sinks)
     shape, keys, position = call.query.shape[:4], call.key.shape[3], positions(call.seen)

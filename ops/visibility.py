@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .config import S2OConfig, replaced
+from .config import S2OConfig
 from .sizes import statically_known_true
 
 
@@ -85,17 +85,17 @@ class Visibility(NamedTuple):
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[batch]
         return self._replace(key_padding=padding, query_documents=of_queries, key_documents=of_keys, mask=mask)
 
-    def ranking(self, config: S2OConfig) -> S2OConfig:
+    def effective_config(self, config: S2OConfig) -> S2OConfig:
         """The configuration as far as such a call can follow it.
 
         Neighbouring queries of other documents, or under a general mask, have no mean that could rank keys for them
         all, so every query is a guide. A block's mean cannot stand for keys of which a query sees only some, so where
-        queries see different keys of the history the tail is sampled.
+        queries see different keys of the history they are sampled.
         """
         if self.query_documents is not None or self.mask is not None:
-            config = replaced(config, pool=1, guides="head")
-        if self.rows_differ and config.tail == "means":
-            config = replaced(config, tail="sampled")
+            config = config.with_ranking(pool=1, guides="head")
+        if self.rows_differ and config.ranking.rule == "means":
+            config = config.with_ranking(rule="sampled")
         return config
 
 

@@ -150,7 +150,7 @@ class _Workload(NamedTuple):
             terms.is_causal,
             terms.causal_offset,
             terms.window,
-            call.config.tile,
+            call.config.ranking.tile,
             call.query.device,
         )
 

@@ -205,7 +205,7 @@ def judge(case: Case, structure: Structure, contender: Contender, times: list[fl
     result, size = with_peak_memory(contender.run, case.device)
     row.mebibytes = None if size is None else size / 2**20
     config = contender.config or S2OConfig()
-    lengths = case.length, case.length, shape.is_causal, 0, config.tile
+    lengths = case.length, case.length, shape.is_causal, 0, config.ranking.tile
     row.density = float(density(result.visited, *lengths).mean()) if contender.config else 1.0
     pairs = shape.heads * dense_pairs(*lengths)
     row.tflops = 4 * shape.channels * pairs * row.density / seconds / 1e12

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
+from ..config import GAIN_CHUNK
 from ..geometry import round_up
 from ..result import AttentionResult
 from ..rule.block_means import block_means
@@ -31,11 +32,11 @@ class Attention:
         self.key, self.value = kv_head.key, kv_head.value
         if self.config.has_means:
             self.key, self.value = (torch.cat([x, block_means(x, kv_head.valid)]) for x in (kv_head.key, kv_head.value))
-        tile = self.config.tile
+        tile = self.config.ranking.tile
         padded = pad(kv_head.query, (0, 0, 0, -self.geometry.queries % tile))
         self.query = padded.unflatten(1, (-1, tile)).transpose(0, 1).contiguous()
         tiles = kv_head.arange(self.geometry.tiles)
-        segments = tiles // (self.config.segment // tile)
+        segments = tiles // (self.config.ranking.segment // tile)
         _, low, high = kv_head.spans[segments].unbind(1)
         self.rows = tiles[:, None] * tile + kv_head.arange(tile)
         end = high
@@ -50,8 +51,8 @@ class Attention:
 
     def guide_lse(self) -> torch.Tensor:
         """Each guide's log-sum-exp over its dense span [heads, segments, n]."""
-        guides, pool = self.kv_head.guides, self.config.pool
-        if pool == 1 and self.config.guides == "head":
+        guides, pool = self.kv_head.guides, self.config.ranking.pool
+        if pool == 1 and self.config.ranking.guides == "head":
             lse = self.lse.transpose(0, 1).flatten(1)[:, : self.geometry.queries]
             return self.kv_head.by_segment(lse[..., None])[..., 0]
         rows = (self.kv_head.arange(guides.shape[1] * guides.shape[2]) * pool).view(guides.shape[1:3])
@@ -74,7 +75,7 @@ class Attention:
 
     def visit(self, lists: Lists) -> None:
         """Visit the keys of all lists of a run."""
-        per_segment = self.config.segment // self.config.tile
+        per_segment = self.config.ranking.segment // self.config.ranking.tile
         first = lists.segments.start * per_segment
         end = min(lists.segments.stop * per_segment, self.geometry.tiles)
         segment = self.kv_head.arange(end - first) // per_segment
@@ -83,7 +84,7 @@ class Attention:
             self.most[first:end] = self.bound(lists.lse)[: end - first]
         for units in batches(count):
             places = units + first * self.kv_head.lists
-            if self.config.stop == "gain":
+            if self.config.ranking.rule == "gain":
                 self.walk(places, lists, start[units], count[units])
             else:
                 self.add(places, *listed(lists, start[units], count[units]), round_up(count[units]))
@@ -93,8 +94,8 @@ class Attention:
     def bound(self, lse: torch.Tensor) -> torch.Tensor:
         """What weights may raise logits to [tiles, G, tile], given their guides' log-sum-exps [segments, heads, n]."""
         most = most_logits(lse, self.config.threshold)
-        rows = most.repeat_interleave(self.config.pool, 2).expand(-1, self.kv_head.heads, -1)
-        return rows.unflatten(2, (-1, self.config.tile)).transpose(1, 2).flatten(0, 1)
+        rows = most.repeat_interleave(self.config.ranking.pool, 2).expand(-1, self.kv_head.heads, -1)
+        return rows.unflatten(2, (-1, self.config.ranking.tile)).transpose(1, 2).flatten(0, 1)
 
     def visit_means(self, lists: Lists, segment: torch.Tensor, first: int) -> None:
         """Let block means stand for the keys left out, in the tiles from `first` on, of these segments [U]."""
@@ -109,7 +110,7 @@ class Attention:
     def walk(self, places: torch.Tensor, lists: Lists, start: torch.Tensor, count: torch.Tensor) -> None:
         """Visit lists chunk by chunk until no row of a tile gains enough."""
         while len(places):
-            size = count.clamp_max(self.config.chunk)
+            size = count.clamp_max(GAIN_CHUNK)
             gain = self.add(places, *listed(lists, start, size), round_up(size))
             real = self.rows[places // self.kv_head.lists, None] < self.geometry.queries
             goes_on = (real & ~(gain < self.config.threshold)).flatten(1).any(1) & (count > size)
@@ -152,7 +153,7 @@ class Attention:
 
     def write(self, result: AttentionResult) -> None:
         """Fill the KV head's part of the result: [G, Lq, Dv], [G, Lq] and [G, tiles]."""
-        length, tile = self.geometry.queries, self.config.tile
+        length, tile = self.geometry.queries, self.config.ranking.tile
         result.output.copy_(self.output.transpose(0, 1).flatten(1, 2)[:, :length])
         result.lse.copy_(self.lse.transpose(0, 1).flatten(1)[:, :length])
         rows = (length - self.kv_head.arange(self.geometry.tiles) * tile).clamp_max(tile)

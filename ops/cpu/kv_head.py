@@ -89,7 +89,7 @@ class KVHead:
     @functools.cached_property
     def scored(self) -> Projected:
         """What keys are scored by: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
-        scored = project_kv_head(self.pooled, self.key, self.config.channels, 1.0, self.valid)
+        scored = project_kv_head(self.pooled, self.key, self.config.ranking.channels, 1.0, self.valid)
         whole = scored.neglected is None
         return scored._replace(guides=self.guides if whole else self.by_segment(scored.guides))
 
@@ -104,18 +104,18 @@ class KVHead:
     @functools.cached_property
     def real_guides(self) -> torch.Tensor:
         """Which guides of a segment are not past a ragged end [segments, n]."""
-        pooled = -(-self.geometry.queries // self.config.pool)
+        pooled = -(-self.geometry.queries // self.config.ranking.pool)
         return self.by_segment(self.query.new_ones(1, pooled, 1, dtype=torch.bool))[0, :, :, 0]
 
     def by_segment(self, guides: torch.Tensor) -> torch.Tensor:
         """Cut guides [heads, n, D] into segments [heads, segments, n, D], filled up with zeros."""
-        size = self.config.segment // self.config.pool
+        size = self.config.ranking.segment // self.config.ranking.pool
         return pad(guides, (0, 0, 0, -guides.shape[1] % size)).unflatten(1, (-1, size))
 
     @property
     def lists(self) -> int:
         """Lists of keys per segment."""
-        return 1 if self.config.lists == "group" else self.heads
+        return 1 if self.config.ranking.lists == "kv_head" else self.heads
 
     def seen(self, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """`Visibility.seen`, for query heads of the KV head; rows past the end see what the last one sees."""

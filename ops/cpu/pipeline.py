@@ -26,10 +26,10 @@ def sparse_attention(
 
     Arithmetic is in float32 at least, but for the scores that rank keys, which are in bfloat16 where that is fast.
     """
-    config = visibility.ranking(config)
+    config = visibility.effective_config(config)
     geometry = Geometry.of(query, key, visibility, config)
     batch, kv_heads = query.shape[0], key.shape[1]
-    result = AttentionResult.empty(query, value, config.tile)
+    result = AttentionResult.empty(query, value, config.ranking.tile)
     parts = [x.unflatten(1, (kv_heads, -1)) for x in result]
     for b in range(batch):
         for h in range(kv_heads):

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ..dispatch import has_fast_bfloat16
 from ..geometry import BLOCK
+from ..memory import workspace
 from ..rule.sampling import draws
 from ..rule.softmax import soft_cap
 from .kv_head import KVHead
@@ -85,10 +86,10 @@ class KeyRanking:
         if key is not kv_head.key:
             self.whole_guides = kv_head.guides.transpose(0, 1).to(dtype)
         self.key[:, -_EXTRA_CHANNELS : 2 - _EXTRA_CHANNELS] = 1
-        self.most = min(_SCORES_OF_A_RUN, self.config.workspace // dtype.itemsize)
+        self.most = min(_SCORES_OF_A_RUN, workspace() // dtype.itemsize)
         self.held = self.most if dtype == torch.bfloat16 else min(self.most, _SCORES_AT_ONCE)
         self.buffer = self.key.new_empty(max(self.most, self.rows * BLOCK))
-        first, sample = self.config.first_keys, self.config.sample
+        first, sample = self.config.ranking.first_keys, self.config.ranking.sample
         drawn = self.positions[sample // 2 :: sample]
         self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
         self.drawn_key = kv_head.key[self.drawn].to(dtype)
@@ -124,7 +125,7 @@ class KeyRanking:
             return pack(run, keep, keep.nonzero()[:, -1], log_weight)
         normaliser = self.normaliser(run)
         importance = self.importance(run, normaliser)
-        if config.stop == "gain":
+        if config.ranking.rule == "gain":
             ranked = importance.clamp_min(-1e30).masked_fill(~keep, -math.inf)
             order = ranked.argsort(dim=-1, descending=True, stable=True)
             listed = self.kv_head.arange(len(run.reach)) < keep.sum(-1, keepdim=True)
@@ -158,7 +159,7 @@ class KeyRanking:
     def seen(self, segments: range, reach: range) -> torch.Tensor:
         """Which keys in reach each guide sees [segments, heads or 1, n, keys]."""
         heads, per_segment = self.guides.shape[1:3]
-        row = self.kv_head.arange(segments.start * per_segment, segments.stop * per_segment) * self.config.pool
+        row = self.kv_head.arange(segments.start * per_segment, segments.stop * per_segment) * self.config.ranking.pool
         row = row.view(-1, 1, per_segment, 1)
         seen = self.kv_head.seen(self.kv_head.arange(heads)[:, None, None], row, self.positions[span(reach)])
         return (seen & self.real[span(segments), None, :, None]).expand(-1, -1, -1, len(reach))
@@ -186,19 +187,17 @@ class KeyRanking:
         if run.seen is not None:
             surprisal.masked_fill_(~run.seen, math.inf)
         surprisal = self.by_list(surprisal)
-        importance = normaliser.new_full((), -math.inf)
-        if config.max_weight:
+        if config.ranking.combine == "max":
             least = least_by_bits(surprisal, 2) if self.comparable else surprisal.amin(2)
-            importance = math.log(config.max_weight) - least.to(normaliser.dtype)
-        if config.mean_weight:
+            importance = -least.to(normaliser.dtype)
+        else:
             guides_of_list = real.sum(1) * (guides.shape[1] // self.kv_head.lists)
             mean = surprisal.neg().logsumexp(2).to(normaliser.dtype)
-            mean = mean - guides_of_list.to(mean.dtype).log()[:, None, None]
-            importance = torch.maximum(importance, mean + math.log(config.mean_weight))
-        if config.measure == "output":
+            importance = mean - guides_of_list.to(mean.dtype).log()[:, None, None]
+        if config.ranking.measure == "output":
             importance = importance + self.kv_head.log_distances[span(run.reach)]
         importance = importance.masked_fill(importance.isnan(), math.inf)
-        importance[..., : max(0, config.first_keys - run.reach.start)] = math.inf
+        importance[..., : max(0, config.ranking.first_keys - run.reach.start)] = math.inf
         return importance
 
     def surprisal(self, guides: torch.Tensor, normaliser: torch.Tensor, reach: range) -> torch.Tensor:

@@ -49,7 +49,7 @@ class Arguments:
     @property
     def lists(self) -> int:
         """Lists per KV head and segment."""
-        return self.group_size if self.config.lists == "head" else 1
+        return self.group_size if self.config.ranking.lists == "head" else 1
 
     @property
     def valid(self) -> torch.Tensor | None:
@@ -60,11 +60,11 @@ class Arguments:
     @property
     def takes_mean(self) -> bool:
         """Whether importance is the mean over guides, not their maximum."""
-        return self.config.mean_weight > 0
+        return self.config.ranking.combine == "mean"
 
     def distances(self) -> torch.Tensor | None:
         """How far values lie from the outputs [B, Hkv, Lk], float32; None where importance measures mass alone."""
-        if self.config.measure == "mass":
+        if self.config.ranking.measure == "mass":
             return None
         device = self.query.device
         rows = sampled_rows(self.geometry.queries, self.group_size, device)
@@ -106,7 +106,7 @@ class Arguments:
             "offset": self.geometry.offset,
             "window": self.visibility.window or 0,
             "near_keys": self.geometry.near_keys,
-            "SEGMENT": self.config.segment,
+            "SEGMENT": self.config.ranking.segment,
             "CAUSAL": self.visibility.is_causal,
             "WINDOW": self.visibility.window is not None,
         }
@@ -119,9 +119,9 @@ class Arguments:
             "kv_heads": self.kv_heads,
             "scale": self.scale * LOG2_E,
             "softcap": self.softcap * LOG2_E,
-            "POOL": self.config.pool,
-            "GUIDE_HEADS": self.group_size if self.config.guides == "head" else 1,
-            "guides_per_head": -(-self.geometry.queries // self.config.pool),
+            "POOL": self.config.ranking.pool,
+            "GUIDE_HEADS": self.group_size if self.config.ranking.guides == "head" else 1,
+            "guides_per_head": -(-self.geometry.queries // self.config.ranking.pool),
             "HAS_PADDING": visibility.key_padding is not None,
             "DOCUMENTS": visibility.query_documents is not None,
             "MASK": visibility.mask is not None,

@@ -42,13 +42,13 @@ def attend(arguments: Arguments, lists: Lists, segments: range, result: Attentio
         arguments.query, arguments.key, arguments.value, arguments.config, arguments.geometry
     )  # fmt: skip
     heads_per_list = arguments.group_size // arguments.lists
-    heads = max(1, min(heads_per_list, MAX_ROWS // config.tile))
+    heads = max(1, min(heads_per_list, MAX_ROWS // config.ranking.tile))
     parts = arguments.lists * -(-heads_per_list // heads)
     # Every row has a maximum after the keys that need a mask.
     is_fixed = not arguments.visibility.rows_differ
     widest, shared = max(key.shape[-1], value.shape[-1]), shared_memory(key.device)
-    tiling = attend_tiling(widest, key.element_size(), heads * config.tile, is_fixed, shared)
-    per_segment = config.segment // config.tile
+    tiling = attend_tiling(widest, key.element_size(), heads * config.ranking.tile, is_fixed, shared)
+    per_segment = config.ranking.segment // config.ranking.tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     wrap_triton(attend_kernel)[(tiles, parts, arguments.batch_kv_heads)](
         query, key, value, *arguments.masks,
@@ -61,7 +61,7 @@ def attend(arguments: Arguments, lists: Lists, segments: range, result: Attentio
         first_segment=segments.start, segments=len(segments), tiles=geometry.tiles, capacity=lists.capacity,
         log2_max_weight=math.log2(MAX_WEIGHT_FACTOR * max(config.threshold, 1e-30)),
         FIXED=is_fixed, BOUNDED=config.bounds_weights(key.shape[-1]), SAMPLED=config.has_samples,
-        TILE=config.tile, GROUP_SIZE=arguments.group_size, LISTS=arguments.lists, HEADS=heads,
+        TILE=config.ranking.tile, GROUP_SIZE=arguments.group_size, LISTS=arguments.lists, HEADS=heads,
         **tiling.arguments,
     )  # fmt: skip
 

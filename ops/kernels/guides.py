@@ -17,15 +17,15 @@ _ROWS = 16
 def pool_guides(query: torch.Tensor, config: S2OConfig) -> torch.Tensor:
     """`rule.guides.pool_guides`, rounded once: query [B, Hkv, G, L, D], guides [B, Hkv, G or 1, ceil(L / pool), D]."""
     batch, kv_heads, group_size, length, size = query.shape
-    together = group_size if config.guides == "group" else 1
-    if config.pool == together == 1:
+    together = group_size if config.ranking.guides == "kv_head" else 1
+    if config.ranking.pool == together == 1:
         return query
-    heads, per_head = group_size // together, -(-length // config.pool)
+    heads, per_head = group_size // together, -(-length // config.ranking.pool)
     guides = query.new_empty(batch, kv_heads, heads, per_head, size)
     wrap_triton(pool_kernel)[(-(-per_head // _ROWS), heads, batch * kv_heads)](
         query, guides,
         *query.stride()[:4], kv_heads, length, per_head,
-        POOL=config.pool, TOGETHER=together,
+        POOL=config.ranking.pool, TOGETHER=together,
         D=size, BLOCK_D=padded(size), BLOCK_N=_ROWS, num_warps=4, num_stages=1,
     )  # fmt: skip
     return guides

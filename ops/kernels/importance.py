@@ -74,11 +74,11 @@ def _score(
     config, guide_lse, distances, neglected = arguments.config, scoring.guide_lse, scoring.distances, scoring.neglected
     guides, key = operands.guides, operands.key
     capacity = arguments.capacity(segments[-1])
-    total = guides.shape[2] // arguments.lists * (config.segment // config.pool)
+    total = guides.shape[2] // arguments.lists * (config.ranking.segment // config.ranking.pool)
     half = sums_in_half(operands, arguments.takes_mean)
     tiling = importance_tiling(key.shape[-1], key.element_size(), total, half)
     together = tiling.guides.segments(total)
-    programs = -(-len(segments) // together) * -(-(capacity + config.segment * together) // CHUNK)
+    programs = -(-len(segments) // together) * -(-(capacity + config.ranking.segment * together) // CHUNK)
     wrap_triton(importance_kernel)[(programs, arguments.lists, arguments.batch_kv_heads)](
         guides, operands.ranges, guide_lse, key, guide_lse if distances is None else distances,
         guide_lse if neglected is None else neglected, *arguments.masks, importance,

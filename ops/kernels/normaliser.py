@@ -36,14 +36,14 @@ def normalisers(arguments: Arguments, operands: Operands) -> torch.Tensor:
     """
     config, guides, key, segments = arguments.config, operands.guides, operands.key, arguments.geometry.segments
     lse = torch.empty(guides.shape[:-1], dtype=torch.float32, device=guides.device)
-    total = guides.shape[2] * (config.segment // config.pool)
+    total = guides.shape[2] * (config.ranking.segment // config.ranking.pool)
     tiling = normaliser_tiling(key.shape[-1], key.element_size(), total)
     together = tiling.segments(total)
     grid = (-(-segments // together), -(-total * together // tiling.rows), arguments.batch_kv_heads)
     wrap_triton(normaliser_kernel)[grid](
         guides, operands.ranges, key, *arguments.masks, lse,
         *guides.stride()[:4], *key.stride()[:3], *arguments.mask_strides,
-        first_segment=0, segments=segments, sample=config.sample, log2_sample=math.log2(config.sample),
+        first_segment=0, segments=segments, sample=config.ranking.sample, log2_sample=math.log2(config.ranking.sample),
         SEGMENTS=together,
         **arguments.shared, **operands.arguments, **tiling.arguments,
     )  # fmt: skip

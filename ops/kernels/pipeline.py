@@ -10,6 +10,7 @@ from torch.library import triton_op
 
 from ..config import S2OConfig
 from ..geometry import Geometry, round_up
+from ..memory import workspace
 from ..result import AttentionResult
 from ..visibility import Visibility
 from .arguments import Arguments
@@ -58,10 +59,10 @@ def sparse_attention(
 
     The rule is one of those with kernels (`dispatch.has_kernels`).
     """
-    config = visibility.ranking(config)
-    result = AttentionResult.empty(query, value, config.tile)
+    config = visibility.effective_config(config)
+    result = AttentionResult.empty(query, value, config.ranking.tile)
     batch, heads = query.shape[:2]
-    at_once = max(1, MAX_PROGRAMS // (heads if config.lists == "head" else key.shape[1]))
+    at_once = max(1, MAX_PROGRAMS // (heads if config.ranking.lists == "head" else key.shape[1]))
     if batch <= at_once:
         attend_batch(query, key, value, visibility, scale, softcap, config, result)
         return result
@@ -99,7 +100,7 @@ def attend_batch(
 def runs(arguments: Arguments) -> tuple[range, ...]:
     """Consecutive segments whose lists fit into the workspace together."""
     bits = arguments.batch_kv_heads * arguments.lists * bits_of_a_key(arguments)
-    return _runs(arguments.geometry, 8 * arguments.config.workspace // bits)
+    return _runs(arguments.geometry, 8 * workspace() // bits)
 
 
 @functools.lru_cache(maxsize=2**12)

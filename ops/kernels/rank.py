@@ -17,7 +17,7 @@ from .select import select
 
 def scoring_of(arguments: Arguments, guides: torch.Tensor) -> Scoring:
     """Operands, normalisers and corrections for all segments, given guides [B, Hkv, guide heads, guides, D]."""
-    key, channels, scale, softcap = arguments.key, arguments.config.channels, arguments.scale, arguments.softcap
+    key, channels, scale, softcap = arguments.key, arguments.config.ranking.channels, arguments.scale, arguments.softcap
     subset: Operands | None = None
     neglected: torch.Tensor | None
     if picks_channels(channels, key.shape[-1]):

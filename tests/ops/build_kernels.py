@@ -14,17 +14,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from s2o_compile.ops import S2OConfig
+from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.ops.kernels import attend, channels, guides, importance, normaliser, pipeline, quantise, sample, select
 from s2o_compile.ops.visibility import Visibility
 
 CAPABILITIES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may take, by compute capability."""
 OTHERS = (
-    S2OConfig(channels=32),
-    S2OConfig(channels=16, measure="output"),
-    S2OConfig(tail="none", lists="head"),
-    S2OConfig(pool=8, guides="group", tail="none", max_weight=0.0, mean_weight=1.0),
+    S2OConfig(ranking=Ranking(channels=32)),
+    S2OConfig(ranking=Ranking(channels=16, measure="output")),
+    S2OConfig(ranking=Ranking(rule="dropped", lists="head")),
+    S2OConfig(ranking=Ranking(pool=8, guides="kv_head", rule="dropped", combine="mean")),
 )
 TYPES = {
     torch.float16: "*fp16",

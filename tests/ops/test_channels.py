@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2o_compile.ops import S2OConfig, cpu
+from s2o_compile.ops import Ranking, S2OConfig, cpu
 from s2o_compile.ops.kernels import pipeline
 from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.result import AttentionResult
@@ -118,7 +118,12 @@ def test_all_channels_are_scored_for_the_groups_that_need_them(attend: Any, meas
     query[1] *= 0.5
     key, value = torch.randn(2, 2, 2, 260, 16)
     few, all_of_them = (
-        attend(query, key, value, config=S2OConfig(threshold, channels=channels, measure=measure, tail="none"))
+        attend(
+            query,
+            key,
+            value,
+            config=S2OConfig(threshold, ranking=Ranking(channels=channels, measure=measure, rule="dropped")),
+        )
         for channels in (4, None)
     )
     assert torch.equal(few.output[0, 2:], all_of_them.output[0, 2:])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from s2o_compile.ops import AttentionResult, S2OConfig, cpu
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, cpu
 from s2o_compile.ops.cpu import attend, flash, rank
+from s2o_compile.ops.memory import limited_workspace
 from s2o_compile.ops.reference import reference_attention
 from s2o_compile.ops.visibility import Visibility
 
@@ -21,7 +22,8 @@ DOCUMENTS = (torch.arange(700) // 300)[None]
 def test_agrees_with_the_reference(call: Call) -> None:
     tensors, visibility = call.tensors(torch.float64), call.visibility()
     scale = call.channels**-0.5
-    got = cpu.sparse_attention(*tensors, visibility, scale, call.softcap, call.config)
+    with limited_workspace(call.workspace):
+        got = cpu.sparse_attention(*tensors, visibility, scale, call.softcap, call.config)
     want = reference_attention(*tensors, visibility, softcap=call.softcap, config=call.config)
     assert_same(got, want, 1e-9)
 
@@ -31,7 +33,8 @@ def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         tensors = call.tensors(dtype)
         mask = seen(*tensors[:2], call.visibility())
-        output = torch.ops.s2o.attention(*tensors, **call.arguments(), **call.config.arguments())
+        with limited_workspace(call.workspace):
+            output = torch.ops.s2o.attention(*tensors, **call.arguments(), **call.config.arguments())
         assert output.dtype == dtype
         want = dense(*tensors, mask, softcap=call.softcap, sinks=call.sinks())
         assert largest_difference(output, want) <= allowed_error(*tensors, mask, want)
@@ -82,9 +85,9 @@ def test_works_through_many_runs_of_segments(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "config",
     [
-        S2OConfig.paper(segment=64, tile=32, pool=64),
-        S2OConfig(threshold=1e-2, tail="means"),
-        S2OConfig(threshold=1e-2, pool=2, channels=8, lists="head", measure="output"),
+        S2OConfig.paper().with_ranking(segment=64, pool=64),
+        S2OConfig(threshold=1e-2, ranking=Ranking(rule="means")),
+        S2OConfig(threshold=1e-2, ranking=Ranking(pool=2, channels=8, lists="head", measure="output")),
     ],
     ids=["paper", "means", "other"],
 )

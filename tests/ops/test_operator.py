@@ -18,9 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.integrations import settings
-from s2o_compile.ops import AttentionResult, S2OConfig, config, dispatch
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, config, dispatch
 from s2o_compile.ops.kernels import pipeline
-from s2o_compile.ops.operator import _configured
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
@@ -78,7 +77,7 @@ def test_opcheck(operator: Any, min_length: int | None) -> None:
 
 
 def test_opcheck_of_the_inner_operator() -> None:
-    settings = '{"threshold": 0.001, "tile": 32}'
+    settings = S2OConfig(threshold=0.001).as_json
     torch.library.opcheck(torch.ops.s2o.sparse.default, (*inputs(100), True, 0, *[None] * 5, 0.2, 0.0, "", settings))
     visibility = Visibility(*(all_terms(100)[name] for name in Visibility._fields))
     visibility = visibility._replace(mask=visibility.mask[None, None])
@@ -229,7 +228,7 @@ def test_a_thousand_settings_stay_cached() -> None:
             torch.ops.s2o.attention_stats(query, query, query, threshold=threshold, min_length=10**6)
             settings.settings_of(Configuration(threshold))
 
-    caches = [_configured, S2OConfig.from_json, config.replaced, settings._checked]
+    caches = [S2OConfig.from_arguments, S2OConfig.from_json, config.replaced, settings._checked]
     attend_with_each()
     before = [cache.cache_info() for cache in caches]
     attend_with_each()
@@ -341,7 +340,13 @@ def test_what_hidden_keys_hold_does_not_matter(term: str, bad: float, softcap: f
         "documents": {"query_documents": documents, "key_documents": documents},
         "mask": {"mask": positions[:, None] // 90 == positions // 90},
     }[term]
-    arguments = {**terms, "softcap": softcap, "min_length": 0, "threshold": 0.0, "near_keys": 0}
+    arguments = {
+        **terms,
+        "softcap": softcap,
+        "min_length": 0,
+        "threshold": 0.0,
+        "settings": Ranking(near_keys=0).as_json,
+    }
     want = torch.ops.s2o.attention(query, key, value, **arguments)
     key[:, :, :50], value[:, :, :50] = bad, bad
     got = torch.ops.s2o.attention(query, key, value, **arguments)
@@ -349,9 +354,9 @@ def test_what_hidden_keys_hold_does_not_matter(term: str, bad: float, softcap: f
 
 
 @pytest.mark.parametrize("min_length", [0, 10**6])
-@pytest.mark.parametrize("config", [{}, {"pool": 4, "tail": "means"}], ids=["default", "means"])
-def test_a_window_that_hides_nothing_changes_nothing(config: dict[str, Any], min_length: int) -> None:
-    arguments = {"is_causal": True, "min_length": min_length, "threshold": 1e-2, **config}
+@pytest.mark.parametrize("ranking", [Ranking(), Ranking(pool=4, rule="means")], ids=["default", "means"])
+def test_a_window_that_hides_nothing_changes_nothing(ranking: Ranking, min_length: int) -> None:
+    arguments = {"is_causal": True, "min_length": min_length, "threshold": 1e-2, "settings": ranking.as_json}
     want = torch.ops.s2o.attention(*inputs(300), **arguments)
     for window in (300, 10**9):
         assert torch.equal(torch.ops.s2o.attention(*inputs(300), window=window, **arguments), want)
@@ -424,7 +429,9 @@ def test_autocast(min_length: int | None) -> None:
     assert largest_difference(output, want) < 0.05
 
 
-@pytest.mark.parametrize("extra", [{}, {"softcap": 2.0}, {"measure": "output"}, {"tail": "means"}, {"channels": 16}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"softcap": 2.0}, {"settings": '{"measure": "output"}'}, {"settings": '{"rule": "means"}'}]
+)
 def test_autocast_reaches_no_step_of_the_computation(extra: dict[str, Any]) -> None:
     query, key, value = (x.bfloat16() for x in inputs(300))
     arguments = {"is_causal": True, "min_length": 0, **extra}
@@ -488,19 +495,11 @@ def test_autocast_reaches_no_step_of_the_computation(extra: dict[str, Any]) -> N
         ({"sinks": torch.zeros(4).int()}, TypeError, "sinks must be floating, not int32"),
         ({"threshold": -1.0}, ValueError, "threshold must be a number from 0"),
         ({"threshold": float("nan")}, ValueError, "threshold must be a number from 0"),
-        ({"segment": 33}, ValueError, "segment must be a power of two"),
-        ({"tile": 64}, ValueError, "tile must be a power of two"),
-        ({"pool": 64}, ValueError, "pool must be a power of two"),
-        ({"lists": "row"}, ValueError, "lists must be 'group' or 'head'"),
-        ({"stop": "gain"}, ValueError, "channels must be None when stop is 'gain', not 64"),
-        ({"stop": "gain", "channels": None}, ValueError, "lists must be 'head' when stop is 'gain'"),
-        ({"measure": "value"}, ValueError, "measure must be 'mass' or 'output', not 'value'"),
-        (
-            {"stop": "gain", "channels": None, "lists": "head", "measure": "output"},
-            ValueError,
-            "measure must be 'mass' when stop is 'gain'",
-        ),
-        ({"max_weight": 0.0}, ValueError, "max_weight must be above 0"),
+        ({"settings": '{"pool": 64}'}, ValueError, r"pool must be a power of two up to segment \(32\), not 64"),
+        ({"settings": '{"pools": 4}'}, ValueError, "unknown field 'pools'; the fields of Ranking are rule, pool"),
+        ({"settings": '{"tile": 16}'}, ValueError, "tile was removed: it follows segment"),
+        ({"settings": "pool=4"}, ValueError, "settings must be '' or a JSON object of fields of Ranking, not 'pool=4'"),
+        ({"settings": "[]"}, ValueError, "settings must be '' or a JSON object of fields of Ranking"),
         ({"min_length": -1}, ValueError, "min_length must be"),
     ],
 )
@@ -513,17 +512,6 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     with pytest.raises(error, match=message) as raised:
         torch.ops.s2o.attention(**{**good, **change})
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("change", [{"threshold": "0"}, {"segment": 32.0}, {"tail": 1}, {"pool": True}])
-def test_bad_types_of_fields(change: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=f"{next(iter(change))} must be"):
-        S2OConfig(**change)
-
-
-def test_unknown_options_list_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown option 'treshold'.*threshold, min_length"):
-        S2OConfig.from_options({"treshold": 1e-3})
 
 
 def test_choice() -> None:

@@ -11,6 +11,8 @@ import torch
 from s2o_compile.ops.rule import sampling
 from s2o_compile.ops.rule.output_weighting import sampled_rows, value_distances
 
+from .settings import config_of
+
 
 def test_distances_are_in_units_of_the_outputs() -> None:
     torch.manual_seed(0)
@@ -39,7 +41,9 @@ def error(**fields: Any) -> tuple[float, float]:
     torch.manual_seed(1)
     query, key, value = (torch.randn(1, heads, 1500, 64) * size for heads, size in ((2, 2), (1, 1), (1, 1)))
     want = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    got = torch.ops.s2o.attention_stats(query, key, value, is_causal=True, min_length=0, **fields)
+    got = torch.ops.s2o.attention_stats(
+        query, key, value, is_causal=True, **config_of(min_length=0, **fields).arguments()
+    )
     return float((got[0] - want).square().sum() / want.square().sum()), float(got[2].sum())
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2o_compile.ops import S2OConfig
+from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.ops.kernels import guides as guides_kernel
 from s2o_compile.ops.kernels.channels import select_channels
 from s2o_compile.ops.kernels.helpers import FLOAT8_REACH
@@ -33,14 +33,14 @@ def random(*shape: int) -> torch.Tensor:
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.sampled_from([1, 3]), st.integers(1, 90)),
     channels=st.sampled_from([16, 40]),
     pool=st.sampled_from([1, 2, 8, 32]),
-    per=st.sampled_from(["head", "group"]),
+    per=st.sampled_from(["head", "kv_head"]),
     dtype=st.sampled_from([torch.float16, torch.float32]),
 )
 def test_guides_are_pooled_queries(
     sizes: tuple[int, ...], channels: int, pool: int, per: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(sum(sizes))
-    query, config = random(*sizes, channels).to(dtype), S2OConfig(pool=pool, guides=per)
+    query, config = random(*sizes, channels).to(dtype), S2OConfig(ranking=Ranking(pool=pool, guides=per))
     want, got = pool_guides(query.double(), config), guides_kernel.pool_guides(query, config)
     assert got.dtype == dtype
     assert got.shape == want.shape
