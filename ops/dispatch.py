@@ -15,13 +15,13 @@ DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 32768}
 """Fewest keys from which the default settings were measured to beat SDPA: see the README."""
 
 DENSE_AT_ANY_LENGTH = 2**62
-"""As `min_length`: no call has so many keys."""
+"""A `min_length` that no call reaches."""
 
 SLOW_CPU = "this CPU has no bfloat16 instructions, without which ranking keys takes as long as it saves"
 
 
 def default_min_length(device: torch.device) -> int:
-    """What stands for a `min_length` of None."""
+    """The `min_length` that None stands for."""
     if is_slow(device):
         return DENSE_AT_ANY_LENGTH
     return DEFAULT_MIN_LENGTH.get(device.type, DEFAULT_MIN_LENGTH["cuda"])

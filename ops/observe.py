@@ -19,7 +19,7 @@ from .visibility import Visibility
 
 @dataclass(frozen=True)
 class SparseInputs:
-    """What the sparse implementation is called with, and the `site` that calls it; '' if that is not known."""
+    """The inputs of a sparse call, and the `site` that it belongs to; '' if that is not known."""
 
     site: str
     query: torch.Tensor
@@ -37,7 +37,7 @@ class SparseInputs:
 
 
 class Recorder(Protocol):
-    """What wants to know of calls."""
+    """An observer of sparse calls."""
 
     def record(self, call: SparseInputs, result: AttentionResult, seconds: Callable[[], float]) -> None:
         """Take note of a call; `seconds` says how long it took, for which it waits until a GPU is done."""

@@ -1,4 +1,4 @@
-"""Which keys a query sees: all terms of a call's mask in one value."""
+"""The keys that a query sees: all terms of a call's mask in one value."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Visibility(NamedTuple):
         return self.window is not None or self.query_documents is not None or self.mask is not None
 
     def simplified(self, queries: int, keys: int) -> Visibility:
-        """The same without a causal mask or a window that hide nothing from so many queries."""
+        """The same without a causal mask or a window that hide nothing at these lengths."""
         terms = self
         if terms.is_causal and statically_known_true(terms.causal_offset >= keys - 1):
             # The offset still places the dense spans, and the window.
@@ -49,7 +49,7 @@ class Visibility(NamedTuple):
     def seen(
         self, batch: torch.Tensor | int, head: torch.Tensor | int, row: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        """Which keys are seen: indices of batch entries, query heads, queries and keys, broadcast together.
+        """The keys that are seen, boolean: indices of batch entries, query heads, queries and keys, broadcast together.
 
         Indices on which no term depends are not broadcast.
         """

@@ -45,9 +45,9 @@ class Attention:
             end = (last + 1).clamp(0, self.geometry.keys).maximum(low)
         self.output, self.lse = self.spans(self.query, self.rows, low, end)
         self.keys = round_up(end - low)[:, None].repeat(1, kv_head.heads)
-        self.most: torch.Tensor | None = None
+        self.limit: torch.Tensor | None = None
         if self.config.bounds_weights(kv_head.key.shape[1]):
-            self.most = torch.full_like(self.lse, math.inf)
+            self.limit = torch.full_like(self.lse, math.inf)
 
     def guide_lse(self) -> torch.Tensor:
         """Each guide's log-sum-exp over its dense span [heads, segments, n]."""
@@ -80,8 +80,8 @@ class Attention:
         end = min(lists.segments.stop * per_segment, self.geometry.tiles)
         segment = self.kv_head.arange(end - first) // per_segment
         start, count = (x[segment].flatten() for x in (lists.start, lists.count))
-        if self.most is not None and lists.lse is not None:
-            self.most[first:end] = self.bound(lists.lse)[: end - first]
+        if self.limit is not None and lists.lse is not None:
+            self.limit[first:end] = self.bound(lists.lse)[: end - first]
         for units in batches(count):
             places = units + first * self.kv_head.lists
             if self.config.ranking.rule == "gain":
@@ -92,9 +92,9 @@ class Attention:
             self.visit_means(lists, segment.repeat_interleave(self.kv_head.lists), first * self.kv_head.lists)
 
     def bound(self, lse: torch.Tensor) -> torch.Tensor:
-        """What weights may raise logits to [tiles, G, tile], given their guides' log-sum-exps [segments, heads, n]."""
-        most = most_logits(lse, self.config.threshold)
-        rows = most.repeat_interleave(self.config.ranking.pool, 2).expand(-1, self.kv_head.heads, -1)
+        """The limits of weighed logits [tiles, G, tile], given guides' log-sum-exps [segments, heads, n]."""
+        limit = most_logits(lse, self.config.threshold)
+        rows = limit.repeat_interleave(self.config.ranking.pool, 2).expand(-1, self.kv_head.heads, -1)
         return rows.unflatten(2, (-1, self.config.ranking.tile)).transpose(1, 2).flatten(0, 1)
 
     def visit_means(self, lists: Lists, segment: torch.Tensor, first: int) -> None:
@@ -119,9 +119,9 @@ class Attention:
     def add(self, places: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """Attend `keys` [U, n] with `bias` [U, n] at (tile, list) pairs `places`; return each row's gain in mass."""
         query, output, lse, visited = (self.by_list(x) for x in (self.query, self.output, self.lse, self.keys))
-        most = None if self.most is None else self.by_list(self.most)[places]
+        limit = None if self.limit is None else self.by_list(self.limit)[places]
         bias = self.mask_listed(bias, places, keys) if self.kv_head.visibility.rows_differ else bias[:, None, None]
-        part, gained = self.gather(query[places], keys, bias, most)
+        part, gained = self.gather(query[places], keys, bias, limit)
         before = lse[places]
         lse[places] = after = torch.logaddexp(before, gained)
         share = (gained - after.masked_fill(after == -math.inf, 0)).exp()
@@ -130,7 +130,7 @@ class Attention:
         return (gained - before).exp()
 
     def by_list(self, x: torch.Tensor) -> torch.Tensor:
-        """What holds for tiles and heads [tiles, G, ...], by (tile, list) pair [tiles * lists, G / lists, ...]."""
+        """Values of tiles and heads [tiles, G, ...], by (tile, list) pair [tiles * lists, G / lists, ...]."""
         return x.unflatten(1, (self.kv_head.lists, -1)).flatten(0, 1)
 
     def mask_listed(self, bias: torch.Tensor, places: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -145,11 +145,11 @@ class Attention:
         return torch.where(seen, bias[:, None, None], -math.inf)
 
     def gather(
-        self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, most: torch.Tensor | None = None
+        self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, limit: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend `keys` [U, n] with `bias` and `most` as in `flash.attend`, for queries [U, H, R, D]."""
+        """Attend `keys` [U, n] with `bias` and `limit` as in `flash.attend`, for queries [U, H, R, D]."""
         key, value = (x.index_select(0, keys.flatten()).unflatten(0, keys.shape) for x in (self.key, self.value))
-        return flash.attend(query, key, value, bias, self.kv_head.softcap, self.kv_head.finite, most)
+        return flash.attend(query, key, value, bias, self.kv_head.softcap, self.kv_head.finite, limit)
 
     def write(self, result: AttentionResult) -> None:
         """Fill the KV head's part of the result: [G, Lq, Dv], [G, Lq] and [G, tiles]."""

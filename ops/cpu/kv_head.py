@@ -88,7 +88,7 @@ class KVHead:
 
     @functools.cached_property
     def scored(self) -> Projected:
-        """What keys are scored by: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
+        """The factors of the scores: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
         scored = project_kv_head(self.pooled, self.key, self.config.ranking.channels, 1.0, self.valid)
         whole = scored.neglected is None
         return scored._replace(guides=self.guides if whole else self.by_segment(scored.guides))
@@ -103,7 +103,7 @@ class KVHead:
 
     @functools.cached_property
     def real_guides(self) -> torch.Tensor:
-        """Which guides of a segment are not past a ragged end [segments, n]."""
+        """Guides of each segment that are not past a ragged end [segments, n], boolean."""
         pooled = -(-self.geometry.queries // self.config.ranking.pool)
         return self.by_segment(self.query.new_ones(1, pooled, 1, dtype=torch.bool))[0, :, :, 0]
 

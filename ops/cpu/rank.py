@@ -21,7 +21,7 @@ _SCORES_OF_A_RUN = 2**23
 _SCORES_AT_ONCE = 2**20
 """How many scores in other precisions are held at once, for the same reason."""
 _EXTRA_CHANNELS = 4
-"""Channels added to the keys: two for the normaliser, two to fill up."""
+"""Channels that are added to guides and keys: two for the normaliser, two for alignment."""
 _NO_SHARE = 1e30
 """A log-sum-exp that leaves a guide no share in any key; negated, one that gives it all of every key."""
 
@@ -82,13 +82,13 @@ class KeyRanking:
         guides, key, self.neglected = kv_head.scored
         self.guides = pad(guides.transpose(0, 1), (0, _EXTRA_CHANNELS)).to(dtype)
         self.key = pad(-key, (0, _EXTRA_CHANNELS)).to(dtype)
-        self.whole_guides = self.guides[..., :-_EXTRA_CHANNELS]
+        self.all_channel_guides = self.guides[..., :-_EXTRA_CHANNELS]
         if key is not kv_head.key:
-            self.whole_guides = kv_head.guides.transpose(0, 1).to(dtype)
+            self.all_channel_guides = kv_head.guides.transpose(0, 1).to(dtype)
         self.key[:, -_EXTRA_CHANNELS : 2 - _EXTRA_CHANNELS] = 1
-        self.most = min(_SCORES_OF_A_RUN, workspace() // dtype.itemsize)
-        self.held = self.most if dtype == torch.bfloat16 else min(self.most, _SCORES_AT_ONCE)
-        self.buffer = self.key.new_empty(max(self.most, self.rows * BLOCK))
+        self.max_scores = min(_SCORES_OF_A_RUN, workspace() // dtype.itemsize)
+        self.scores_at_once = self.max_scores if dtype == torch.bfloat16 else min(self.max_scores, _SCORES_AT_ONCE)
+        self.buffer = self.key.new_empty(max(self.max_scores, self.rows * BLOCK))
         first, sample = self.config.ranking.first_keys, self.config.ranking.sample
         drawn = self.positions[sample // 2 :: sample]
         self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
@@ -101,14 +101,18 @@ class KeyRanking:
         return self.guides.shape[1] * self.guides.shape[2]
 
     def runs(self) -> Iterator[range]:
-        """Consecutive segments that have the `most` scores together, or one that has more."""
+        """Consecutive segments that have `max_scores` scores together, or one that has more."""
         first, ranked = 0, self.geometry.ranked_segments
         while first < ranked:
             end = first + 1
-            while end < ranked and (end + 1 - first) * self.rows * len(self.reach(range(first, end + 1))) <= self.most:
+            while end < ranked and self.scores(range(first, end + 1)) <= self.max_scores:
                 end += 1
             yield range(first, end)
             first = end
+
+    def scores(self, segments: range) -> int:
+        """How many scores the segments of a run have."""
+        return len(segments) * self.rows * len(self.reach(segments))
 
     def reach(self, segments: range) -> range:
         """The keys that the segments of a run rank, and some between them."""
@@ -140,7 +144,7 @@ class KeyRanking:
         return pack(run, keep, keep.nonzero()[:, -1], log_weight, normaliser)
 
     def run(self, segments: range) -> Run:
-        """What the segments of a run may visit."""
+        """The segments of a run, with the keys that they may visit."""
         reach = self.reach(segments)
         history = self.geometry.history(self.positions[span(reach)], self.kv_head.spans[span(segments)])
         if self.kv_head.valid is not None:
@@ -149,15 +153,15 @@ class KeyRanking:
         return Run(segments, reach, history, seen)
 
     def parts(self, run: Run) -> Iterator[Run]:
-        """The run, with so many of its keys at a time as scores are held at once."""
-        width = max(BLOCK, self.held // (len(run.segments) * self.rows))
+        """Parts of the run, each with all segments and as many keys as `scores_at_once` allows."""
+        width = max(BLOCK, self.scores_at_once // (len(run.segments) * self.rows))
         for first in range(0, max(1, len(run.reach)), width):
             keys = slice(first, first + width)
             seen = None if run.seen is None else run.seen[..., keys]
             yield Run(run.segments, run.reach[keys], run.history[:, keys], seen)
 
     def seen(self, segments: range, reach: range) -> torch.Tensor:
-        """Which keys in reach each guide sees [segments, heads or 1, n, keys]."""
+        """The keys in reach that each guide sees [segments, heads or 1, n, keys], boolean."""
         heads, per_segment = self.guides.shape[1:3]
         row = self.kv_head.arange(segments.start * per_segment, segments.stop * per_segment) * self.config.ranking.pool
         row = row.view(-1, 1, per_segment, 1)
@@ -165,7 +169,7 @@ class KeyRanking:
         return (seen & self.real[span(segments), None, :, None]).expand(-1, -1, -1, len(reach))
 
     def by_list(self, x: torch.Tensor) -> torch.Tensor:
-        """What holds for heads and guides [segments, heads or 1, n, keys], by list [segments, lists, guides, keys]."""
+        """Values of heads and guides [segments, heads or 1, n, keys], by list [segments, lists, guides, keys]."""
         return x.expand(-1, self.guides.shape[1], -1, -1).unflatten(1, (self.kv_head.lists, -1)).flatten(2, 3)
 
     def normaliser(self, run: Run) -> torch.Tensor:
@@ -218,7 +222,7 @@ class KeyRanking:
 
     def far(self, run: Run) -> torch.Tensor:
         """Each guide's log-sum-exp over its history [segments, heads, guides], from one key in `sample` of it."""
-        guides = self.whole_guides[span(run.segments)]
+        guides = self.all_channel_guides[span(run.segments)]
         chosen = slice(*(int((self.drawn < end).sum()) for end in (run.reach.start, run.reach.stop)))
         place = self.drawn[chosen] - run.reach.start
         weight = self.drawn_weight[chosen].masked_fill(~run.history[:, place], -math.inf)

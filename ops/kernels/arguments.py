@@ -20,7 +20,7 @@ LOG2_E = math.log2(math.e)
 
 @dataclass
 class Arguments:
-    """What the kernels of one call attend: query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv]."""
+    """The inputs of the kernels of one call: query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv]."""
 
     query: torch.Tensor
     key: torch.Tensor

@@ -61,7 +61,7 @@ def attend(arguments: Arguments, lists: Lists, segments: range, result: Attentio
         first_segment=segments.start, segments=len(segments), tiles=geometry.tiles, capacity=lists.capacity,
         log2_max_weight=math.log2(MAX_WEIGHT_FACTOR * max(config.threshold, 1e-30)),
         FIXED=is_fixed, BOUNDED=config.bounds_weights(key.shape[-1]), SAMPLED=config.has_samples,
-        TILE=config.ranking.tile, GROUP_SIZE=arguments.group_size, LISTS=arguments.lists, HEADS=heads,
+        TILE=config.ranking.tile, GROUP_SIZE=arguments.group_size, LISTS_PER_KV_HEAD=arguments.lists, HEADS=heads,
         **tiling.arguments,
     )  # fmt: skip
 
@@ -165,7 +165,8 @@ def attend_kernel(
     output_stride_b, output_stride_h, output_stride_n,
     kv_heads, queries, keys, first_segment, segments, ranked_segments, tiles, offset, window, near_keys,
     capacity, log2_max_weight, guides_per_head, scale, softcap,
-    SEGMENT: tl.constexpr, TILE: tl.constexpr, GROUP_SIZE: tl.constexpr, LISTS: tl.constexpr, HEADS: tl.constexpr,
+    SEGMENT: tl.constexpr, TILE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, SAMPLED: tl.constexpr, BOUNDED: tl.constexpr, FIXED: tl.constexpr,
     POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
@@ -187,16 +188,16 @@ def attend_kernel(
     unit = tl.maximum(scale, 1e-30)
     softcap = float32(softcap) / unit
     tiles_per_segment: tl.constexpr = SEGMENT // TILE
-    parts_per_list: tl.constexpr = (GROUP_SIZE // LISTS + HEADS - 1) // HEADS
+    parts_per_list: tl.constexpr = (GROUP_SIZE // LISTS_PER_KV_HEAD + HEADS - 1) // HEADS
     tile = first_segment * tiles_per_segment + tl.num_programs(0) - 1 - tl.program_id(0)
     segment = tile // tiles_per_segment
     batch = (tl.program_id(2) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(2) % kv_heads).to(tl.int64)
     which = tl.program_id(1) // parts_per_list
-    place = (tl.program_id(2) * LISTS + which) * segments + segment - first_segment
-    end_head = (which + 1) * (GROUP_SIZE // LISTS)
+    place = (tl.program_id(2) * LISTS_PER_KV_HEAD + which) * segments + segment - first_segment
+    end_head = (which + 1) * (GROUP_SIZE // LISTS_PER_KV_HEAD)
 
-    first_head = which * (GROUP_SIZE // LISTS) + tl.program_id(1) % parts_per_list * HEADS
+    first_head = which * (GROUP_SIZE // LISTS_PER_KV_HEAD) + tl.program_id(1) % parts_per_list * HEADS
     head, position, real = _places(tile, first_head, end_head, kv_head * GROUP_SIZE, queries, HEADS, TILE, BLOCK_M)
     channels = tl.arange(0, BLOCK_D)
     pointers = query + batch * query_stride_b + head[:, None] * query_stride_h

@@ -148,7 +148,7 @@ def load_guides(guides, head, guide, real, stride_h, stride_n, D: tl.constexpr, 
 
 @triton.jit
 def unit_scale(scale, ranges, place, places, QUANTISED: tl.constexpr):
-    """What turns products of guides and keys into logits, for a batch entry and KV head at `place` of `places`."""
+    """The factor that turns products into logits, for the batch entry and KV head at `place` of `places`."""
     scale = float32(scale)
     if QUANTISED:
         scale *= tl.load(ranges + place) / FLOAT8_REACH * (tl.load(ranges + places + place) / FLOAT8_REACH)

@@ -41,7 +41,7 @@ LANES = tl.constexpr(4)
 
 
 class Scoring(NamedTuple):
-    """What the keys of a call are scored by.
+    """The operands of the scores of a call's keys, and their corrections.
 
     Attributes:
         all_channels: Guides and keys.
@@ -84,7 +84,7 @@ def _score(
         guide_lse if neglected is None else neglected, *arguments.masks, importance,
         *guides.stride()[:4], *key.stride()[:3], *arguments.mask_strides,
         first_segment=segments.start, segments=len(segments), capacity=capacity, chunk=CHUNK,
-        threshold=config.threshold, LISTS=arguments.lists, SEGMENTS=together,
+        threshold=config.threshold, LISTS_PER_KV_HEAD=arguments.lists, SEGMENTS=together,
         HALF=half, TAKES_MEAN=arguments.takes_mean, SAMPLED=config.has_samples, MEASURES_OUTPUT=distances is not None,
         CHOICE_PER_KV_HEAD=neglected is not None, IS_SUBSET=operands is scoring.subset,
         **arguments.shared, **operands.arguments, **tiling.arguments,
@@ -114,7 +114,7 @@ def _place_rows(row, SEGMENTS: tl.constexpr, BESIDE: tl.constexpr):
 
 @triton.jit
 def _by_segment(products, SEGMENTS: tl.constexpr, BESIDE: tl.constexpr):
-    """What stands at the rows of a part [N, SEGMENTS * guides] as [N, SEGMENTS, guides]."""
+    """The columns of the product of a part [N, SEGMENTS * guides], by segment and guide [N, SEGMENTS, guides]."""
     guides: tl.constexpr = products.shape[1] // SEGMENTS
     beside: tl.constexpr = SEGMENTS if SEGMENTS < BESIDE else BESIDE
     together: tl.constexpr = guides if guides < 2 else 2
@@ -177,7 +177,8 @@ def importance_kernel(
     mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
     kv_heads, queries, keys, guides_per_head, first_segment, segments, ranked_segments, offset, window, near_keys,
     capacity, chunk, threshold, scale, softcap,
-    SEGMENT: tl.constexpr, POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, LISTS: tl.constexpr, SEGMENTS: tl.constexpr,
+    SEGMENT: tl.constexpr, POOL: tl.constexpr, SEGMENTS: tl.constexpr,
+    GUIDE_HEADS: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr, HALF: tl.constexpr, TAKES_MEAN: tl.constexpr,
     MEASURES_OUTPUT: tl.constexpr, SAMPLED: tl.constexpr, CHOICE_PER_KV_HEAD: tl.constexpr, IS_SUBSET: tl.constexpr,
@@ -211,7 +212,7 @@ def importance_kernel(
     batch = (tl.program_id(2) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(2) % kv_heads).to(tl.int64)
     per_segment: tl.constexpr = SEGMENT // POOL
-    heads: tl.constexpr = GUIDE_HEADS // LISTS
+    heads: tl.constexpr = GUIDE_HEADS // LISTS_PER_KV_HEAD
     total: tl.constexpr = heads * per_segment
     of_part: tl.constexpr = BLOCK_M // SEGMENTS
     # With a mask, products are laid out as the mask is loaded, and reduced across warps. Triton's reduction is wrong
@@ -236,7 +237,7 @@ def importance_kernel(
     begin, low, high = span(part, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     end = tl.where(is_ranked, low if CAUSAL else keys, begin)
     present = tl.minimum(guides_per_head - part * per_segment, per_segment)
-    place = (tl.program_id(2) * LISTS + tl.program_id(1)) * segments + part - first_segment
+    place = (tl.program_id(2) * LISTS_PER_KV_HEAD + tl.program_id(1)) * segments + part - first_segment
     importance += (place.to(tl.int64) * capacity - begin) // (1 if SAMPLED else FLAGS_PER_WORD)
 
     resident = ()
@@ -285,7 +286,7 @@ def importance_kernel(
             elif TAKES_MEAN:
                 mean += tl.sum(tl.exp2(of_segments), 2)
             else:
-                # A maximum over guides does not see the NaN of one that tells nothing.
+                # A maximum over guides does not propagate the NaN of one of them.
                 blind = _by_segment((origin != origin).to(tl.int32)[None, :], SEGMENTS, beside)
                 blind = tl.where(tl.max(blind, 2) > 0, float("inf"), float("-inf"))
                 largest = _larger(_larger(largest, blind), tl.max(of_segments, 2))

@@ -70,7 +70,7 @@ def empty_importance(arguments: Arguments, segments: range) -> torch.Tensor:
 
 
 def bits_of_a_key(arguments: Arguments) -> int:
-    """What a key of a history takes in memory: its place in the index, and its importance or flag."""
+    """Bits of memory for each key of a history: its place in the index, and its importance or flag."""
     return 32 + (8 * importance_dtype(arguments).itemsize if arguments.config.has_samples else 1)
 
 

@@ -52,7 +52,7 @@ def normalisers(arguments: Arguments, operands: Operands) -> torch.Tensor:
 
 @triton.jit
 def _is_history(column, history, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which of the keys `column` [N] are in the histories of rows [M, N]."""
+    """Membership of the keys `column` [N] in the histories of rows: [M, N] boolean."""
     begin, low, high, end = history
     is_history = column[None, :] < end
     if WINDOW:

@@ -1,4 +1,4 @@
-"""How large the blocks of each kernel are, by what fits into a multiprocessor's shared memory."""
+"""The block sizes of each kernel, by what fits into a multiprocessor's shared memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Tiling(NamedTuple):
         return {"BLOCK_M": self.rows, "BLOCK_N": self.keys, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def segments(self, guides: int) -> int:
-        """Segments, of so many guides each, whose guides are multiplied at once."""
+        """The number of segments of `guides` each that are multiplied at once."""
         return self.rows // rows_per_list(guides, self.rows)
 
 
@@ -50,7 +50,7 @@ def ranking_tiling(channels: int, itemsize: int) -> Tiling:
 
 @functools.cache
 def normaliser_tiling(channels: int, itemsize: int, guides: int) -> Tiling:
-    """Of `normaliser_kernel`, for so many guides of a segment: few of them need small blocks to fill the GPU."""
+    """Of `normaliser_kernel`, for `guides` of a segment: few of them need small blocks to fill the GPU."""
     tiling = ranking_tiling(channels, itemsize)
     return Tiling(64, 128, 4, 3) if itemsize == 1 and channels <= 128 and guides <= 64 else tiling
 
@@ -70,7 +70,7 @@ class ImportanceTiling(NamedTuple):
 
 @functools.cache
 def importance_tiling(channels: int, itemsize: int, guides: int, half: bool) -> ImportanceTiling:
-    """For so many guides of a list; `half` says that products are summed in half precision."""
+    """Of `importance_kernel`, for `guides` of a list; `half` says that products are summed in half precision."""
     tiling = ranking_tiling(channels, itemsize)
     left = guides % tiling.rows
     rest = max(16, next_power_of_2(left)) if left and guides > tiling.rows else 0

@@ -134,17 +134,17 @@ def _moments(x: torch.Tensor, count: torch.Tensor | None = None) -> tuple[torch.
 
 
 def _sampled(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """X [..., n, D] with each n-th row only, such that about `_ROWS` of so many rows are left."""
+    """Every n-th row of X [..., n, D], such that about `_ROWS` of `rows` are left."""
     return x[..., :: sampling_step(rows), :]
 
 
 def counted_keys(valid: torch.Tensor | None, keys: int) -> torch.Tensor | None:
-    """How many of the keys that are looked at are `valid` [..., Lk]: [...], None for all."""
+    """The number of sampled keys that are `valid` [..., Lk]: [...], None for all."""
     return None if valid is None else valid[..., :: sampling_step(keys)].sum(-1)
 
 
 def sampling_step(rows: int) -> int:
-    """Of so many rows, one in how many is looked at."""
+    """The step at which `rows` are sampled."""
     return max(1, rows // _ROWS)
 
 
