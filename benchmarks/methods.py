@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig
-from s2o_compile.ops.contribution import sampled_rows
 from s2o_compile.ops.density import density, scored_channels, share_in_all_channels
 from s2o_compile.ops.geometry import Geometry
+from s2o_compile.ops.rule.output_weighting import sampled_rows
 from s2o_compile.ops.visibility import Visibility
 
 from .baselines import flexprefill, pbs, streaming, vertical_slash, xattention

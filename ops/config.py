@@ -42,23 +42,23 @@ class Ranking(_Settings):
 
     Attributes:
         rule: What becomes of keys whose importance is below the threshold. "sampled" visits each with probability
-            importance / threshold and weighs it by the inverse, which leaves softmax sums unbiased (`ops.sampling`).
-            "dropped" leaves them out. "means" lets those of each block of 64 enter as one key, the block's mean key
-            and value, weighted by how many they are. "gain" (the paper's rule) compares no importance with the
-            threshold: it sorts the whole history by importance, and stops after the first 128 keys in which no query
-            of a tile gains the threshold's share of its softmax mass; it needs lists="head", channels=None and
-            measure="mass".
+            importance / threshold and weighs it by the inverse, which leaves softmax sums unbiased
+            (`ops.rule.sampling`). "dropped" leaves them out. "means" lets those of each block of 64 enter as one key,
+            the block's mean key and value, weighted by how many they are. "gain" (the paper's rule) compares no
+            importance with the threshold: it sorts the whole history by importance, and stops after the first 128
+            keys in which no query of a tile gains the threshold's share of its softmax mass; it needs lists="head",
+            channels=None and measure="mass".
         pool: Consecutive queries averaged into one guide; a power of two, at most `segment`. 1 scores every query.
         guides: "head" for guides of each query head, "kv_head" for guides averaged over the query heads of a KV head.
         channels: How many directions of the head dimension keys are scored in: those that carry most of the products
-            of this call's queries and keys (`ops.projection`); None, or as many as there are, for all channels.
+            of this call's queries and keys (`ops.rule.channels`); None, or as many as there are, for all channels.
             Where these directions miss some of the products more keys are visited; KV heads for which they miss much
             are scored in all channels.
         lists: "kv_head" for one list of keys per KV head, "head" for one per query head; "kv_head" where guides are
             averaged over heads.
         measure: What importance measures: "mass", the share of a query's softmax mass that a key holds; or "output",
             that share times how far the key's value lies from the outputs of the KV head's queries, in units of these
-            (`ops.contribution`), so that one threshold gives similar error across layers.
+            (`ops.rule.output_weighting`), so that one threshold gives similar error across layers.
         combine: Importance over the guides of a list: "max", the largest probability that a guide gives a key, or
             "mean", the mean probability.
         sample: A guide's log-sum-exp is estimated from its dense span and every `sample`-th key of the history;
@@ -139,14 +139,14 @@ class S2OConfig(_Settings):
     Attributes:
         threshold: The share of a query's softmax mass from which a key is sure to be visited; what becomes of
             the others, `Ranking.rule` says. 0 visits every key and equals dense attention to rounding.
-        min_length: Calls with fewer keys run dense. None chooses by device (`ops.choice`), 0 forces the sparse path.
+        min_length: Calls with fewer keys run dense. None chooses by device (`ops.dispatch`), 0 forces the sparse path.
         last_queries: The last queries of a call, attended densely (rounded up to whole segments).
         error_budget: The relative squared error that a call of attention may have,
             `sum |o - o_dense|^2 / sum |o_dense|^2` over all its queries, heads and sequences, against dense attention.
             Above 0 and below 1; it decides `threshold`, which is then the budget itself, and `Ranking.measure`, which
             is then "output". That is a rule of thumb, not a bound: the error stayed below the threshold in all layers
             of real models that were measured, far below it in most, and rose to 2.6 times it on made-up inputs of
-            131,072 positions (benchmarks/FINDINGS.md). ``s2o_compile.calibrate`` measures instead.
+            131,072 positions (docs/results/calibration.md). ``s2o_compile.calibrate`` measures instead.
         calibration: The path of a file by ``s2o_compile.calibrate``: each attention site gets the threshold that kept
             the file's error budget, and the settings with which it did.
         ranking: How keys are ranked; it may change between releases.

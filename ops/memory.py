@@ -21,7 +21,7 @@ LEAST_WORKSPACE = 2**20
 """Bytes below which no workspace is tried: where that does not fit, it is not the workspace that does not."""
 
 _MESSAGES = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")
-"""What errors without a type of their own say: CUDA's and Triton's, PyTorch's on a CPU, C++'s, and oneDNN's."""
+"""Messages of errors without a type of their own: CUDA's and Triton's, PyTorch's on a CPU, C++'s, and oneDNN's."""
 
 log = logging.getLogger(__name__)
 

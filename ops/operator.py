@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cpu
-from .choice import choose_sparse
 from .config import S2OConfig
 from .dense import decode_attention, dense_attention, positive_scale
+from .dispatch import choose_sparse, has_kernels
 from .distributed import refuse_context_parallel, refuse_dtensors
 from .memory import fit_into_memory
-from .recording import SparseCall, recorded
+from .observe import SparseInputs, recorded
 from .result import AttentionResult
-from .sinks import add_sinks
+from .rule.sinks import add_sinks
 from .sizes import statically_known_true
 from .validation import validate
 from .visibility import Visibility
@@ -168,8 +168,10 @@ class _Call(NamedTuple):
         arguments = (self.query, self.key, value, *self.visibility, self.factor, self.softcap)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
-        if self.query.is_cuda and not symbolic and not _is_empty(self.query, self.key) and _is_packaging():
-            from .kernels.launch import sparse_triton
+        is_empty = _is_empty(self.query, self.key)
+        by_kernels = self.query.is_cuda and not is_empty and has_kernels(self.visibility, self.config)
+        if by_kernels and not symbolic and _is_packaging():
+            from .kernels.pipeline import sparse_triton
 
             result = AttentionResult(*sparse_triton(*arguments, settings))
         else:
@@ -196,16 +198,19 @@ def _is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 def _sparse_cpu(*arguments: Any) -> AttentionResult:
-    def attend(call: SparseCall, config: S2OConfig) -> AttentionResult:
-        operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
-        return cpu.sparse_attention(*operands, config)
+    return _dispatched(_attend_by_torch, *arguments)
 
-    return _dispatched(attend, *arguments)
+
+def _attend_by_torch(call: SparseInputs, config: S2OConfig) -> AttentionResult:
+    operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
+    return cpu.sparse_attention(*operands, config)
 
 
 def _sparse_cuda(*arguments: Any) -> AttentionResult:
-    def attend(call: SparseCall, config: S2OConfig) -> AttentionResult:
-        from .kernels.launch import sparse_triton
+    def attend(call: SparseInputs, config: S2OConfig) -> AttentionResult:
+        if not has_kernels(call.visibility, config):
+            return _attend_by_torch(call, config)
+        from .kernels.pipeline import sparse_triton
 
         *operands, _, _ = arguments
         return AttentionResult(*sparse_triton(*operands, config.as_json))
@@ -214,7 +219,7 @@ def _sparse_cuda(*arguments: Any) -> AttentionResult:
 
 
 def _dispatched(
-    attend: Callable[[SparseCall, S2OConfig], AttentionResult],
+    attend: Callable[[SparseInputs, S2OConfig], AttentionResult],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -223,7 +228,7 @@ def _dispatched(
     """What an implementation computes, which is not asked where there is nothing to attend to."""
     refuse_context_parallel()  # A graph may have been compiled outside.
     *terms, scale, softcap, site, settings = rest
-    call = SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
+    call = SparseInputs(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
     if _is_empty(query, key):
         return AttentionResult.of_nothing(query, value, call.config.ranking.tile)
     with _without_autocast(query.device.type):

@@ -1,4 +1,4 @@
-"""Which keys a query sees: all terms of a call's mask in one value."""
+"""The keys that a query sees: all terms of a call's mask in one value."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Visibility(NamedTuple):
         return not self.is_causal and all(term is None for term in self[2:])
 
     @property
-    def varies(self) -> bool:
+    def rows_differ(self) -> bool:
         """Whether the queries of a segment may see different keys of their history."""
         return self.window is not None or self.query_documents is not None or self.mask is not None
 
     def simplified(self, queries: int, keys: int) -> Visibility:
-        """The same without a causal mask or a window that hide nothing from so many queries."""
+        """The same without a causal mask or a window that hide nothing at these lengths."""
         terms = self
         if terms.is_causal and statically_known_true(terms.causal_offset >= keys - 1):
             # The offset still places the dense spans, and the window.
@@ -49,7 +49,7 @@ class Visibility(NamedTuple):
     def seen(
         self, batch: torch.Tensor | int, head: torch.Tensor | int, row: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        """Which keys are seen: indices of batch entries, query heads, queries and keys, broadcast together.
+        """The keys that are seen, boolean: indices of batch entries, query heads, queries and keys, broadcast together.
 
         Indices on which no term depends are not broadcast.
         """
@@ -94,7 +94,7 @@ class Visibility(NamedTuple):
         """
         if self.query_documents is not None or self.mask is not None:
             config = config.with_ranking(pool=1, guides="head")
-        if self.varies and config.ranking.rule == "means":
+        if self.rows_differ and config.ranking.rule == "means":
             config = config.with_ranking(rule="sampled")
         return config
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from torch.fx import GraphModule
 
-from .nested import nested_graphs
-from .torch_internals import copy_graph
+from .graph.nested import nested_graphs
+from .graph.torch_internals import copy_graph
 
 T = TypeVar("T")
 

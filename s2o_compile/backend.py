@@ -99,9 +99,9 @@ class S2OBackend:
 
         from .calibration.file import CalibrationError
         from .calibration.settings import site_settings
+        from .passes.graph.torch_internals import redirections
         from .passes.rewrite import rewrite
         from .passes.safety import Safeguard
-        from .passes.torch_internals import redirections
 
         config, patches = self.split_options(options or {}, mode)
 
@@ -163,7 +163,7 @@ def _apart() -> contextlib.ExitStack:
 
     The caches know the operator's name, not what it does in this release, nor which backends SDPA is to take.
     """
-    from .passes.torch_internals import attention_preferences, without_attention_patterns
+    from .passes.graph.torch_internals import attention_preferences, without_attention_patterns
 
     tag = f"{torch.compiler.config.cache_key_tag}s2o-{fingerprint()} {attention_preferences()}"
     with contextlib.ExitStack() as stack:

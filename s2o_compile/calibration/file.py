@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._console import as_text
 from ..ops import S2OConfig
 from ..ops.old_names import sentence_on_old_name
 from ..writing import write_text
@@ -141,8 +142,6 @@ class Calibration:
         return table
 
     def __str__(self) -> str:
-        from ..passes.report import as_text
-
         return as_text(self)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from ..ops import S2OConfig
-from ..ops.choice import DENSE_AT_ANY_LENGTH
+from ..ops.dispatch import DENSE_AT_ANY_LENGTH
 from ..passes import Refused
 from .file import Calibration, CalibrationError, Site
 from .identity import Identity, graph_weights

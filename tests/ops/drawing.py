@@ -99,9 +99,9 @@ class Call:
         return x
 
 
-def draw_config(choose: Choose, thresholds: Sequence[float] = THRESHOLDS) -> S2OConfig:
-    """Configurations over all fields, small enough for small calls."""
-    rule = choose(["sampled", "sampled", "means", "dropped", "gain", "gain"])
+def draw_config(choose: Choose, thresholds: Sequence[float] = THRESHOLDS, by_kernels: bool = False) -> S2OConfig:
+    """Configurations over all fields, small enough for small calls; `by_kernels`, of rules that have kernels."""
+    rule = choose(["sampled", "dropped"] if by_kernels else ["sampled", "sampled", "means", "dropped", "gain", "gain"])
     is_gain = rule == "gain"
     guides = "head" if is_gain else choose(["head", "kv_head"])
     return S2OConfig(

@@ -20,14 +20,13 @@ SETTINGS = {
     "packed": S2OConfig(
         min_length=0, ranking=Ranking(pool=8, guides="kv_head", channels=None, combine="mean", rule="dropped")
     ),
-    "block means": S2OConfig(min_length=0, ranking=Ranking(rule="means")),
+    "no tail": S2OConfig(min_length=0, ranking=Ranking(rule="dropped")),
     "pool 4": S2OConfig(min_length=0, threshold=1e-3, ranking=Ranking(pool=4)),
     "lists per head": S2OConfig(min_length=0, ranking=Ranking(lists="head")),
     "few channels": S2OConfig(min_length=0, ranking=Ranking(channels=16)),
     "all channels": S2OConfig(min_length=0, ranking=Ranking(channels=None)),
     "output": S2OConfig(min_length=0, ranking=Ranking(measure="output")),
     "last queries": S2OConfig(min_length=0, last_queries=40),
-    "the paper's": S2OConfig.paper(min_length=0),
 }
 
 

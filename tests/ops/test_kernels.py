@@ -11,10 +11,10 @@ import torch
 from hypothesis import Phase, given, settings
 
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig
-from s2o_compile.ops.kernels import launch, quantise, rank
+from s2o_compile.ops.kernels import importance, pipeline, quantise
 from s2o_compile.ops.memory import limited_workspace
 from s2o_compile.ops.reference import reference_attention
-from s2o_compile.ops.sinks import add_sinks
+from s2o_compile.ops.rule.sinks import add_sinks
 from s2o_compile.ops.visibility import Visibility
 
 from ..examples import examples
@@ -42,7 +42,7 @@ def run(call: Call, tensors: tuple[torch.Tensor, ...]) -> AttentionResult:
     """What the operator makes of the kernels' result."""
     visibility, sinks = call.visibility(DEVICE), call.sinks(DEVICE)
     with limited_workspace(call.workspace):
-        result = launch.sparse_attention(*tensors, visibility, call.channels**-0.5, call.softcap, call.config)
+        result = pipeline.sparse_attention(*tensors, visibility, call.channels**-0.5, call.softcap, call.config)
     return result if sinks is None else add_sinks(result, sinks)
 
 
@@ -51,7 +51,7 @@ def test_agrees_with_the_reference() -> None:
     undecided = []
 
     @settings(max_examples=EXAMPLES, phases=PHASES)
-    @given(calls(longest=LONGEST))
+    @given(calls(longest=LONGEST, settings=configs(by_kernels=True)))
     def agrees(call: Call) -> None:
         undecided.append(compare(call))
 
@@ -91,7 +91,7 @@ def test_keys_at_the_threshold_are_visited_or_not(keys: int, undecided: int) -> 
     value, terms = torch.randn(1, 1, 128, 16, device=DEVICE), Visibility(mask=torch.arange(128, device=DEVICE) < 120)
     terms = terms._replace(mask=terms.mask[None, None, None])
     config = S2OConfig(threshold=1 / keys, ranking=Ranking(rule="dropped", sample=1, near_keys=0))
-    got = launch.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
+    got = pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
     share = share_at_the_threshold(got, specification(query, key, value, terms, config), config.threshold, 32, 1e-4)
     assert share <= undecided
 
@@ -103,7 +103,7 @@ def test_a_tile_that_is_wrong_is_found(harm: str) -> None:
         torch.randn(3, 1, 2, 130, 16, device=DEVICE),
         S2OConfig(threshold=0.02, ranking=Ranking(near_keys=0)),
     )
-    got = launch.sparse_attention(*tensors, Visibility(True), 0.25, 0.0, config)
+    got = pipeline.sparse_attention(*tensors, Visibility(True), 0.25, 0.0, config)
     specified = specification(*tensors, Visibility(True), config)
     assert share_at_the_threshold(got, specified, config.threshold, 32, 1e-4) == 0
     if harm in ("output", "all", "nan"):
@@ -117,7 +117,7 @@ def test_a_tile_that_is_wrong_is_found(harm: str) -> None:
 
 
 @settings(max_examples=EXAMPLES // 2, phases=PHASES)
-@given(calls(longest=LONGEST, settings=configs(thresholds=(0.0,))))
+@given(calls(longest=LONGEST, settings=configs(thresholds=(0.0,), by_kernels=True)))
 def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
     for dtype in DTYPES:
         tensors = call.tensors(dtype, DEVICE)
@@ -134,7 +134,7 @@ def test_head_dimensions(channels: int, value_channels: int, dtype: torch.dtype)
     key = torch.randn(1, 1, 100, channels, device=DEVICE, dtype=dtype)
     value = torch.randn(1, 1, 100, value_channels, device=DEVICE, dtype=dtype)
     config = S2OConfig(threshold=0, ranking=Ranking(near_keys=0))
-    got = launch.sparse_attention(query, key, value, Visibility(True, 10), channels**-0.5, 0.0, config).output
+    got = pipeline.sparse_attention(query, key, value, Visibility(True, 10), channels**-0.5, 0.0, config).output
     mask = torch.ones(90, 100, dtype=torch.bool, device=DEVICE).tril(10)
     want = dense(query, key, value, mask)
     allowed = 1e-5 if dtype == torch.float32 else 2 * largest_difference(sdpa(query, key, value, mask), want)
@@ -142,18 +142,15 @@ def test_head_dimensions(channels: int, value_channels: int, dtype: torch.dtype)
 
 
 def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank, "CHUNK", 128)
+    monkeypatch.setattr(importance, "CHUNK", 128)
     torch.manual_seed(3)
     query, key, value = (torch.randn(1, 2, 200, 16, device=DEVICE) for _ in "qkv")
-    for config in (
-        S2OConfig(threshold=1e-2, last_queries=20, ranking=Ranking(near_keys=0)),
-        S2OConfig.paper().with_ranking(segment=64, pool=64),
-    ):
-        for visibility in (Visibility(True), Visibility(True, window=100)):
-            with limited_workspace(2**12):
-                got = launch.sparse_attention(query, key, value, visibility, 0.25, 0.0, config)
-            want = reference_attention(query.double(), key.double(), value.double(), visibility, config=config)
-            assert_same(got, want, 1e-4)
+    config = S2OConfig(threshold=1e-2, last_queries=20, ranking=Ranking(near_keys=0))
+    for visibility in (Visibility(True), Visibility(True, window=100)):
+        with limited_workspace(2**12):
+            got = pipeline.sparse_attention(query, key, value, visibility, 0.25, 0.0, config)
+        want = reference_attention(query.double(), key.double(), value.double(), visibility, config=config)
+        assert_same(got, want, 1e-4)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -169,17 +166,16 @@ def test_more_batch_entries_than_a_launch_has_programs(shared: bool, monkeypatch
         key_documents=None if shared else documents // 2,
     )
     config = S2OConfig(threshold=0.02, ranking=Ranking(near_keys=0))
-    want = launch.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
-    monkeypatch.setattr(launch, "MOST_PROGRAMS", 2)
-    assert_same(launch.sparse_attention(query, key, value, terms, 0.25, 0.0, config), want, 0.0)
+    want = pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
+    monkeypatch.setattr(pipeline, "MAX_PROGRAMS", 2)
+    assert_same(pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config), want, 0.0)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rule", ["sampled", "means"])
-def test_many_batch_entries(rule: str) -> None:
+def test_many_batch_entries() -> None:
     """Such as the windows of an image: a launch has no more than 65,535 programs along most axes."""
     query, key, value = (torch.randn(35_000, 2, 40, 16, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
-    got = torch.ops.s2o.attention(query, key, value, min_length=0, threshold=0.0, settings=Ranking(rule=rule).as_json)
+    got = torch.ops.s2o.attention(query, key, value, min_length=0, threshold=0.0)
     want = sdpa(query, key, value, torch.ones(40, 40, dtype=torch.bool, device="cuda"))
     assert largest_difference(got, want) < 0.05
 
@@ -199,14 +195,14 @@ def test_ranking_in_float8_errs_no_more(
     length = 300 if DEVICE == "cuda" else 200
     bias = 30 * (torch.arange(32, device=DEVICE) % 8 == 0)
     query, key, value = (torch.randn(1, n, length, 32, device=DEVICE) * 2 for n in (heads, groups, groups))
-    monkeypatch.setattr(rank, "sums_in_half", lambda operands, config: half and operands.are_quantised)
+    monkeypatch.setattr(importance, "sums_in_half", lambda operands, takes_mean: half and operands.are_quantised)
     tensors = [x.half() for x in (query, key + bias, value)]
     mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()
     want = dense(*tensors, mask)
     visited, error = [], []
     for is_float8 in (False, True):
         monkeypatch.setattr(quantise, "ranks_in_float8", lambda guides, softcap, answer=is_float8: answer)
-        result = launch.sparse_attention(*tensors, Visibility(True), 32**-0.5, 0.0, config)
+        result = pipeline.sparse_attention(*tensors, Visibility(True), 32**-0.5, 0.0, config)
         visited.append(result.visited.sum().item())
         error.append((result.output.double() - want).square().sum().item())
     assert visited[1] == pytest.approx(visited[0], rel=0.05)
@@ -268,7 +264,7 @@ def test_compiled(dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("rule, threshold", [("dropped", 0.0), ("dropped", 1e-2), ("means", 1e-2), ("sampled", 1e-2)])
+@pytest.mark.parametrize("rule, threshold", [("dropped", 0.0), ("dropped", 1e-2), ("sampled", 1e-2)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gap", [25, 100])
 def test_far_larger_logits_late_in_a_list(
@@ -280,22 +276,20 @@ def test_far_larger_logits_late_in_a_list(
     query[..., 0], key[..., 0] = gap / 5, -20
     key[:, :, 64:128, 0] = 0
     config = S2OConfig(threshold=threshold, ranking=Ranking(near_keys=0, rule=rule))
-    got = launch.sparse_attention(query, key, value, Visibility(is_causal), 0.25, 0.0, config).output
+    got = pipeline.sparse_attention(query, key, value, Visibility(is_causal), 0.25, 0.0, config).output
     mask = torch.ones(320, 320, dtype=torch.bool, device=DEVICE)
     want = dense(query, key, value, mask.tril() if is_causal else mask)
     assert largest_difference(got, want) <= (1e-4 if dtype == torch.float32 else 0.02)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize(
-    "which, rule", [("query", "dropped"), *((x, y) for x in ("key", "value") for y in ("sampled", "means"))]
-)
+@pytest.mark.parametrize("which, rule", [("query", "dropped"), ("key", "sampled"), ("value", "sampled")])
 def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which: str, rule: str) -> None:
     torch.manual_seed(7)
     tensors = {name: torch.randn(1, 2, 190, 16, device=DEVICE) for name in ("query", "key", "value")}
     config = S2OConfig(threshold=1e-2, ranking=Ranking(near_keys=0, lists="head", rule=rule))
     tensors[which][0, 1, 90, 3] = bad
-    output = launch.sparse_attention(*tensors.values(), Visibility(True), 0.25, 0.0, config).output
+    output = pipeline.sparse_attention(*tensors.values(), Visibility(True), 0.25, 0.0, config).output
     assert output[0, 0].isfinite().all()
     tile_end = 96
     assert output[0, 1, :64].isfinite().all()
@@ -304,7 +298,7 @@ def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("threshold, rule", [(0.0, "sampled"), (1e-2, "sampled"), (1e-2, "means")])
+@pytest.mark.parametrize("threshold, rule", [(0.0, "sampled"), (1e-2, "sampled"), (1e-2, "dropped")])
 @pytest.mark.parametrize("term", ["mask", "padding"])
 def test_what_hidden_keys_hold_does_not_matter(term: str, threshold: float, rule: str, bad: float) -> None:
     torch.manual_seed(8)
@@ -314,7 +308,7 @@ def test_what_hidden_keys_hold_does_not_matter(term: str, threshold: float, rule
     config = S2OConfig(threshold=threshold, ranking=Ranking(rule=rule, channels=8, measure="output", near_keys=0))
     if term == "mask":
         config = config.with_ranking(channels=None)  # What a mask hides has its say in which channels are strongest.
-    want = launch.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
+    want = pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
     key[:, :, ~visible[0]], value[:, :, ~visible[0]] = bad, bad
-    got = launch.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
+    got = pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
     assert_same(got, want, 0.0)

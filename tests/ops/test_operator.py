@@ -1,4 +1,4 @@
-"""The registered operator: schema, validation, the choice of path, and what it does at the edges."""
+"""The registered operator: schema, validation, the dispatch of path, and what it does at the edges."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.integrations import settings
-from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, choice, config
-from s2o_compile.ops.kernels import launch
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, config, dispatch
+from s2o_compile.ops.kernels import pipeline
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
@@ -518,7 +518,7 @@ def test_choice() -> None:
     config = S2OConfig(min_length=1000, last_queries=100)
 
     def choose(queries: int, keys: int, **changes: Any) -> bool | None:
-        return choice.choose_sparse(queries, keys, torch.device("cpu"), dataclasses.replace(config, **changes))
+        return dispatch.choose_sparse(queries, keys, torch.device("cpu"), dataclasses.replace(config, **changes))
 
     assert choose(1000, 1000)
     assert not choose(999, 999)
@@ -528,21 +528,21 @@ def test_choice() -> None:
 
 
 def test_by_default_a_cpu_that_ranks_slowly_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "is_slow", lambda device: device.type == "cpu")
+    monkeypatch.setattr(dispatch, "is_slow", lambda device: device.type == "cpu")
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     length = 10**6
-    assert choice.choose_sparse(length, length, cpu, S2OConfig()) is False
-    assert choice.choose_sparse(length, length, cuda, S2OConfig())
-    assert choice.choose_sparse(length, length, cpu, S2OConfig(min_length=1000))
-    assert choice.why_dense(length, length, cpu, S2OConfig()).startswith(choice.SLOW_CPU)
-    assert choice.why_dense(40, 40, cpu, S2OConfig()).startswith("40 queries over 40 keys are too few to gain;")
-    assert choice.why_dense(length, length, cpu, S2OConfig(min_length=2 * length)).startswith("1000000 queries over")
+    assert dispatch.choose_sparse(length, length, cpu, S2OConfig()) is False
+    assert dispatch.choose_sparse(length, length, cuda, S2OConfig())
+    assert dispatch.choose_sparse(length, length, cpu, S2OConfig(min_length=1000))
+    assert dispatch.why_dense(length, length, cpu, S2OConfig()).startswith(dispatch.SLOW_CPU)
+    assert dispatch.why_dense(40, 40, cpu, S2OConfig()).startswith("40 queries over 40 keys are too few to gain;")
+    assert dispatch.why_dense(length, length, cpu, S2OConfig(min_length=2 * length)).startswith("1000000 queries over")
 
 
 @pytest.mark.parametrize("name, fast", [("amx_bf16", True), ("avx512_bf16", True), ("bf16", True), ("avx2", False)])
 def test_cpus_that_multiply_bfloat16(name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True, "amx_tile": True})
-    assert choice.has_fast_bfloat16.__wrapped__() is fast
+    assert dispatch.has_fast_bfloat16.__wrapped__() is fast
 
 
 @pytest.mark.parametrize("min_length", [0, 150])
@@ -581,12 +581,23 @@ def test_terms_compile(dynamic: bool, min_length: int) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("packaging", [False, True])
-def test_only_packages_see_the_kernels(packaging: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "packaging, settings",
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"settings": Ranking(rule="means").as_json}),
+        (True, S2OConfig.paper().arguments()),
+    ],
+)
+def test_only_packages_see_the_kernels(
+    packaging: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernels = Mock(side_effect=lambda query, key, value, *rest: AttentionResult.empty(query, value, 32))
-    monkeypatch.setattr(launch, "sparse_triton", kernels)
+    monkeypatch.setattr(pipeline, "sparse_triton", kernels)
     with FakeTensorMode(), V.set_aot_compilation(packaging):
         args = [torch.empty(1, 2, 128, 16, device="cuda", dtype=torch.bfloat16) for _ in "qkv"]
-        graph = make_fx(lambda *args: torch.ops.s2o.attention(*args, min_length=0))(*args).graph
-    assert kernels.called == packaging
-    assert (torch.ops.s2o.sparse.default in {node.target for node in graph.nodes}) != packaging
+        graph = make_fx(lambda *args: torch.ops.s2o.attention(*args, **{**settings, "min_length": 0}))(*args).graph
+    shows_kernels = packaging and not settings
+    assert kernels.called == shows_kernels
+    assert (torch.ops.s2o.sparse.default in {node.target for node in graph.nodes}) != shows_kernels

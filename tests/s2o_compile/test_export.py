@@ -63,6 +63,23 @@ def test_masks_and_scores_are_gone(attention: str) -> None:
     assert not any(isinstance(value, torch.Tensor) and value.shape[-2:] == (40, 40) for value in values)
 
 
+class WithNumber(torch.nn.Module):
+    """Attention with a mask that is made from a number, which export stores as a tensor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keep = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool).tril()
+        mask = torch.where(keep, torch.tensor(0.0, dtype=x.dtype), torch.finfo(x.dtype).min)
+        return scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_mask_made_from_a_number(strict: bool) -> None:
+    model, x = WithNumber(), torch.randn(1, 2, 40, 8)
+    program = s2o_compile.export(model, (x,), config=EXACT, strict=strict)
+    assert operators(program) == 1
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
 class Scaled(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x @ x.mT * x.shape[2] ** -0.5 / 3).softmax(-1) @ x
@@ -113,3 +130,15 @@ def test_a_package(tmp_path: Path) -> None:
     program = s2o_compile.export(model, inputs, dynamic_shapes=(LENGTHS, LENGTHS), config=EXACT)
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     assert_equals_dense(torch._inductor.aoti_load_package(package), model, (40, 20, 77))
+
+
+@pytest.mark.slow
+def test_a_package_with_a_scale_computed_from_the_length(tmp_path: Path) -> None:
+    model = Scaled()
+    program = s2o_compile.export(model, (torch.randn(1, 2, 40, 8),), dynamic_shapes=({2: Dim.AUTO},), config=EXACT)
+    assert operators(program) == 1
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    for length in (40, 2, 77, 500):
+        x = torch.randn(1, 2, length, 8)
+        torch.testing.assert_close(loaded(x), model(x))
