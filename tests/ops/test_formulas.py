@@ -213,10 +213,8 @@ def test_guides_are_means(config: S2OConfig, length: int, heads: int) -> None:
     assert largest_difference(pool_guides(query, config), want) < 1e-12
     starts = range(0, length, config.ranking.pool)
     spelled = torch.stack([query[..., i : i + config.ranking.pool, :].mean(-2) for i in starts], -2)
-    assert (
-        largest_difference(want, spelled.mean(2, keepdim=True) if config.ranking.guides == "kv_head" else spelled)
-        < 1e-12
-    )
+    spelled = spelled.mean(2, keepdim=True) if config.ranking.guides == "kv_head" else spelled
+    assert largest_difference(want, spelled) < 1e-12
     assert torch.equal(sees, seen[:, :, : sees.shape[2], list(starts)])
 
 
@@ -232,7 +230,7 @@ def test_scores_are_those_of_the_specification(call: Call, count: int, scale: fl
     got = project(guides, specified.key[:, :, 0], count, scale, None if valid is None else valid[:, None])
     projection = reference_variants.subspace if 2 * count < call.channels else reference.projection
     chosen, nu = reference.channels(specified, guides, min(count, call.channels), projection)
-    lacks = got.lacks[:, :, None, None, None]
+    lacks = got.neglects_too_much[:, :, None, None, None]
     neglected = torch.zeros(lacks.shape) if got.neglected is None else got.neglected[:, :, None, None, None]
     assert largest_difference(nu, neglected.masked_fill(lacks, 0)) < 1e-9
     products = torch.where(lacks, guides @ specified.key.mT, got.guides @ got.key[:, :, None].mT)
