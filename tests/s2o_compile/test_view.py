@@ -16,7 +16,7 @@ import torch
 import s2o_compile
 from s2o_compile import S2OConfig, cli
 from s2o_compile.ops.density import density
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
 from s2o_compile.testbed import prepare
