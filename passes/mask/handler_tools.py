@@ -1,4 +1,4 @@
-"""What the handlers of operations share: shapes and dtypes, and results that are made of two numbers."""
+"""Helpers that the handlers of operations share: shapes and dtypes, and results that are made of two numbers."""
 
 from __future__ import annotations
 
