@@ -71,7 +71,7 @@ class Writes:
         return self._among(self._writers, node)
 
     def readers(self, node: Node) -> set[Node]:
-        """The nodes that may read the memory that a node writes to, its users included; inputs are read by their owners."""
+        """The nodes that may read the memory that a node writes to, its users included; callers read inputs."""
         if node not in self.to(node):
             return set(node.users)
         holders = self._among(self._holders, node)
