@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from s2o_compile.functional import attention
+from s2o_compile._attention import attention
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.density import dense_pairs
 

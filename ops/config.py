@@ -65,7 +65,7 @@ class S2OConfig:
             Above 0 and below 1; it decides `threshold`, which is then the budget itself, and `measure`, which is then
             "output". That is a rule of thumb, not a bound: the error stayed below the threshold in all layers of real
             models that were measured, far below it in most, and rose to 2.6 times it on made-up inputs of 131,072
-            positions (benchmarks/FINDINGS.md).
+            positions (docs/results/calibration.md).
             ``s2o_compile.calibrate`` measures instead.
         calibration: The path of a file by ``s2o_compile.calibrate``: each attention site gets the threshold that kept
             the file's error budget, and the settings with which it did.

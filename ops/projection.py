@@ -26,7 +26,8 @@ class Projected(NamedTuple):
     float64; None where nothing is missing. Where logits are off by a normal variable of variance s, a key is taken for
     too small as often as for too large, and the former costs more: importance is multiplied by e^s to make up for it.
     As measured, errors are then at most those of all channels at the same threshold, and density pays for what is
-    neglected (benchmarks/FINDINGS.md). Where that is more than `MOST_NEGLECTED`, all channels are scored instead.
+    neglected (docs/decisions/003-half-the-channels.md). Where that is more than `MOST_NEGLECTED`, all channels are
+    scored instead.
     """
 
     guides: torch.Tensor

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.functional import attention
+from s2o_compile._attention import attention
 from s2o_compile.ops import AttentionResult, S2OConfig
 
 Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -67,4 +67,8 @@ DENSE: dict[str, Callable[[bool], Dense]] = {
 
 def sparse(config: S2OConfig, is_causal: bool) -> Sparse:
     """The operator."""
-    return partial(attention, is_causal=is_causal, config=config, return_stats=True)
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionResult:
+        return attention(query, key, value, is_causal, config=config, return_stats=True)
+
+    return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -231,6 +231,6 @@ def relative_error(query: torch.Tensor, structure: Structure, is_causal: bool, o
         "", query, structure.key, structure.value, Visibility(is_causal), query.shape[-1] ** -0.5, 0.0, S2OConfig()
     )
     count = max(1, LOGITS // (query.shape[1] * query.shape[2]))
-    squares = sum(sampled_error(call, output, count, draw) for draw in range(DRAWS))
+    squares = reduce(torch.add, (sampled_error(call, output, count, draw) for draw in range(DRAWS)))
     wrong, norm = squares.tolist()
     return wrong / norm

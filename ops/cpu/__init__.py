@@ -1,5 +1,6 @@
 """The CPU implementation, in torch operations batched over tiles: `rank` lists the keys, `attend` visits them."""
 
 from .launch import sparse_attention
+from .trace import SegmentTrace, trace_head
 
-__all__ = ["sparse_attention"]
+__all__ = ["SegmentTrace", "sparse_attention", "trace_head"]

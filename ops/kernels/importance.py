@@ -37,14 +37,14 @@ def _larger(one, other):
 
 
 @triton.jit
-def _place_rows(row, SEGMENTS: tl.constexpr):
+def _place_rows(row, SEGMENTS: tl.constexpr, BESIDE: tl.constexpr):
     """The segment and the guide of each row of a part, which has as many guides of each of SEGMENTS segments.
 
-    Of each 8 columns of a product a thread holds the pair 2t and 2t + 1, t < 4. Pairs of guides of 4 segments stand
-    side by side, so that a thread holds the guides of its segments, and reduces them without asking others.
+    Of each 8 columns of a product a thread holds the pair 2t and 2t + 1, t < 4. Pairs of guides of BESIDE segments
+    stand side by side: with 4, a thread holds the guides of its segments, and reduces them without asking others.
     """
     guides: tl.constexpr = row.shape[0] // SEGMENTS
-    beside: tl.constexpr = SEGMENTS if SEGMENTS < LANES else LANES
+    beside: tl.constexpr = SEGMENTS if SEGMENTS < BESIDE else BESIDE
     together: tl.constexpr = guides if guides < 2 else 2
     block, lane = row // (beside * together), row // together % beside
     pairs: tl.constexpr = guides // together
@@ -52,10 +52,10 @@ def _place_rows(row, SEGMENTS: tl.constexpr):
 
 
 @triton.jit
-def _by_segment(products, SEGMENTS: tl.constexpr):
+def _by_segment(products, SEGMENTS: tl.constexpr, BESIDE: tl.constexpr):
     """What stands at the rows of a part [N, SEGMENTS * guides] as [N, SEGMENTS, guides]."""
     guides: tl.constexpr = products.shape[1] // SEGMENTS
-    beside: tl.constexpr = SEGMENTS if SEGMENTS < LANES else LANES
+    beside: tl.constexpr = SEGMENTS if SEGMENTS < BESIDE else BESIDE
     together: tl.constexpr = guides if guides < 2 else 2
     shape: tl.constexpr = [products.shape[0], SEGMENTS // beside, guides // together, beside, together]
     products = tl.reshape(products, shape)
@@ -76,33 +76,34 @@ def _pack(flags):
 @triton.jit
 def _load_part(
     guides, lse, raised, first, done, guides_per_head, stride_h, stride_n, HEADS: tl.constexpr,
-    PER_SEGMENT: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    HALF: tl.constexpr,
+    PER_SEGMENT: tl.constexpr, ROWS: tl.constexpr, SEGMENTS: tl.constexpr, BESIDE: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """ROWS guides of each of SEGMENTS segments, `done` being those before: their channels, and their log-sum-exps.
 
     The latter negated and `raised`, and with HALF in pairs as `scale_and_add` takes them.
     """
     row = tl.arange(0, ROWS * SEGMENTS)
-    segment, slot = _place_rows(row, SEGMENTS)
+    segment, slot = _place_rows(row, SEGMENTS, BESIDE)
     head, guide, real = place_guides(first + segment, done + slot, guides_per_head, HEADS, PER_SEGMENT)
     rows = load_guides(guides, head, guide, real, stride_h, stride_n, D, BLOCK_D)
     if HALF:
         origin = pack_halves(
-            raised + _origins(lse, row & -2, first, done, guides_per_head, HEADS, PER_SEGMENT, SEGMENTS),
-            raised + _origins(lse, row | 1, first, done, guides_per_head, HEADS, PER_SEGMENT, SEGMENTS),
+            raised + _origins(lse, row & -2, first, done, guides_per_head, HEADS, PER_SEGMENT, SEGMENTS, BESIDE),
+            raised + _origins(lse, row | 1, first, done, guides_per_head, HEADS, PER_SEGMENT, SEGMENTS, BESIDE),
         )
     else:
-        origin = raised + _origins(lse, row, first, done, guides_per_head, HEADS, PER_SEGMENT, SEGMENTS)
+        origin = raised + _origins(lse, row, first, done, guides_per_head, HEADS, PER_SEGMENT, SEGMENTS, BESIDE)
     return rows, origin
 
 
 @triton.jit
 def _origins(
-    lse, row, first, done, guides_per_head, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr
-):
+    lse, row, first, done, guides_per_head, HEADS: tl.constexpr, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
+    BESIDE: tl.constexpr,
+):  # fmt: skip
     """The negated log-sum-exps at rows of a part, -inf where there is no guide."""
-    segment, slot = _place_rows(row, SEGMENTS)
+    segment, slot = _place_rows(row, SEGMENTS, BESIDE)
     head, guide, real = place_guides(first + segment, done + slot, guides_per_head, HEADS, PER_SEGMENT)
     return -tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
 
@@ -210,6 +211,9 @@ def importance_kernel(
     heads: tl.constexpr = GUIDE_HEADS // LISTS
     total: tl.constexpr = heads * per_segment
     of_part: tl.constexpr = BLOCK_M // SEGMENTS
+    # With a mask, products are laid out as the mask is loaded, and reduced across warps. Triton's reduction is wrong
+    # there if the lanes of its axis stand between those of another.
+    beside: tl.constexpr = 1 if MASK else LANES
     first_head = tl.program_id(1) * heads
     guides += batch * guides_stride_b + group * guides_stride_g + first_head.to(tl.int64) * guides_stride_h
     first_guide = ((batch * groups + group) * GUIDE_HEADS + first_head) * guides_per_head
@@ -238,7 +242,8 @@ def importance_kernel(
         for done in tl.static_range(0, total, of_part):
             held += (_load_part(
                 guides, lse, raised, first, done, guides_per_head, guides_stride_h, guides_stride_n, heads, per_segment,
-                of_part if done + of_part <= total or BLOCK_REST == 0 else BLOCK_REST, SEGMENTS, D, BLOCK_D, HALF,
+                of_part if done + of_part <= total or BLOCK_REST == 0 else BLOCK_REST, SEGMENTS, beside, D, BLOCK_D,
+                HALF,
             ),)  # fmt: skip
     if HALF:
         scale = pack_halves(scale, scale)
@@ -258,26 +263,26 @@ def importance_kernel(
                 rows, origin = _load_part(
                     guides, lse, raised, first, done, guides_per_head, guides_stride_h, guides_stride_n, heads,
                     per_segment, of_part if done + of_part <= total or BLOCK_REST == 0 else BLOCK_REST, SEGMENTS,
-                    D, BLOCK_D, HALF,
+                    beside, D, BLOCK_D, HALF,
                 )  # fmt: skip
             if HALF:
                 logits = scale_and_add(tl.dot(block, tl.trans(rows), out_dtype=tl.float16), scale, origin)
             else:
                 logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) + origin[None, :]
             if varies:
-                segment, slot = _place_rows(tl.arange(0, rows.shape[0]), SEGMENTS)
+                segment, slot = _place_rows(tl.arange(0, rows.shape[0]), SEGMENTS, beside)
                 head, guide, real = place_guides(first + segment, done + slot, guides_per_head, heads, per_segment)
                 query_head, position = group * GUIDE_HEADS + first_head + head, guide * POOL
                 seen = see(terms, query_head, position, real, column, column < keys, False, WINDOW, DOCUMENTS, MASK)
                 seen = tl.trans(seen & real[:, None])
                 logits = tl.where(seen, logits, float("-inf"))
-                visible = tl.maximum(visible, tl.max(_by_segment(seen.to(tl.int32), SEGMENTS), 2))
-            of_segments = _by_segment(logits, SEGMENTS)
+                visible = tl.maximum(visible, tl.max(_by_segment(seen.to(tl.int32), SEGMENTS, beside), 2))
+            of_segments = _by_segment(logits, SEGMENTS, beside)
             if HALF:
                 largest = _larger(largest, tl.reduce(of_segments, 2, _larger))
             elif HAS_MAX:
                 # A maximum over guides does not see the NaN of one that tells nothing.
-                blind = _by_segment((origin != origin).to(tl.int32)[None, :], SEGMENTS)
+                blind = _by_segment((origin != origin).to(tl.int32)[None, :], SEGMENTS, beside)
                 blind = tl.where(tl.max(blind, 2) > 0, float("inf"), float("-inf"))
                 largest = _larger(_larger(largest, blind), tl.max(of_segments, 2))
             if HAS_MEAN:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._console import as_text
 from ..ops import S2OConfig
 from ..writing import write_text
 from .identity import Identity
@@ -137,8 +138,6 @@ class Calibration:
         return table
 
     def __str__(self) -> str:
-        from ..passes.report import as_text
-
         return as_text(self)
 
 

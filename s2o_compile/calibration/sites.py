@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..analysis import call_once, replace_operator
+from .._explain import call_once, replace_operator
 from ..ops import AttentionResult, S2OConfig
 from ..ops.choice import DENSE_AT_ANY_LENGTH
 from ..ops.density import density, ranking_share, share_in_all_channels
@@ -34,7 +34,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class SiteCall:
+class SiteInputs:
     """A call of the operator at a site.
 
     Attributes:
@@ -84,11 +84,11 @@ class SiteCall:
         return few + (all_channels - few) * in_all
 
 
-def call_sites(
+def visit_sites(
     model: torch.nn.Module,
     arguments: Mapping[str, Any] | tuple[Any, ...],
     config: S2OConfig,
-    handle: Callable[[SiteCall], None],
+    handle: Callable[[SiteInputs], None],
     found: Callable[[list[Decision]], None],
 ) -> None:
     """Call a model once, under ``torch.no_grad()``; all its attention runs dense, and none is too short to count.
@@ -103,7 +103,7 @@ def call_sites(
 
     def implementation(decision: Decision) -> Callable[..., torch.Tensor]:
         def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-            call = SiteCall(decision.name, query, key, value, options)
+            call = SiteInputs(decision.name, query, key, value, options)
             handle(call)
             return call.dense
 

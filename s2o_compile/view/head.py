@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..calls import Call
 from ..ops import S2OConfig
 from ..ops.geometry import BLOCK
+from ..sdpa_intercept import SdpaInputs
 from .visits import Visit, visits
 
 POINTS = 200
@@ -73,7 +73,7 @@ class HeadView:
     curves: list[Curve]
 
 
-def view_head(call: Call, head: int, config: S2OConfig) -> HeadView:
+def view_head(call: SdpaInputs, head: int, config: S2OConfig) -> HeadView:
     """Look at one head of a call, in float32 on a CPU.
 
     Args:

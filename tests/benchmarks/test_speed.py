@@ -18,8 +18,8 @@ from benchmarks.speed.contenders import DENSE, PRESETS
 from benchmarks.speed.measure import Case, Row, diffuseness, measure, parts, relative_error
 from benchmarks.speed.report import COLUMNS, as_dict, save_plot, table
 from benchmarks.timing import kernel_seconds, median_and_spread
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.functional import attention
+from s2o_compile._attention import attention
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.density import density
 
@@ -154,7 +154,7 @@ def test_reports(tmp_path: Path) -> None:
     assert {field for field, _ in COLUMNS.values()} < {field.name for field in dataclasses.fields(Row)}
     found = json.loads(json.dumps(as_dict(case(), rows, 5)))
     assert found["rows"] == [dataclasses.asdict(row) for row in rows]
-    assert found["settings"]["pool=4"]["pool"] == 4 and found["shapes"]["smollm2"]["channels"] == 64
+    assert found["settings"]["s2o"]["pool=4"]["pool"] == 4 and found["settings"]["shapes"]["smollm2"]["channels"] == 64
     save_plot(rows, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 

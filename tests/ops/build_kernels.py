@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +39,29 @@ TYPES = {
 }
 
 
+def linear_reductions(ttgir: str) -> Iterator[tuple[int, dict[str, list[list[int]]]]]:
+    """The axis of each reduction of a tensor in a linear layout, and the bases of that layout."""
+    layouts = {
+        name: dict(re.findall(r"(\w+) = (\[.*?\])(?=, \w+ =|\}>)", text))
+        for name, text in re.findall(r"^(#\w+) = (#ttg\.linear<.*>)$", ttgir, re.MULTILINE)
+    }
+    for axis, name in re.findall(r'"tt\.reduce"\(.*?axis = (\d+).*?\}\) : \(tensor<[^,]*, (#\w+)>', ttgir, re.DOTALL):
+        if name in layouts:
+            yield int(axis), {part: json.loads(bases) for part, bases in layouts[name].items()}
+
+
+def is_reduced_right(axis: int, layout: dict[str, list[list[int]]]) -> bool:
+    """Whether Triton reduces a linear layout as it should.
+
+    Across warps, Triton 3.6 takes the lanes of each axis to follow one another. Where they do not, several lanes write
+    their share of a sum or a maximum to one address.
+    """
+    if not any(base[axis] for base in layout["warp"]):
+        return True
+    along = [place for base in layout["lane"] for place, step in enumerate(base) if step]
+    return len(list(itertools.groupby(along))) == len(set(along))
+
+
 class Builder:
     """Stands where a kernel is launched, and compiles it instead."""
 
@@ -62,6 +88,8 @@ class Builder:
         source, target = ASTSource(self.kernel, signature, constants), GPUTarget("cuda", self.capability, 32)
         compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
         assert compiled.asm["cubin"]
+        reductions = list(linear_reductions(compiled.asm["ttgir"]))
+        assert all(is_reduced_right(*reduction) for reduction in reductions), (self.kernel.__name__, reductions)
         assert compiled.metadata.shared <= CAPABILITIES[self.capability], (self.kernel.__name__, compiled.metadata)
         print(self.kernel.__name__)
 
@@ -89,6 +117,7 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
         launch.sparse_attention(query, key, key, padded, 0.125, 0.0, config)
     if is_all:
         launch.sparse_attention(many, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
+        launch.sparse_attention(many, key, key, Visibility(True, mask=mask), 0.125, 0.0, S2OConfig())
     if dtype != torch.float32 and (is_all or not has_float8):
         launch.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig())
 

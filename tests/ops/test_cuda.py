@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from s2o_compile.ops.config import S2OConfig
-from s2o_compile.ops.kernels.launch import sparse_triton
+from s2o_compile.ops.kernels.launch import sparse_attention, sparse_triton
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
@@ -106,6 +106,22 @@ def test_the_same_input_gives_the_same_bits(name: str) -> None:
     inputs = tensors()
     first = attend(inputs, **SETTINGS[name])
     assert torch.equal(attend([x.clone() for x in inputs], **SETTINGS[name]), first)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (12, 2), (7, 1), (28, 4), (8, 8)])
+def test_a_mask_that_hides_nothing_changes_nothing(heads: int, kv_heads: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(heads)
+    query, key, value = (
+        torch.randn(1, n, 1030, 128, generator=generator, device="cuda", dtype=torch.bfloat16) * scale
+        for n, scale in ((heads, 2), (kv_heads, 1), (kv_heads, 1))
+    )
+    mask = torch.ones(1, heads, 1030, 1030, dtype=torch.bool, device="cuda")
+    plain, masked = (
+        sparse_attention(query, key, value, Visibility(True, mask=given), 128**-0.5, 0.0, S2OConfig())
+        for given in (None, mask)
+    )
+    assert torch.equal(plain.visited, masked.visited)
+    assert largest_difference(plain.output, masked.output) < 0.02
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -28,6 +28,22 @@ def test_threshold_zero_is_dense(call: Call) -> None:
     assert result.lse[~empty].isfinite().all()
 
 
+@pytest.mark.parametrize("size", ["batch", "queries", "keys"])
+@given(call=calls(longest=40))
+def test_nothing_to_attend_to_gives_zeros(size: str, call: Call) -> None:
+    call = dataclasses.replace(call, **{size: 0})
+    query, key, value = call.tensors(torch.float64)
+    sinks = call.sinks()
+    result = reference_attention(
+        query, key, value, call.visibility(), softcap=call.softcap, sinks=sinks, config=call.config
+    )
+    tiles = -(-call.queries // call.config.tile)
+    empty = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64)
+    assert torch.equal(result.output, torch.zeros(*query.shape[:3], call.value_channels, dtype=torch.float64))
+    assert torch.equal(result.lse, empty if sinks is None else sinks.double()[:, None].expand_as(empty))
+    assert torch.equal(result.visited, torch.zeros(*query.shape[:2], tiles, dtype=torch.int64))
+
+
 def needle(length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs in which every query from 256 on wants key 100, and nothing else stands out."""
     generator = torch.Generator().manual_seed(0)

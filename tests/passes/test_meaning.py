@@ -170,7 +170,9 @@ def check(program: Program) -> None:
         result = run(program, emitted)
         if isinstance(result, tuple):
             where, *values = result
-            result = torch.where(torch.as_tensor(where), *(torch.full((), value, dtype=held.dtype) for value in values))
+            # Indexed: not all versions of torch have `where` for all dtypes.
+            table = torch.stack([torch.full((), value, dtype=held.dtype) for value in reversed(values)])
+            result = table[torch.as_tensor(where).long()]
         found = result.to(held.dtype).expand(held.shape)
         assert same(found, held), f"{node} is read as {reader.read(node).expression}"
 

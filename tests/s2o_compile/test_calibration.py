@@ -21,10 +21,10 @@ from s2o_compile import Calibration, CalibrationError, S2OConfig, calibrate, cli
 from s2o_compile.calibration.calibrate import MARGIN
 from s2o_compile.calibration.identity import digest
 from s2o_compile.calibration.search import LARGEST, find_threshold
-from s2o_compile.calibration.sites import Measurement, SiteCall, call_sites
-from s2o_compile.demo import prepare
-from s2o_compile.demo.document import Document
+from s2o_compile.calibration.sites import Measurement, SiteInputs, visit_sites
 from s2o_compile.ops.density import ranking_share
+from s2o_compile.testbed import prepare
+from s2o_compile.testbed.document import Document
 
 from ..passes.models import padding, tiny, tokens
 
@@ -80,11 +80,11 @@ def test_every_call_of_every_input_is_within_the_budget(side: str | None) -> Non
     found = calibrate(model, inputs, error_budget=BUDGET, output=None, config=RULE, progress=False)
     calls: list[tuple[str, Measurement]] = []
 
-    def handle(call: SiteCall) -> None:
+    def handle(call: SiteInputs) -> None:
         calls.append((call.site, call.measure(found.sites[call.site].threshold or 0)))
 
     for arguments in inputs:
-        call_sites(model, arguments, RULE, handle, lambda decisions: None)
+        visit_sites(model, arguments, RULE, handle, lambda decisions: None)
     assert found.lengths == [250, 180] and len(calls) == 4
     for name, site in found.sites.items():
         errors = [measured.error for where, measured in calls if where == name]
@@ -274,7 +274,7 @@ def test_the_price_of_ranking(fields: dict[str, Any], share: float) -> None:
 def test_the_price_of_groups_that_are_ranked_in_all_channels(size: float, groups_in_all: int) -> None:
     torch.manual_seed(0)
     query, key = torch.randn(1, 4, 50, 64) * size, torch.randn(1, 2, 50, 64)
-    call = SiteCall("", query, key, key, {"is_causal": True})
+    call = SiteInputs("", query, key, key, {"is_causal": True})
     few, whole = (ranking_share(S2OConfig(channels=x), 64, 64, 2) for x in (16, None))
     assert call.ranking_share(S2OConfig(channels=16)) == few + (whole - few) * groups_in_all / 2
 

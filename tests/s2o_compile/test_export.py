@@ -120,3 +120,15 @@ def test_a_package(tmp_path: Path) -> None:
     program = s2o_compile.export(model, inputs, dynamic_shapes=(LENGTHS, LENGTHS), config=EXACT)
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     assert_equals_dense(torch._inductor.aoti_load_package(package), model, (40, 20, 77))
+
+
+@pytest.mark.slow
+def test_a_package_with_a_scale_computed_from_the_length(tmp_path: Path) -> None:
+    model = Scaled()
+    program = s2o_compile.export(model, (torch.randn(1, 2, 40, 8),), dynamic_shapes=({2: Dim.AUTO},), config=EXACT)
+    assert operators(program) == 1
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    for length in (40, 2, 77, 500):
+        x = torch.randn(1, 2, length, 8)
+        torch.testing.assert_close(loaded(x), model(x))

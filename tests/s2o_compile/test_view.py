@@ -15,11 +15,12 @@ import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig, cli
-from s2o_compile.calls import AttentionCalls, Call
-from s2o_compile.demo import prepare
-from s2o_compile.demo.document import Document
-from s2o_compile.ops import reference
 from s2o_compile.ops.density import density
+from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.visibility import Visibility
+from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
+from s2o_compile.testbed import prepare
+from s2o_compile.testbed.document import Document
 from s2o_compile.view import ViewError
 from s2o_compile.view.head import view_head
 from s2o_compile.view.visits import visits
@@ -40,11 +41,11 @@ RULES = {
 }
 
 
-def attended(is_causal: bool = True) -> Call:
+def attended(is_causal: bool = True) -> SdpaInputs:
     """A call whose keys differ in importance: 4 heads over 2 KV heads."""
     torch.manual_seed(1)
     query, key, value = 2 * torch.randn(1, 4, LENGTH, 16), torch.randn(1, 2, LENGTH, 16), torch.randn(1, 2, LENGTH, 16)
-    return Call(0, query, key, value, {"is_causal": is_causal, "enable_gqa": True})
+    return SdpaInputs(0, query, key, value, {"is_causal": is_causal, "enable_gqa": True})
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -72,16 +73,16 @@ def test_softmax_over_what_is_visited_is_the_operators_output(rule: str, is_caus
 def test_keys_are_ordered_as_the_reference_ranks_them() -> None:
     call, config = attended(), RULES["none"]
     segment = 6
-    geometry = reference.Geometry.of(call.query, call.key, reference.Visibility(True), config)
-    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, -1, -1)
-    query, key = call.query[0, 2:], call.key[0, 1]
-    scored = reference.project_group(reference.pool_guides(query, config), key, config.channels, call.scale)
-    value = call.value[0, 1]
-    site = reference.Segment(query, key, value, scored, None, seen, segment, geometry, config, call.scale, 0.0)
+    # Each key's value is its own unit vector, so that outputs are the weights of visited keys.
+    query, key = call.query[:, 2:].double(), call.key[:, 1:].double()
+    value = torch.eye(LENGTH, dtype=torch.float64)[None, None]
+    want = reference_attention(query, key, value, Visibility(True), scale=call.scale, config=config)
     visit = list(visits(call.query, call.key, call.value, 3, True, call.scale, config))[segment]
     listed = visit.order[visit.dense : visit.sure].tolist()
+    visited = want.output[0, 1, visit.rows[-1]].nonzero().flatten().tolist()
+    wanted = set(visited) - set(visit.order[: visit.dense].tolist())
     # Keys may change places where the scores that rank them are in bfloat16.
-    assert len(set(listed) ^ set(site.lists[1].tolist())) <= 2
+    assert len(set(listed) ^ wanted) <= 2
     assert len(listed) > 10
 
 
@@ -126,12 +127,12 @@ def test_the_report_says_what_the_operator_does(tmp_path: Path) -> None:
     model, ids, config = tiny("llama"), tokens(200, batch=1), RULES["default"]
     want: list[tuple[Any, Any]] = []
 
-    def record(call: Call) -> torch.Tensor:
+    def record(call: SdpaInputs) -> torch.Tensor:
         tensors = call.query, call.key, call.value
         want.append((s2o_compile.attention(*tensors, True, config=config, return_stats=True), call.dense()))
         return want[-1][1]
 
-    with torch.no_grad(), AttentionCalls(record):
+    with torch.no_grad(), SdpaIntercept(record):
         model(ids)
     done: list[int] = []
     path, folder = tmp_path / "report.html", tmp_path / "pictures"

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from .._console import UsageError
 from .document import Document
-from .errors import DemoError
 
 HIDDEN_COPIES = 24
 """Activations of one layer in units of the hidden size, with what sparse attention holds besides."""
@@ -19,12 +19,12 @@ def check_memory(model: Any, document: Document) -> None:
     """Refuse a prefill that would not fit.
 
     Raises:
-        DemoError: It needs more memory than there is.
+        UsageError: It needs more memory than there is.
     """
     device = next(model.parameters()).device
     needed, free = needed_bytes(model, document), free_bytes(device)
     if free is not None and needed > free:
-        raise DemoError(
+        raise UsageError(
             f"A prefill of {len(document.tokens):,} tokens needs about {needed / 2**30:.1f} GiB and "
             f"{free / 2**30:.1f} GiB are free: use a smaller --length."
         )

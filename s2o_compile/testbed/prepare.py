@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .._console import Progress
 from .document import Document, build_document, check_document, read_texts
 from .memory import check_memory
 from .model import check_length, choose_device, choose_dtype, load_model, model_name
-from .progress import Progress
 
 
 def prepare_prefill(
@@ -34,7 +34,7 @@ def prepare_prefills(
         progress: Where to show progress.
 
     Raises:
-        DemoError: Something that the user can change is in the way.
+        UsageError: Something that the user can change is in the way.
     """
     where = choose_device(device)
     precision = choose_dtype(dtype, where)
