@@ -3,7 +3,7 @@
     python -m benchmarks.frontier captures/layer04.safetensors captures/layer20.safetensors --target 0.005
 
 Each method is swept over its own dial. Work is the density plus the ranking's FLOPs as a share of dense attention's.
-`--s2o` adds settings of the operator, for example --s2o "pool=4 tail=means" --threshold 1e-3 --threshold 1e-4.
+`--s2o` adds settings of the operator, for example --s2o "pool=4 rule=means" --threshold 1e-3 --threshold 1e-4.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def _variant(text: str, dial: tuple[float, ...]) -> Method:
 def main(
     captures: Annotated[list[Path], typer.Argument(help="Files of benchmarks.capture.")],
     method: Annotated[list[str] | None, typer.Option(help="A method by name; repeatable, all by default.")] = None,
-    s2o: Annotated[list[str] | None, typer.Option(help="Fields of S2OConfig, NAME=VALUE ...; repeatable.")] = None,
+    s2o: Annotated[
+        list[str] | None, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable.")
+    ] = None,
     threshold: Annotated[list[float] | None, typer.Option(help="Of the --s2o settings; repeatable.")] = None,
     target: Annotated[list[float] | None, typer.Option(help="Error to compare work at, one or one a file.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Judge one strip of 128 rows in EVERY.")] = 1,

@@ -24,7 +24,7 @@ from rich.table import Table
 import s2o_compile
 from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.choice import default_min_length
+from s2o_compile.ops.dispatch import default_min_length
 from s2o_compile.testbed.document import build_document, check_document, read_texts
 from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.testbed.options import Device, Json, make_folder, read_config
@@ -180,7 +180,7 @@ def main(
     new: Annotated[int, typer.Option(min=FIRST, help="Tokens to generate.")] = 64,
     only: Annotated[list[str] | None, typer.Option(help="A way to generate; repeatable, all by default.")] = None,
     threshold: Annotated[list[float] | None, typer.Option(help="Repeatable; by default 0 and the default.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="Another field of S2OConfig, NAME=VALUE.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Another field of S2OConfig or Ranking, NAME=VALUE.")] = None,
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     device: Device = "auto",

@@ -73,7 +73,7 @@ def compare(call: SdpaInputs, config: S2OConfig, repetitions: int) -> tuple[torc
             times[name].append(time.perf_counter() - start)
     dense, sparse = results["sdpa"], AttentionResult(*results["s2o"])
     lengths = call.query.shape[2], call.key.shape[2]
-    share = density(sparse.visited, *lengths, call.is_causal, 0, config.tile).mean()
+    share = density(sparse.visited, *lengths, call.is_causal, 0, config.ranking.tile).mean()
     wrong = (sparse.output.double() - dense.double()).square().sum() / dense.double().square().sum()
     medians = {name: statistics.median(values) for name, values in times.items()}
     return dense, Row(**medians, density=float(share), error=float(wrong))
@@ -99,7 +99,7 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens to prefill.")] = 8192,
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="A field of S2OConfig, NAME=VALUE.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="A field of S2OConfig or Ranking, NAME=VALUE.")] = None,
     device: Device = "auto",
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each contender per layer.")] = 3,
     as_json: Json = False,

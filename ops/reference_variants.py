@@ -5,64 +5,52 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from . import reference
-from .config import S2OConfig
-from .reference import BLOCK, Call, Segment, logits, up
+from .config import GAIN_CHUNK, S2OConfig
+from .reference import BLOCK, Call, Segment, Steps, logits, up
 from .visibility import Visibility
 
 MOST = 4.0
 """Thresholds of a row's mass that a misjudged sampled key may add beyond its own mass."""
 
 
-class Steps(NamedTuple):
-    """The steps that a setting may override, by default those of `ops.reference`."""
-
-    span: Callable[..., tuple[int, int, int]] = reference.span
-    guides: Callable[..., tuple[Tensor, Tensor]] = reference.guides
-    projection: Callable[..., Tensor] = reference.projection
-    by_list: Callable[..., Tensor] = reference.by_list
-    importance: Callable[..., Tensor] = reference.importance
-    select: Callable[..., Tensor] = reference.select
-    log_weights: Callable[..., Tensor] = reference.log_weights
-    softmax: Callable[..., tuple[Tensor, Tensor]] = reference.softmax
-    visited_keys: Callable[..., Tensor] = reference.visited_keys
-
-
 def steps_of(config: S2OConfig, call: Call) -> Steps:
     """The steps that a configuration, as far as the call's mask lets it be followed, asks for."""
-    width = call.key.shape[4]
-    has_few_channels = 2 * (config.channels or width) < width
-    has_mean_guides = config.pool > 1 or config.guides == "group"
+    width, ranking = call.key.shape[4], config.ranking
+    has_few_channels = 2 * (ranking.channels or width) < width
+    has_mean_guides = ranking.pool > 1 or ranking.guides == "kv_head"
     steps = Steps()
     if config.last_queries:
         steps = steps._replace(span=partial(span_of_last_queries, last_queries=config.last_queries))
     if has_mean_guides:
-        steps = steps._replace(guides=partial(mean_guides, pool=config.pool, over_heads=config.guides == "group"))
+        steps = steps._replace(guides=partial(mean_guides, pool=ranking.pool, over_heads=ranking.guides == "kv_head"))
     if has_few_channels:
         steps = steps._replace(projection=subspace)
-    if config.lists == "head":
+    if ranking.lists == "head":
         steps = steps._replace(by_list=by_head)
-    if (config.max_weight, config.mean_weight) != (1, 0):
-        weights = (config.max_weight, config.mean_weight)
-        steps = steps._replace(importance=partial(importance_with_mean, *weights))
-    if config.measure == "output":
+    if ranking.combine == "mean":
+        steps = steps._replace(importance=mean_importance)
+    if ranking.measure == "output":
         steps = steps._replace(importance=partial(importance_of_values, steps.importance, value_distances(call)))
-    if config.stop == "gain":
-        select = partial(select_by_gain, call, tile=config.tile, chunk=config.chunk)
+    if ranking.rule == "gain":
+        select = partial(select_by_gain, call, tile=ranking.tile, chunk=GAIN_CHUNK)
         steps = steps._replace(select=select, log_weights=no_log_weights)
-    elif config.tail != "sampled" or config.threshold == 0:
+    elif ranking.rule != "sampled" or config.threshold == 0:
         steps = steps._replace(select=select_by_threshold)
     elif has_few_channels or has_mean_guides:
-        steps = steps._replace(log_weights=partial(bounded_log_weights, call, pool=config.pool))
-    if config.tail == "means" and config.threshold > 0:
+        steps = steps._replace(log_weights=partial(bounded_log_weights, call, pool=ranking.pool))
+    if config.has_means:
         steps = steps._replace(softmax=softmax_with_means, visited_keys=visited_keys_with_means)
     return steps
+
+
+reference_attention = partial(reference.attend, steps_of=steps_of)
+"""`reference.attend` with all settings of `config`."""
 
 
 def span_of_last_queries(
@@ -78,7 +66,7 @@ def span_of_last_queries(
 def mean_guides(query: Tensor, seen: Tensor, pool: int, over_heads: bool) -> tuple[Tensor, Tensor]:
     """Means of `pool` consecutive queries (S2O: of all queries of a segment), which see what the first of them sees.
 
-    Where guides are packed ("group"), also means over the heads of a KV head.
+    Where guides are packed ("kv_head"), also means over the heads of a KV head.
     """
     guide = torch.stack([some.mean(-2) for some in query.split(pool, -2)], -2)
     seen = seen[..., ::pool, :]
@@ -111,9 +99,9 @@ def by_head(x: Tensor) -> Tensor:
     return x
 
 
-def importance_with_mean(max_weight: float, mean_weight: float, share: Tensor) -> Tensor:
-    """a_j = max(max_weight max_i p_ij, mean_weight mean_i p_ij)."""
-    return torch.maximum(max_weight * share.amax(3, keepdim=True), mean_weight * share.mean(3, keepdim=True))
+def mean_importance(share: Tensor) -> Tensor:
+    """a_j = mean_i p_ij over the guides of each list."""
+    return share.mean(3, keepdim=True)
 
 
 def importance_of_values(importance: Callable[[Tensor], Tensor], distance: Tensor, share: Tensor) -> Tensor:

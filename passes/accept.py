@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..ops.choice import choose_sparse, why_dense
 from ..ops.config import S2OConfig
+from ..ops.dispatch import choose_sparse, why_dense
 from ..ops.validation import DTYPES, MAX_HEAD_DIM, dtype_name
 from .graph.autocast import autocast_at
 from .graph.node_values import constant, fake_tensor, needs_gradients, why_unknown

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .calibration.calibrate import calibrate
     from .calibration.file import Calibration, CalibrationError
     from .integrations.settings import configure
-    from .ops import S2OConfig
+    from .ops import Ranking, S2OConfig
     from .passes import Report
     from .view import visualize
 
@@ -33,6 +33,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "Profile",
+    "Ranking",
     "Report",
     "S2OBackend",
     "S2OConfig",
@@ -52,6 +53,7 @@ _HOMES = {
     "Calibration": "calibration.file",
     "CalibrationError": "calibration.file",
     "Profile": "_profile",
+    "Ranking": "ops",
     "Report": "passes",
     "S2OBackend": "backend",
     "S2OConfig": "ops",

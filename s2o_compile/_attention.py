@@ -100,9 +100,8 @@ def attention(
         ValueError: Shapes, devices or a number do not fit, or a gradient is asked for.
     """
     operator = torch.ops.s2o.attention_stats if return_stats else torch.ops.s2o.attention
-    fields = S2OConfig.of(config).arguments()
     result = operator(
         query, key, value, is_causal, causal_offset, key_padding, scale, window, query_documents, key_documents, mask,
-        softcap, sinks, **fields,
+        softcap, sinks, **S2OConfig.of(config).arguments(),
     )  # fmt: skip
     return AttentionResult(*result) if return_stats else result

@@ -10,7 +10,7 @@ import torch
 
 from .calibration.file import CalibrationError
 from .calibration.settings import site_settings
-from .ops import S2OConfig
+from .ops import Ranking, S2OConfig
 from .ops.density import dense_pairs
 from .passes.graph.nested import nested_graphs
 from .passes.report import Decision, Report
@@ -117,5 +117,5 @@ def _count(
 ) -> None:
     lengths = query.shape[2], key.shape[2]
     mask = kwargs["is_causal"], kwargs["causal_offset"]
-    dense = dense_pairs(*lengths, *mask, kwargs["tile"], kwargs.get("window"))
+    dense = dense_pairs(*lengths, *mask, Ranking.from_json(kwargs["settings"]).tile, kwargs.get("window"))
     decision.add_measurement(visited.sum((0, 2)).tolist(), dense * query.shape[0])

@@ -13,7 +13,7 @@ import torch
 
 from ._console import as_text
 from .ops.density import dense_pairs
-from .ops.recording import SparseCall, recording
+from .ops.observe import SparseInputs, recording
 from .ops.result import AttentionResult
 from .ops.sampled_error import sampled_error
 
@@ -79,7 +79,7 @@ class Profile:
         self._error_rows = error_rows
         self._tallies: dict[str, dict[_Workload, _Tally]] = defaultdict(lambda: defaultdict(_Tally))
 
-    def record(self, call: SparseCall, result: AttentionResult, seconds: Callable[[], float]) -> None:
+    def record(self, call: SparseInputs, result: AttentionResult, seconds: Callable[[], float]) -> None:
         """Count a call, without waiting for its results."""
         tally = self._tallies[call.name][_Workload.of(call)]
         tally.visited = tally.visited + result.visited.sum()
@@ -138,7 +138,7 @@ class _Workload(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, call: SparseCall) -> _Workload:
+    def of(cls, call: SparseInputs) -> _Workload:
         terms = call.visibility
         batch, heads, queries, _ = call.query.shape
         return cls(
@@ -150,7 +150,7 @@ class _Workload(NamedTuple):
             terms.is_causal,
             terms.causal_offset,
             terms.window,
-            call.config.tile,
+            call.config.ranking.tile,
             call.query.device,
         )
 

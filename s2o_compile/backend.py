@@ -148,14 +148,14 @@ class S2OBackend:
         """
         import torch._inductor
 
-        own = {option.name for option in dataclasses.fields(S2OConfig)}
+        own = [option.name for option in dataclasses.fields(S2OConfig)]
         changes = {name: value for name, value in options.items() if name in own}
         others = {name.replace("-", "_"): value for name, value in options.items() if name not in own}
         if others:
             known = torch._inductor.list_options()
             S2OConfig.from_options({name: value for name, value in others.items() if name not in known})
         patches = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
-        return dataclasses.replace(self.config, **changes), patches | others
+        return self.config.with_options(changes), patches | others
 
 
 def _apart() -> contextlib.ExitStack:

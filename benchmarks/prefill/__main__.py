@@ -39,7 +39,7 @@ def main(
     density: Annotated[
         float | None, typer.Option(help=f"Share to visit, by the threshold; {DENSITY} for random weights.")
     ] = None,
-    s2o: Annotated[str, typer.Option(help="Fields of S2OConfig, NAME=VALUE ...")] = "",
+    s2o: Annotated[str, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...")] = "",
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed prefills of each.")] = 3,
     device: Device = "auto",

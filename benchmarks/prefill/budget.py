@@ -65,7 +65,7 @@ def visited_density(model: Any, inputs: dict[str, Any], config: S2OConfig) -> fl
         )
         lengths = call.query.shape[2], call.key.shape[2]
         visited += int(result.visited.sum())
-        pairs += call.query.shape[:2].numel() * dense_pairs(*lengths, call.is_causal, 0, config.tile)
+        pairs += call.query.shape[:2].numel() * dense_pairs(*lengths, call.is_causal, 0, config.ranking.tile)
         return result.output
 
     with torch.no_grad(), SdpaIntercept(attend):

@@ -64,7 +64,9 @@ def main(
     model: Model = None,
     length: Annotated[list[int] | None, typer.Option(help="Tokens of a document; repeatable.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}; repeatable.")] = None,
-    s2o: Annotated[list[str] | None, typer.Option(help="Fields of S2OConfig, NAME=VALUE ...; repeatable.")] = None,
+    s2o: Annotated[
+        list[str] | None, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}; repeatable.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Documents of each task and length.")] = 1,
     depths: Annotated[int, typer.Option(min=1, help="Depths of the single needle, a document each.")] = 5,
@@ -122,7 +124,7 @@ def describe(model: Any, name: str, settings: Settings) -> dict[str, Any]:
         "model": name,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "rope": getattr(config, "rope_parameters", None),
-        "s2o": S2OConfig().arguments(),
+        "s2o": S2OConfig().to_dict(),
         "documents": asdict(settings) | {"text": str(settings.text or "Python's standard library")},
     }
 

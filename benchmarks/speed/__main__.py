@@ -39,7 +39,7 @@ def main(
     density: Annotated[list[float] | None, typer.Option(help="Share to visit, one or one a length.")] = None,
     s2o: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(PRESETS)}, or fields of S2OConfig, NAME=VALUE ...; repeatable."),
+        typer.Option(help=f"{', '.join(PRESETS)}, or fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable."),
     ] = None,
     dense: Annotated[list[str] | None, typer.Option(help=f"{', '.join(DENSE)} or none; repeatable.")] = None,
     dense_up_to: Annotated[int, typer.Option(min=0, help="Positions up to which dense attention runs.")] = 262_144,

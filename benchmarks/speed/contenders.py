@@ -21,7 +21,7 @@ PRESETS = {
     "default": "",
     "pool 2": "pool=2 sample=64 measure=output threshold=6e-3",
     "pool 4": "pool=4 channels=None threshold=1e-3",
-    "packed": "pool=8 guides=group channels=None max_weight=0 mean_weight=1 tail=means near_keys=128 threshold=2e-5",
+    "packed": "pool=8 guides=kv_head channels=None combine=mean rule=dropped near_keys=128 threshold=2e-5",
 }
 """Settings of the operator: its own, guides of 2 queries in half the channels, of 4 in all, and 4 guides for each 32
 positions of a KV group."""

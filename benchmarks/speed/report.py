@@ -74,7 +74,7 @@ def as_dict(case: Case, rows: list[Row], repetitions: int) -> dict[str, Any]:
     settings = {
         "dtype": case.precision,
         "repetitions": repetitions,
-        "s2o": {name: config.arguments() for name, config in case.settings.items()},
+        "s2o": {name: config.to_dict() for name, config in case.settings.items()},
         "shapes": {name: asdict(SHAPES[name]) for name in dict.fromkeys(row.shape for row in rows)},
     }
     return record("speed", list(map(asdict, rows)), ("shape", "length", "name"), MEASURES, case.device, settings)

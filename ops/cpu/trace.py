@@ -11,8 +11,8 @@ from ..config import S2OConfig
 from ..geometry import Geometry
 from ..visibility import Visibility
 from .attend import Attention
-from .group import Group
-from .rank import Ranking
+from .kv_head import KVHead
+from .rank import KeyRanking
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ def trace_head(
     """
     geometry = Geometry.of(query, key, visibility, config)
     index, member = divmod(head, query.shape[1] // key.shape[1])
-    group = Group.of(query, key, value, visibility, 0, index, geometry, scale, 0.0, config)
-    attention = Attention(group)
-    ranking = Ranking(group, attention.guide_lse())
-    which = member if group.lists > 1 else 0
+    kv_head = KVHead.of(query, key, value, visibility, 0, index, geometry, scale, 0.0, config)
+    attention = Attention(kv_head)
+    ranking = KeyRanking(kv_head, attention.guide_lse())
+    which = member if kv_head.lists > 1 else 0
     for segments in ranking.runs():
         lists = ranking.lists(segments)
         before = attention.keys[:, member].clone()

@@ -72,7 +72,7 @@ def calibrate(
         with one_sentence(output):
             check_writable(output)
     config = S2OConfig.of(config)
-    settings = {name: value for name, value in config.arguments().items() if name not in ("threshold", "min_length")}
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("threshold", "min_length")}
     search = _Search(error_budget, config)
     with Progress(progress).step("Calibrating") as update:
         for item in arguments:

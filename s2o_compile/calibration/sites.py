@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from .._explain import call_once, replace_operator
-from ..ops import AttentionResult, S2OConfig
-from ..ops.choice import DENSE_AT_ANY_LENGTH
+from ..ops import AttentionResult, Ranking, S2OConfig
 from ..ops.density import density, ranking_share, share_in_all_channels
+from ..ops.dispatch import DENSE_AT_ANY_LENGTH
 from ..passes import Decision, rewrite
 from ..passes.safety import Safeguard
 
@@ -72,12 +72,14 @@ class SiteInputs:
         """Visited pairs over those that a dense kernel visits, by sequence and head: [B, Hq]."""
         options, lengths = self.options, (self.query.shape[2], self.key.shape[2])
         mask = options["is_causal"], options["causal_offset"]
-        return density(result.visited, *lengths, *mask, options["tile"], options.get("window"))
+        return density(
+            result.visited, *lengths, *mask, Ranking.from_json(options["settings"]).tile, options.get("window")
+        )
 
     def ranking_share(self, config: S2OConfig) -> float:
         """What ranking the keys costs, over what dense attention costs."""
         size, group = self.query.shape[3], self.query.shape[1] // self.key.shape[1]
-        whole = dataclasses.replace(config, channels=None)
+        whole = config.with_ranking(channels=None)
         few, all_channels = (ranking_share(rule, size, self.value.shape[3], group) for rule in (config, whole))
         scale = self.options.get("scale")
         in_all = share_in_all_channels(self.query, self.key, size**-0.5 if scale is None else scale, config)

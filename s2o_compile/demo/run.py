@@ -12,7 +12,7 @@ import torch
 from .._console import Progress, UsageError
 from ..backend import s2o
 from ..ops import S2OConfig
-from ..ops.choice import SLOW_CPU, default_min_length, is_slow
+from ..ops.dispatch import SLOW_CPU, default_min_length, is_slow
 from ..testbed.document import LEAST_LENGTH, Document, build_document, check_document, read_texts
 from ..testbed.explain import explain_prefill
 from ..testbed.memory import check_memory

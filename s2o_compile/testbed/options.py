@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +28,9 @@ Threshold = Annotated[
 MinLength = Annotated[int | None, typer.Option(help="Calls with fewer keys run dense.")]
 Fields = Annotated[
     list[str] | None,
-    typer.Option("--option", metavar="NAME=VALUE", help="Any other field of S2OConfig; repeatable."),
+    typer.Option(
+        "--option", metavar="NAME=VALUE", help="Any other field of S2OConfig, or a field of Ranking; repeatable."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
@@ -37,19 +40,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 def read_config(
     threshold: float | None, min_length: int | None, options: list[str], given_by: str = "--option"
 ) -> S2OConfig:
-    """The settings that a command line asks for; `options` are NAME=VALUE, given by the option of that name.
+    """The settings that a command line asks for; `options` are NAME=VALUE, given by the option of that name,
+    and NAME is a field of `S2OConfig` or of its `Ranking`.
 
     Raises:
         UsageError: An option is unknown or has a value that is not allowed, or a calibration's file cannot be read.
     """
-    from ..ops.config import S2OConfig
+    from ..ops.config import Ranking, S2OConfig
 
     fields = dict(_read_option(text, given_by) for text in options)
+    names = [field.name for field in dataclasses.fields(Ranking)]
+    ranking = {name: fields.pop(name) for name in names if name in fields}
     fields |= {
         name: value for name, value in (("threshold", threshold), ("min_length", min_length)) if value is not None
     }
     try:
-        config = S2OConfig.from_options(fields)
+        config = S2OConfig.from_options(fields | {"ranking": ranking})
         if config.calibration is not None:
             from ..calibration.file import Calibration
 

@@ -85,7 +85,7 @@ def view_head(call: SdpaInputs, head: int, config: S2OConfig) -> HeadView:
     rows, keys = query.shape[2], key.shape[2]
     of_head, of_group = query[0, head].float(), key[0, head * key.shape[1] // query.shape[1]].float()
     by_position, by_importance = _Blocks(rows, keys), _Blocks(rows, keys)
-    chosen = _quarters(-(-rows // config.segment))
+    chosen = _quarters(-(-rows // config.ranking.segment))
     curves = []
     for visit in visits(query, key, value, head, call.is_causal, call.scale, config):
         row = torch.arange(visit.rows.start, visit.rows.stop)

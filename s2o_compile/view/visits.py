@@ -74,15 +74,15 @@ def _visit(geometry: Geometry, config: S2OConfig, trace: SegmentTrace) -> Visit:
     positions = torch.arange(geometry.keys)
     history = geometry.history(positions, torch.tensor([span]))[0].nonzero()[:, 0]
     importance, order = trace.importance[history].sort(descending=True, stable=True)
-    rows = range(segment * config.segment, min((segment + 1) * config.segment, geometry.queries))
+    rows = range(segment * config.ranking.segment, min((segment + 1) * config.ranking.segment, geometry.queries))
     visited = torch.zeros(len(rows), geometry.keys, dtype=torch.bool)
     furthest = 0
-    for tile in range(rows.start // config.tile, -(-rows.stop // config.tile)):
-        of_tile = visited[tile * config.tile - rows.start :][: config.tile]
+    for tile in range(rows.start // config.ranking.tile, -(-rows.stop // config.ranking.tile)):
+        of_tile = visited[tile * config.ranking.tile - rows.start :][: config.ranking.tile]
         of_tile[:, span.low : geometry.tile_end(tile, span.high)] = True
         of_tile[:, listed[: int(trace.visited[tile])]] = True
         furthest = max(furthest, min(len(listed), int(trace.visited[tile])))
-    if config.stop == "importance":
+    if config.ranking.rule != "gain":
         bar = math.log(config.threshold) if config.threshold else -math.inf
         furthest = int((importance >= bar).sum())
     dense = span.high - span.low

@@ -68,7 +68,7 @@ def visualize(
     if visitor.head_view is None:
         raise ViewError(f"layer must be below {calls.count}, the calls of SDPA that the model makes, not {layer}")
     view = View(
-        name or type(inner).__name__, visitor.queries, visitor.config.arguments(), visitor.layers, visitor.head_view
+        name or type(inner).__name__, visitor.queries, visitor.config.to_dict(), visitor.layers, visitor.head_view
     )
     pictures = figures(view)
     if output is not None:
@@ -81,7 +81,7 @@ def visualize(
 def _sparse(config: S2OConfig) -> S2OConfig:
     """The settings by which all calls run sparse, whatever their length."""
     try:
-        return S2OConfig(**config.arguments() | {"min_length": 0})
+        return dataclasses.replace(config.resolved(), min_length=0)
     except ValueError as error:
         raise ViewError(str(error)) from error
 
@@ -120,6 +120,6 @@ def compare(call: SdpaInputs, dense: torch.Tensor, config: S2OConfig) -> LayerFi
     if dense.dtype != torch.float32:
         tensors = {name: getattr(call, name).float() for name in ("query", "key", "value")}
         dense = dataclasses.replace(call, **tensors).dense()
-    share = density(sparse.visited, call.query.shape[2], call.key.shape[2], call.is_causal, 0, config.tile)
+    share = density(sparse.visited, call.query.shape[2], call.key.shape[2], call.is_causal, 0, config.ranking.tile)
     wrong = (sparse.output - dense).square().sum((2, 3)) / dense.square().sum((2, 3))
     return LayerFigures(share[0].tolist(), wrong[0].tolist())

@@ -28,7 +28,7 @@ from benchmarks.quality.run import Outcome, read_case
 from benchmarks.quality.tasks import CONSTANTS, TASKS, VALUES
 from benchmarks.quality.yarn import stretch
 from s2o_compile._console import UsageError
-from s2o_compile.ops import S2OConfig
+from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.testbed.document import MIDDLE
 
 from ..examples import examples
@@ -217,7 +217,9 @@ class TestRun:
             assert other.loss == pytest.approx(dense.loss, rel=1e-5) and other.agreed == dense.agreed
 
     def test_sparse_attention_is_what_is_measured(self) -> None:
-        dense, sparse = outcomes({"s2o": operator(S2OConfig(min_length=0, threshold=0.5, tail="none"))})
+        dense, sparse = outcomes(
+            {"s2o": operator(S2OConfig(min_length=0, threshold=0.5, ranking=Ranking(rule="dropped")))}
+        )
         assert dense.loss != sparse.loss
         assert 0 < sparse.density < 0.5 < dense.density == 1 and sparse.ranking > 0.3
 

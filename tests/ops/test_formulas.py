@@ -12,17 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2o_compile.ops import AttentionResult, S2OConfig, reference, reference_variants
-from s2o_compile.ops.block_means import block_means
-from s2o_compile.ops.contribution import sampled_rows, value_distances
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, reference, reference_variants
 from s2o_compile.ops.density import dense_pairs, share_in_all_channels
 from s2o_compile.ops.geometry import Geometry
-from s2o_compile.ops.guides import pool_guides
-from s2o_compile.ops.projection import project
-from s2o_compile.ops.reference import reference_attention
-from s2o_compile.ops.sampling import draws, most_logits
-from s2o_compile.ops.sinks import add_sinks
-from s2o_compile.ops.softmax import soft_cap
+from s2o_compile.ops.reference_variants import reference_attention
+from s2o_compile.ops.rule.block_means import block_means
+from s2o_compile.ops.rule.channels import project
+from s2o_compile.ops.rule.guides import pool_guides
+from s2o_compile.ops.rule.output_weighting import sampled_rows, value_distances
+from s2o_compile.ops.rule.sampling import draws, most_logits
+from s2o_compile.ops.rule.sinks import add_sinks
+from s2o_compile.ops.rule.softmax import soft_cap
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import largest_difference
@@ -132,7 +132,7 @@ def test_draws_are_uniform_and_neighbours_differ() -> None:
         assert both < 0.09
 
 
-@pytest.mark.parametrize("lists", ["group", "head"])
+@pytest.mark.parametrize("lists", ["kv_head", "head"])
 @pytest.mark.parametrize(("measure", "threshold"), [("mass", 0.05), ("output", 0.4)])
 def test_the_sampled_tail_is_unbiased(lists: str, measure: str, threshold: float) -> None:
     """Over orders of the keys, which get other draws, softmax sums are dense attention's in the mean."""
@@ -143,7 +143,7 @@ def test_the_sampled_tail_is_unbiased(lists: str, measure: str, threshold: float
     )
     orders = 200
     config = S2OConfig(
-        threshold=threshold, lists=lists, measure=measure, sample=1, near_keys=0, first_keys=0, channels=None
+        threshold=threshold, ranking=Ranking(lists=lists, measure=measure, sample=1, near_keys=0, channels=None)
     )
     logits = query @ key.mT / 4
     total = logits.logsumexp(-1)
@@ -271,4 +271,4 @@ def test_the_share_of_groups_in_all_channels_is_counted() -> None:
     call = reference.call_of(query, key, key, Visibility(), scale=1.0)
     lacks = (reference.channels(call, call.query, 8, reference.projection)[1] == 0).double().mean()
     assert 0 < lacks < 1
-    assert share_in_all_channels(query, key, 1.0, S2OConfig(channels=8)) == lacks
+    assert share_in_all_channels(query, key, 1.0, S2OConfig(ranking=Ranking(channels=8))) == lacks

@@ -12,7 +12,7 @@ from .build_kernels import is_reduced_right, linear_reductions
 
 PLAIN = {"normaliser_kernel", "importance_kernel", "sample_kernel", "attend_kernel"}
 WITH_FLOAT8 = {
-    "pool_kernel", "means_kernel", "select_kernel", "reach_kernel", "quantise_kernel", "moments_kernel", "choose_kernel"
+    "pool_kernel", "select_kernel", "reach_kernel", "quantise_kernel", "moments_kernel", "choose_kernel"
 }  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops import Ranking, S2OConfig
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
@@ -56,10 +56,10 @@ def needle(length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 @pytest.mark.parametrize(
     "config",
     [
-        S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, tail="none"),
-        S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, pool=4, lists="head"),
-        S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, guides="group", max_weight=0.0, mean_weight=1.0),
-        S2OConfig.paper(1e-2, segment=64, tile=32, pool=64, chunk=64),
+        S2OConfig(threshold=1e-2, ranking=Ranking(near_keys=0, rule="dropped")),
+        S2OConfig(threshold=1e-2, ranking=Ranking(near_keys=0, pool=4, lists="head")),
+        S2OConfig(threshold=1e-2, ranking=Ranking(near_keys=0, guides="kv_head", combine="mean")),
+        S2OConfig.paper(threshold=1e-2).with_ranking(segment=64, pool=64),
     ],
     ids=["default", "pooled", "mean", "paper"],
 )
@@ -72,7 +72,7 @@ def test_the_key_that_matters_is_visited_and_little_else(config: S2OConfig) -> N
     everything = reference_attention(
         query, key, value, Visibility(True), config=dataclasses.replace(config, threshold=0.0)
     )
-    late = slice(256 // config.tile, None)
+    late = slice(256 // config.ranking.tile, None)
     assert result.visited[..., late].sum() < 0.6 * everything.visited[..., late].sum()
 
 
@@ -82,7 +82,7 @@ def test_a_higher_threshold_visits_less_and_errs_more() -> None:
     want = dense(query, key, value, torch.ones(512, 512, dtype=torch.bool).tril())
     visited, errors = [], []
     for threshold in (0.0, 1e-4, 1e-2, 1e-1):
-        config = S2OConfig(threshold=threshold, tail="none", last_queries=0, near_keys=0)
+        config = S2OConfig(threshold=threshold, ranking=Ranking(rule="dropped", near_keys=0))
         result = reference_attention(query, key, value, Visibility(True), config=config)
         visited.append(int(result.visited.sum()))
         errors.append(float((result.output - want).square().sum()))
@@ -97,7 +97,7 @@ def test_block_means_stand_for_skipped_keys() -> None:
     key, value = (
         torch.randn(1, 1, 8, 16, generator=generator, dtype=torch.float64).repeat_interleave(64, 2) for _ in "kv"
     )
-    config = S2OConfig(threshold=0.5, tail="means", near_keys=0, last_queries=0, first_keys=0)
+    config = S2OConfig(threshold=0.5, ranking=Ranking(rule="means", near_keys=0))
     result = reference_attention(query, key, value, Visibility(True), config=config)
     want = dense(query, key, value, torch.ones(512, 512, dtype=torch.bool).tril())
     assert largest_difference(result.output, want) < 1e-12

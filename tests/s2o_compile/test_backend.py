@@ -56,7 +56,7 @@ def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_by_name_and_as_an_object(backend: Any, sparse_calls: list[float]) -> None:
     args = inputs()
     with torch.no_grad():
-        options = {**EXACT.arguments(), "threshold": 0.0}
+        options = EXACT.to_dict()
         output = torch.compile(causal, backend=backend, options=options)(*args)
     torch.testing.assert_close(output, causal(*args))
     assert sparse_calls == [0.0]

@@ -25,9 +25,7 @@ VALUES = [
 
 
 def calibration() -> Calibration:
-    settings = {
-        name: value for name, value in S2OConfig().arguments().items() if name not in ("threshold", "min_length")
-    }
+    settings = {name: value for name, value in S2OConfig().to_dict().items() if name not in ("threshold", "min_length")}
     return Calibration(Identity.of(MODEL, SITES), 1e-3, [100], settings, "2.13.0", SITES)
 
 

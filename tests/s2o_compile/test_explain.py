@@ -110,5 +110,5 @@ def test_dense_attention_has_density_one(is_causal: bool, offset: int, window: i
     args = inputs(queries=100, keys=170)
     terms = {"is_causal": is_causal, "causal_offset": offset, "window": window}
     result = attention(*args, **terms, config=config, return_stats=True)
-    measured = density(result.visited, 100, 170, is_causal, offset, config.tile, window)
+    measured = density(result.visited, 100, 170, is_causal, offset, config.ranking.tile, window)
     torch.testing.assert_close(measured, torch.ones(2, 2))

@@ -16,7 +16,7 @@ import torch
 import s2o_compile
 from s2o_compile import S2OConfig, cli
 from s2o_compile.ops.density import density
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
 from s2o_compile.testbed import prepare
@@ -25,6 +25,7 @@ from s2o_compile.view import ViewError
 from s2o_compile.view.head import view_head
 from s2o_compile.view.visits import visits
 
+from ..ops.settings import config_of
 from ..passes.models import padding, tiny, tokens
 
 pytest.importorskip("matplotlib")
@@ -32,12 +33,12 @@ pytest.importorskip("matplotlib")
 LENGTH = 250
 ANY_LENGTH: dict[str, Any] = {"min_length": 0, "near_keys": 0}
 RULES = {
-    "default": S2OConfig(threshold=0.02, **ANY_LENGTH),
-    "per head": S2OConfig(threshold=0.01, lists="head", measure="output", last_queries=40, **ANY_LENGTH),
-    "pooled": S2OConfig(threshold=0.01, lists="head", pool=4, tail="none", **ANY_LENGTH),
-    "none": S2OConfig(threshold=0.02, tail="none", **ANY_LENGTH),
-    "dense": S2OConfig(threshold=0, **ANY_LENGTH),
-    "paper": S2OConfig.paper(0.2, segment=64, tile=32, pool=64, chunk=64, min_length=0),
+    "default": config_of(threshold=0.02, **ANY_LENGTH),
+    "per head": config_of(threshold=0.01, lists="head", measure="output", last_queries=40, **ANY_LENGTH),
+    "pooled": config_of(threshold=0.01, lists="head", pool=4, rule="dropped", **ANY_LENGTH),
+    "none": config_of(threshold=0.02, rule="dropped", **ANY_LENGTH),
+    "dense": config_of(threshold=0, **ANY_LENGTH),
+    "paper": S2OConfig.paper(threshold=0.2, min_length=0).with_ranking(segment=64, pool=64),
 }
 
 

@@ -1,4 +1,4 @@
-"""What the kernels of one call share."""
+"""The tensors of a call, and the arguments that its kernels share."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from triton import next_power_of_2
 
 from ..config import S2OConfig
-from ..contribution import sampled_rows, value_distances
-from ..geometry import BLOCK, Geometry, round_up
+from ..geometry import Geometry, round_up
+from ..rule.output_weighting import sampled_rows, value_distances
 from ..visibility import Visibility, masked
 
 LOG2_E = math.log2(math.e)
 
 
 @dataclass
-class Call:
-    """The tensors of a call and what its kernels share."""
+class Arguments:
+    """The inputs of the kernels of one call: query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv]."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -32,24 +32,24 @@ class Call:
     config: S2OConfig
 
     @property
-    def groups(self) -> int:
+    def kv_heads(self) -> int:
         """KV heads."""
         return self.key.shape[1]
 
     @property
-    def group(self) -> int:
+    def group_size(self) -> int:
         """Query heads per KV head."""
-        return self.query.shape[1] // self.groups
+        return self.query.shape[1] // self.kv_heads
+
+    @property
+    def batch_kv_heads(self) -> int:
+        """KV heads of all batch entries."""
+        return self.query.shape[0] * self.kv_heads
 
     @property
     def lists(self) -> int:
         """Lists per KV head and segment."""
-        return self.group if self.config.lists == "head" else 1
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of keys."""
-        return -(-self.geometry.keys // BLOCK)
+        return self.group_size if self.config.ranking.lists == "head" else 1
 
     @property
     def valid(self) -> torch.Tensor | None:
@@ -58,26 +58,20 @@ class Call:
         return None if padding is None else padding[:, None]
 
     @property
-    def importance_dtype(self) -> torch.dtype:
-        """Half precision for inputs in half precision: a key is drawn, and weighs, by its importance as stored."""
-        return torch.float32 if self.query.dtype == torch.float32 else torch.float16
-
-    @property
-    def flags(self) -> int:
-        """Bits that say of a key whether it is listed, and whether it is left to a mean where that may be neither."""
-        hides = self.visibility.key_padding is not None or not self.visibility.is_causal
-        return 2 if self.config.has_means and hides else 1
+    def takes_mean(self) -> bool:
+        """Whether importance is the mean over guides, not their maximum."""
+        return self.config.ranking.combine == "mean"
 
     def distances(self) -> torch.Tensor | None:
         """How far values lie from the outputs [B, Hkv, Lk], float32; None where importance measures mass alone."""
-        if self.config.measure == "mass":
+        if self.config.ranking.measure == "mass":
             return None
         device = self.query.device
-        rows = sampled_rows(self.geometry.queries, self.group, device)
+        rows = sampled_rows(self.geometry.queries, self.group_size, device)
         batch, key = (torch.arange(size, device=device) for size in (self.query.shape[0], self.geometry.keys))
-        head = torch.arange(self.query.shape[1], device=device).view(self.groups, self.group, 1, 1)
+        head = torch.arange(self.query.shape[1], device=device).view(self.kv_heads, self.group_size, 1, 1)
         seen = self.visibility.seen(batch[:, None, None, None, None], head, rows[:, None], key)
-        query = self.query.unflatten(1, (self.groups, self.group))[:, :, :, rows]
+        query = self.query.unflatten(1, (self.kv_heads, self.group_size))[:, :, :, rows]
         return value_distances(
             query, self.key, masked(self.value, self.valid), seen, self.scale, self.softcap
         ).contiguous()
@@ -103,23 +97,32 @@ class Call:
         return *(x.stride(0) for x in rows), *strides
 
     @functools.cached_property
-    def shared(self) -> dict[str, Any]:
-        """The arguments that all kernels share: of spans, masks and logits."""
-        visibility = self.visibility
+    def spans(self) -> dict[str, Any]:
+        """The arguments of `helpers.span`."""
         return {
             "queries": self.geometry.queries,
             "keys": self.geometry.keys,
             "ranked_segments": self.geometry.ranked_segments,
             "offset": self.geometry.offset,
-            "window": visibility.window or 0,
+            "window": self.visibility.window or 0,
             "near_keys": self.geometry.near_keys,
-            "groups": self.groups,
+            "SEGMENT": self.config.ranking.segment,
+            "CAUSAL": self.visibility.is_causal,
+            "WINDOW": self.visibility.window is not None,
+        }
+
+    @functools.cached_property
+    def shared(self) -> dict[str, Any]:
+        """The arguments that all kernels of queries or guides share: of spans, masks, guides and logits."""
+        visibility = self.visibility
+        return self.spans | {
+            "kv_heads": self.kv_heads,
             "scale": self.scale * LOG2_E,
             "softcap": self.softcap * LOG2_E,
-            "SEGMENT": self.config.segment,
-            "CAUSAL": visibility.is_causal,
+            "POOL": self.config.ranking.pool,
+            "GUIDE_HEADS": self.group_size if self.config.ranking.guides == "head" else 1,
+            "guides_per_head": -(-self.geometry.queries // self.config.ranking.pool),
             "HAS_PADDING": visibility.key_padding is not None,
-            "WINDOW": visibility.window is not None,
             "DOCUMENTS": visibility.query_documents is not None,
             "MASK": visibility.mask is not None,
             "SOFTCAP": self.softcap > 0,
@@ -128,6 +131,6 @@ class Call:
 
 
 @functools.cache
-def channels(count: int) -> int:
-    """Channels as the kernels hold them."""
-    return max(16, next_power_of_2(count))
+def padded(channels: int) -> int:
+    """The channels of a block in a kernel: a power of two, at least 16."""
+    return max(16, next_power_of_2(channels))

@@ -1,6 +1,6 @@
 """Ranking in fewer channels: guides and keys in the directions that carry most of their products.
 
-Of half the channels or more, those with the most energy do as well as any directions; of fewer, they do not.
+For half the channels or more, those of most energy do as well as any directions; for fewer, subspace iteration is used.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from typing import NamedTuple, TypeGuard
 
 import torch
 
-from .visibility import masked
+from ..visibility import masked
 
-MOST_NEGLECTED = 2.0
-"""The variance of logits that may be left out; beyond it all channels cost less than the keys that make up for it."""
+NEGLECT_LIMIT = 2.0
+"""The variance of logits up to which channels are dropped; above it all channels cost less than the extra keys."""
 _ROWS = 2**11
-"""About how many guides and keys the directions are found from."""
-_TINY = 1e-60
+"""The number of guides and keys that the directions are found from, about."""
+_EPSILON = 1e-60
 """Keeps matrices of zeros from being divided by zero."""
 
 
 class Projected(NamedTuple):
     """Guides [..., G, n, channels] and keys [..., Lk, channels], and how much their products miss.
 
-    `neglected` [...] is the variance over keys of what a logit lacks of that in all channels, in the mean over guides,
-    float64; None where nothing is missing. Where logits are off by a normal variable of variance s, a key is taken for
-    too small as often as for too large, and the former costs more: importance is multiplied by e^s to make up for it.
+    `neglected` [...] is the variance over keys of the logit's residual from the dropped channels, in the mean over
+    guides, float64; None where nothing is missing. Where logits are off by a normal variable of variance s, a key is
+    taken for too small as often as for too large, and the former costs more: importance is multiplied by e^s to make up
+    for it.
     As measured, errors are then at most those of all channels at the same threshold, and density pays for what is
-    neglected (docs/decisions/003-half-the-channels.md). Where that is more than `MOST_NEGLECTED`, all channels are
+    neglected (docs/decisions/003-half-the-channels.md). Where that is more than `NEGLECT_LIMIT`, all channels are
     scored instead.
     """
 
@@ -35,11 +36,11 @@ class Projected(NamedTuple):
     neglected: torch.Tensor | None
 
     @property
-    def lacks(self) -> torch.Tensor:
+    def neglects_too_much(self) -> torch.Tensor:
         """Whether too much is `neglected`: [...] boolean."""
         if self.neglected is None:
             return torch.zeros(self.key.shape[:-2], dtype=torch.bool, device=self.key.device)
-        return self.neglected > MOST_NEGLECTED
+        return self.neglected > NEGLECT_LIMIT
 
 
 def project(
@@ -47,7 +48,7 @@ def project(
 ) -> Projected:
     """Guides and keys in `channels` channels, whose products are close to those in all of them.
 
-    For each KV group alike, also where it neglects too much.
+    The same number for each KV head, also where it neglects too much.
 
     Args:
         guides: [..., G, n, D].
@@ -65,12 +66,12 @@ def project(
     return Projected(guides @ of_guides[..., None, :, :], counted @ of_keys, neglected * scale**2)
 
 
-def project_group(
+def project_kv_head(
     guides: torch.Tensor, key: torch.Tensor, channels: int | None, scale: float, valid: torch.Tensor | None = None
 ) -> Projected:
-    """`project` of one KV group, guides [G, n, D] and keys [Lk, D]; all channels where fewer neglect too much."""
+    """`project` of one KV head, guides [G, n, D] and keys [Lk, D]; all channels where fewer neglect too much."""
     projected = project(guides, key, channels, scale, valid)
-    return Projected(guides, key, None) if projected.lacks else projected
+    return Projected(guides, key, None) if projected.neglects_too_much else projected
 
 
 def principal_directions(
@@ -105,7 +106,7 @@ def principal_directions(
 def _improved(basis: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of subspace iteration, and the matrices of the subspace that it gives."""
     basis = keys @ (queries @ basis)
-    basis = basis / torch.linalg.vector_norm(basis, dim=-2, keepdim=True).clamp_min(_TINY)
+    basis = basis / torch.linalg.vector_norm(basis, dim=-2, keepdim=True).clamp_min(_EPSILON)
     dual = queries @ basis
     both = torch.linalg.solve_triangular(_root(basis.mT @ dual), torch.cat([basis, dual], -2).mT, upper=False).mT
     of_queries, of_keys = both.chunk(2, -2)
@@ -115,7 +116,7 @@ def _improved(basis: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) ->
 def _root(gram: torch.Tensor) -> torch.Tensor:
     """The Cholesky factor of a Gram matrix, which fewer rows than channels leave singular but for what is added."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    slack = diagonal.mean(-1, keepdim=True) * (10 * torch.finfo(gram.dtype).eps) + _TINY
+    slack = diagonal.mean(-1, keepdim=True) * (10 * torch.finfo(gram.dtype).eps) + _EPSILON
     return torch.linalg.cholesky_ex(gram + torch.diag_embed(slack.expand_as(diagonal)))[0]
 
 
@@ -133,17 +134,17 @@ def _moments(x: torch.Tensor, count: torch.Tensor | None = None) -> tuple[torch.
 
 
 def _sampled(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """X [..., n, D] with each n-th row only, such that about `_ROWS` of so many rows are left."""
+    """Every n-th row of X [..., n, D], such that about `_ROWS` of `rows` are left."""
     return x[..., :: sampling_step(rows), :]
 
 
 def counted_keys(valid: torch.Tensor | None, keys: int) -> torch.Tensor | None:
-    """How many of the keys that are looked at are `valid` [..., Lk]: [...], None for all."""
+    """The number of sampled keys that are `valid` [..., Lk]: [...], None for all."""
     return None if valid is None else valid[..., :: sampling_step(keys)].sum(-1)
 
 
 def sampling_step(rows: int) -> int:
-    """Of so many rows, one in how many is looked at."""
+    """The step at which `rows` are sampled."""
     return max(1, rows // _ROWS)
 
 

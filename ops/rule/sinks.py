@@ -10,11 +10,11 @@ import math
 
 import torch
 
-from .result import AttentionResult
+from ..result import AttentionResult
 
 
 def add_sinks(result: AttentionResult, sinks: torch.Tensor) -> AttentionResult:
-    """What `result` becomes with `sinks` [Hq]: a row that sees nothing stays zero, and its lse is the sink."""
+    """The result with `sinks` [Hq]: a row that sees nothing stays zero, and its lse is the sink."""
     lse = torch.logaddexp(result.lse, sinks.to(result.lse.dtype)[:, None])
     share = (result.lse - lse.masked_fill(lse == -math.inf, 0)).exp()
     return AttentionResult((result.output * share[..., None]).to(result.output.dtype), lse, result.visited)

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2o_compile.ops import S2OConfig, cpu
-from s2o_compile.ops.kernels import launch
-from s2o_compile.ops.projection import principal_directions, project
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops import Ranking, S2OConfig, cpu
+from s2o_compile.ops.kernels import pipeline
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.result import AttentionResult
+from s2o_compile.ops.rule.channels import principal_directions, project
 from s2o_compile.ops.visibility import Visibility
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,7 +106,7 @@ def on_a_cpu(*tensors: torch.Tensor, config: S2OConfig) -> AttentionResult:
 
 
 def by_kernels(*tensors: torch.Tensor, config: S2OConfig) -> AttentionResult:
-    return launch.sparse_attention(*(x.to(DEVICE) for x in tensors), Visibility(True), 0.5, 0.0, config)
+    return pipeline.sparse_attention(*(x.to(DEVICE) for x in tensors), Visibility(True), 0.5, 0.0, config)
 
 
 @pytest.mark.parametrize("attend", [by_reference, on_a_cpu, by_kernels])
@@ -118,7 +118,12 @@ def test_all_channels_are_scored_for_the_groups_that_need_them(attend: Any, meas
     query[1] *= 0.5
     key, value = torch.randn(2, 2, 2, 260, 16)
     few, all_of_them = (
-        attend(query, key, value, config=S2OConfig(threshold, channels=channels, measure=measure, tail="none"))
+        attend(
+            query,
+            key,
+            value,
+            config=S2OConfig(threshold, ranking=Ranking(channels=channels, measure=measure, rule="dropped")),
+        )
         for channels in (4, None)
     )
     assert torch.equal(few.output[0, 2:], all_of_them.output[0, 2:])

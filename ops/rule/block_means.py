@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .geometry import BLOCK
-from .visibility import masked
+from ..geometry import BLOCK
+from ..visibility import masked
 
 
 def block_means(x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""What leaving a key out does to the output: how far its value lies from the outputs, in their own units.
+"""The error of leaving a key out: how far its value lies from the outputs, in units of their root mean square.
 
 A row that gives key j a share p of its mass errs by p (v_j - o) without it. The outputs o are not known before, but
-their mean square over the queries of a KV group can be estimated from a few of them, and values that are far away are
+their mean square over the queries of a KV head can be estimated from a few of them, and values that are far away are
 about orthogonal to them, so that |v_j - o|^2 is about |v_j|^2 + |o|^2. Visiting keys with a probability in proportion
 to the size of what they add (Neyman allocation, Cochran, Sampling Techniques, 5.5) gives the least error for the work.
 """
@@ -13,11 +13,11 @@ import torch
 from .softmax import soft_cap
 
 _ROWS = 64
-"""Queries of a KV group from which the size of outputs is estimated."""
+"""Queries of a KV head from which the size of outputs is estimated."""
 
 
 def sampled_rows(queries: int, heads: int, device: torch.device) -> torch.Tensor:
-    """The queries of each of the `heads` of a KV group that stand for all: positions [n], evenly spread."""
+    """The queries of each of the `heads` query heads of a KV head that stand for all: positions [n], evenly spread."""
     count = max(1, _ROWS // heads)
     return (2 * torch.arange(count, device=device) + 1) * queries // (2 * count)
 
@@ -28,7 +28,7 @@ def value_distances(
     """How far values lie from the outputs, over the root mean square of these: (1 + |v|^2 / mean |o|^2)^(1/2).
 
     Args:
-        query: The `sampled_rows` of a KV group's heads [..., G, n, D].
+        query: The `sampled_rows` of a KV head's query heads [..., G, n, D].
         key: [..., Lk, D].
         value: [..., Lk, Dv].
         seen: Which keys the rows see, broadcastable to [..., G, n, Lk].

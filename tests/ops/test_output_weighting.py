@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from s2o_compile.ops import sampling
-from s2o_compile.ops.contribution import sampled_rows, value_distances
+from s2o_compile.ops.rule import sampling
+from s2o_compile.ops.rule.output_weighting import sampled_rows, value_distances
+
+from .settings import config_of
 
 
 def test_distances_are_in_units_of_the_outputs() -> None:
@@ -39,7 +41,9 @@ def error(**fields: Any) -> tuple[float, float]:
     torch.manual_seed(1)
     query, key, value = (torch.randn(1, heads, 1500, 64) * size for heads, size in ((2, 2), (1, 1), (1, 1)))
     want = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    got = torch.ops.s2o.attention_stats(query, key, value, is_causal=True, min_length=0, **fields)
+    got = torch.ops.s2o.attention_stats(
+        query, key, value, is_causal=True, **config_of(min_length=0, **fields).arguments()
+    )
     return float((got[0] - want).square().sum() / want.square().sum()), float(got[2].sum())
 
 
@@ -61,6 +65,6 @@ def test_what_importance_measures_changes_with_values() -> None:
 def test_keys_that_mean_queries_misjudge_weigh_no_more_than_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {"threshold": 0.02, "pool": 8}
     bounded, _ = error(**fields)
-    monkeypatch.setattr(sampling, "MOST", math.inf)
+    monkeypatch.setattr(sampling, "MAX_WEIGHT_FACTOR", math.inf)
     unbounded, _ = error(**fields)
     assert bounded < 0.8 * unbounded

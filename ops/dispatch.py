@@ -9,18 +9,19 @@ import torch
 
 from .config import S2OConfig
 from .sizes import statically_known_true
+from .visibility import Visibility
 
 DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 32768}
 """Fewest keys from which the default settings were measured to beat SDPA: see the README."""
 
 DENSE_AT_ANY_LENGTH = 2**62
-"""As `min_length`: no call has so many keys."""
+"""A `min_length` that no call reaches."""
 
 SLOW_CPU = "this CPU has no bfloat16 instructions, without which ranking keys takes as long as it saves"
 
 
 def default_min_length(device: torch.device) -> int:
-    """What stands for a `min_length` of None."""
+    """The `min_length` that None stands for."""
     if is_slow(device):
         return DENSE_AT_ANY_LENGTH
     return DEFAULT_MIN_LENGTH.get(device.type, DEFAULT_MIN_LENGTH["cuda"])
@@ -38,6 +39,12 @@ def has_fast_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def has_kernels(visibility: Visibility, config: S2OConfig) -> bool:
+    """Whether Triton kernels follow a call's rule; the "gain" rule and block means, which measured worse, have none."""
+    config = visibility.effective_config(config)
+    return config.ranking.rule != "gain" and not config.has_means
+
+
 def choose_sparse(queries: int, keys: int, device: torch.device, config: S2OConfig) -> bool | None:
     """Whether a call is worth the sparse path: enough keys, and more queries than would be attended densely anyway.
 
@@ -46,7 +53,7 @@ def choose_sparse(queries: int, keys: int, device: torch.device, config: S2OConf
     least = default_min_length(device) if config.min_length is None else config.min_length
     if least == 0:
         return True
-    densely = max(config.last_queries, config.segment)
+    densely = max(config.last_queries, config.ranking.segment)
     if statically_known_true(keys >= least) and statically_known_true(queries > densely):
         return True
     if least == DENSE_AT_ANY_LENGTH or statically_known_true(keys < least) or statically_known_true(queries <= densely):

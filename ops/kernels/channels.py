@@ -1,6 +1,5 @@
-"""The channels that carry most of the products of guides and keys, and how much the others would add."""
+"""The selection of the channels that carry most of the products of guides and keys."""
 
-# mypy: ignore-errors
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -10,8 +9,8 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-from ..projection import counted_keys, sampling_step
-from .call import channels as padded
+from ..rule.channels import counted_keys, sampling_step
+from .arguments import padded
 from .helpers import float32
 
 _PART = 1024
@@ -21,17 +20,17 @@ _COLUMNS = 64
 """Rows and channels of a block."""
 
 
-class Strongest(NamedTuple):
-    """Channels of each KV group [B, Hkv, channels] int32, and `Projected.neglected` of them [B, Hkv] float32."""
+class ChannelSubset(NamedTuple):
+    """Channels of each KV head [B, Hkv, channels] int32, and `Projected.neglected` of them [B, Hkv] float32."""
 
     channels: torch.Tensor
     neglected: torch.Tensor
 
 
-def strongest_channels(
+def select_channels(
     guides: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None, channels: int, scale: float
-) -> Strongest:
-    """`ops.projection.project` where it picks channels, in two launches.
+) -> ChannelSubset:
+    """`rule.channels.project` where it picks channels, in two launches.
 
     Args:
         guides: [B, Hkv, guide heads, guides, D].
@@ -40,28 +39,28 @@ def strongest_channels(
         channels: How many to pick, at least half of all.
         scale: Factor of the logits.
     """
-    batch, groups, heads, per_head, size = guides.shape
+    batch, kv_heads, heads, per_head, size = guides.shape
     steps = sampling_step(heads * per_head), sampling_step(key.shape[2])
     rows = heads * -(-per_head // steps[0]), -(-key.shape[2] // steps[1])
     parts = -(-max(rows) // _PART)
     width = padded(size)
-    moments = torch.empty(batch * groups, 2, parts, width, width, dtype=torch.float32, device=key.device)
-    sums = torch.empty(batch * groups, parts, width, dtype=torch.float32, device=key.device)
-    energies = torch.empty(batch * groups, width, dtype=torch.float32, device=key.device)
-    found = Strongest(
-        torch.empty(batch, groups, channels, dtype=torch.int32, device=key.device),
-        torch.empty(batch, groups, dtype=torch.float32, device=key.device),
+    moments = torch.empty(batch * kv_heads, 2, parts, width, width, dtype=torch.float32, device=key.device)
+    sums = torch.empty(batch * kv_heads, parts, width, dtype=torch.float32, device=key.device)
+    energies = torch.empty(batch * kv_heads, width, dtype=torch.float32, device=key.device)
+    found = ChannelSubset(
+        torch.empty(batch, kv_heads, channels, dtype=torch.int32, device=key.device),
+        torch.empty(batch, kv_heads, dtype=torch.float32, device=key.device),
     )
     columns, counted = min(width, _COLUMNS), counted_keys(padding, key.shape[2])
-    wrap_triton(moments_kernel)[(parts, 2 * (width // columns), batch * groups)](
+    wrap_triton(moments_kernel)[(parts, 2 * (width // columns), batch * kv_heads)](
         guides, key, key if padding is None else padding, moments, sums,
         *guides.stride()[:4], *key.stride()[:3], 0 if padding is None else padding.stride(0),
-        groups, heads, per_head, key.shape[2], *steps,
+        kv_heads, heads, per_head, key.shape[2], *steps,
         HAS_PADDING=padding is not None, PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
         D=size, PART=_PART, BLOCK_N=_ROWS, BLOCK_D=width, BLOCK_C=columns, num_warps=4, num_stages=2,
     )  # fmt: skip
-    wrap_triton(choose_kernel)[(batch * groups,)](
-        moments, sums, energies, *found, sums if counted is None else counted, *rows, groups, scale,
+    wrap_triton(choose_kernel)[(batch * kv_heads,)](
+        moments, sums, energies, *found, sums if counted is None else counted, *rows, kv_heads, scale,
         HAS_PADDING=padding is not None, PARTS=parts, CHANNELS=channels,
         D=size, BLOCK_D=width, BLOCK_C=min(width, 32), num_warps=8, num_stages=1,
     )  # fmt: skip
@@ -70,43 +69,22 @@ def strongest_channels(
 
 @triton.jit
 def moments_kernel(
-    guides,
-    key,
-    padding,
-    moments,
-    sums,
-    guides_stride_b,
-    guides_stride_g,
-    guides_stride_h,
-    guides_stride_n,
-    key_stride_b,
-    key_stride_h,
-    key_stride_n,
-    padding_stride_b,
-    groups,
-    heads,
-    per_head,
-    keys,
-    guide_step,
-    key_step,
-    HAS_PADDING: tl.constexpr,
-    PRECISION: tl.constexpr,
-    D: tl.constexpr,
-    PART: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Sum x x' over PART rows: moments [B * groups, guides or keys, parts, BLOCK_D, BLOCK_D]; and x: `sums` of keys.
+    guides, key, padding, moments, sums,
+    guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
+    padding_stride_b, kv_heads, heads, per_head, keys, guide_step, key_step,
+    HAS_PADDING: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, PART: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sum x x' over PART rows: moments [B * Hkv, guides or keys, parts, BLOCK_D, BLOCK_D]; and x: `sums` of keys.
 
     Rows are every `guide_step`-th guide of each head, and every `key_step`-th key; what is not finite counts as 0.
-    Program (part; guides or keys and block of columns; batch entry and group).
+    Program (part; guides or keys and block of columns; batch entry and KV head).
     """
     part, of_keys = tl.program_id(0), tl.program_id(1) % 2
     first_column = tl.program_id(1) // 2 * BLOCK_C
-    batch, group = (tl.program_id(2) // groups).to(tl.int64), (tl.program_id(2) % groups).to(tl.int64)
-    guides += batch * guides_stride_b + group * guides_stride_g
-    key += batch * key_stride_b + group * key_stride_h
+    batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
+    guides += batch * guides_stride_b + kv_head * guides_stride_kv
+    key += batch * key_stride_b + kv_head * key_stride_h
     padding += batch * padding_stride_b
     per_head = (per_head + guide_step - 1) // guide_step
     rows = tl.where(of_keys == 1, (keys + key_step - 1) // key_step, heads * per_head)
@@ -144,32 +122,19 @@ def _load_finite(rows, inside, channel, D: tl.constexpr):
 
 @triton.jit
 def choose_kernel(
-    moments,
-    sums,
-    energies,
-    channels,
-    neglected,
-    counted,
-    guide_rows,
-    key_rows,
-    groups,
-    scale,
-    HAS_PADDING: tl.constexpr,
-    PARTS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    moments, sums, energies, channels, neglected, counted, guide_rows, key_rows, kv_heads, scale,
+    HAS_PADDING: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Write the CHANNELS channels of most energy, in order, and the variance of logits that the others carry.
 
     Energy is the product of the mean squares of guides and of keys, of which with HAS_PADDING some are `counted` [B],
-    and else all `key_rows`. `energies` [B * groups, BLOCK_D] hands energies and
-    then ranks from rows to columns. Program (batch entry and group).
+    and else all `key_rows`. `energies` [B * Hkv, BLOCK_D] hands energies and
+    then ranks from rows to columns. Program (batch entry and KV head).
     """
     scale = float32(scale)
     if HAS_PADDING:
-        key_rows = tl.maximum(tl.load(counted + tl.program_id(0) // groups), 1).to(tl.float32)
+        key_rows = tl.maximum(tl.load(counted + tl.program_id(0) // kv_heads), 1).to(tl.float32)
     square: tl.constexpr = BLOCK_D * BLOCK_D
     of_guides = moments + tl.program_id(0).to(tl.int64) * (2 * PARTS * square)
     of_keys = of_guides + PARTS * square

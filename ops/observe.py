@@ -18,8 +18,8 @@ from .visibility import Visibility
 
 
 @dataclass(frozen=True)
-class SparseCall:
-    """What the sparse implementation is called with, and the `site` that calls it; '' if that is not known."""
+class SparseInputs:
+    """The inputs of a sparse call, and the `site` that it belongs to; '' if that is not known."""
 
     site: str
     query: torch.Tensor
@@ -37,9 +37,9 @@ class SparseCall:
 
 
 class Recorder(Protocol):
-    """What wants to know of calls."""
+    """An observer of sparse calls."""
 
-    def record(self, call: SparseCall, result: AttentionResult, seconds: Callable[[], float]) -> None:
+    def record(self, call: SparseInputs, result: AttentionResult, seconds: Callable[[], float]) -> None:
         """Take note of a call; `seconds` says how long it took, for which it waits until a GPU is done."""
 
 
@@ -56,7 +56,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _recorders.reset(token)
 
 
-def recorded(call: SparseCall, compute: Callable[[], AttentionResult]) -> AttentionResult:
+def recorded(call: SparseInputs, compute: Callable[[], AttentionResult]) -> AttentionResult:
     """The result of a call, shown to all recorders, unless a CUDA graph is being captured."""
     with _traced(call):
         recorders = _recorders.get()
@@ -68,7 +68,7 @@ def recorded(call: SparseCall, compute: Callable[[], AttentionResult]) -> Attent
     return result
 
 
-def _traced(call: SparseCall) -> AbstractContextManager[Any]:
+def _traced(call: SparseInputs) -> AbstractContextManager[Any]:
     """A range in the trace of a profiler, if one runs: making it takes longer than asking."""
     if torch.autograd._profiler_enabled():
         return record_function(f"s2o {call.name}")

@@ -4,9 +4,9 @@ A key of importance p below the threshold t is visited with probability p / t an
 stay unbiased (Horvitz and Thompson, 1952). If the importance bounds a row's share of mass in the key, the variance of
 that row's mass is at most t times the mass of its tail. Where keys are ranked by pooled queries or in few channels, a
 row may give a key far more than its importance: weighed by t / p it could outweigh all the rest of the row. Such a key
-adds at most `MOST` times t of the row's mass, as its guide estimates it, or its own mass if that is more; a little bias
-for much variance, as in truncated importance sampling (Ionides, 2008). Draws are a function of position and segment
-alone, so that results repeat.
+adds at most `MAX_WEIGHT_FACTOR` times t of the row's mass, as its guide estimates it, or its own mass if that is more;
+a little bias for much variance, as in truncated importance sampling (Ionides, 2008). Draws are a function of position
+and segment alone, so that results repeat.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KEY_STEP = 2654435769
 SEGMENT_STEP = 1779033703
 """2^32 times the fraction of the square root of 2: spreads the draws of a key over segments in the same way."""
 
-MOST = 4.0
+MAX_WEIGHT_FACTOR = 4.0
 """Thresholds of a row's mass that a sampled key may add beyond its own."""
 
 
@@ -31,8 +31,8 @@ def draws(keys: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
 
 
 def most_logits(lse: torch.Tensor, threshold: float) -> torch.Tensor:
-    """What its weight may raise a sampled key's logit to, for rows whose guides have these log-sum-exps.
+    """The limit to which its weight may raise a sampled key's logit, given the log-sum-exps of the rows' guides.
 
-    Without a bound where a guide tells nothing.
+    Infinite where a log-sum-exp is NaN or infinite.
     """
-    return (lse + math.log(MOST * threshold)).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    return (lse + math.log(MAX_WEIGHT_FACTOR * threshold)).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
