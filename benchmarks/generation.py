@@ -203,7 +203,7 @@ def main(
     texts = read_prompts(tokenizer, document, length, range(first, first + prompts))
     settings = {
         "model": model_name(loaded, model), "dtype": dtype, "length": length, "prompts": prompts, "new": new,
-        "note": note, "s2o": [config.arguments() for config in configs],
+        "note": note, "s2o": [config.to_dict() for config in configs],
     }  # fmt: skip
     rows: list[Row] = []
     with progress_bars() as progress, torch.no_grad():

@@ -124,7 +124,7 @@ def main(
             loaded(**prefill_inputs(text, place))
     if as_json:
         settings = {
-            "model": model_name(loaded, model), "length": length, "repetitions": repetitions, "s2o": config.arguments(),
+            "model": model_name(loaded, model), "length": length, "repetitions": repetitions, "s2o": config.to_dict(),
         }  # fmt: skip
         layers = [{"layer": number, **dataclasses.asdict(row)} for number, row in enumerate(rows)]
         print(as_text(record("layers", layers, ("layer",), MEASURES, place, settings)))

@@ -17,7 +17,7 @@ from benchmarks.pages import pages
 from benchmarks.zoo.__main__ import row
 from benchmarks.zoo.architectures import ARCHITECTURES, calls
 from benchmarks.zoo.report import markdown
-from s2o_compile import S2OConfig
+from s2o_compile import Ranking, S2OConfig
 from s2o_compile.cli.app import app
 from s2o_compile.cli.bench import BENCHMARKS
 
@@ -55,6 +55,8 @@ def test_every_option_and_command_is_there(site: Path) -> None:
     page = (site / "options.html").read_text(encoding="utf-8")
     for field in dataclasses.fields(S2OConfig):
         assert f'id="s2o_compile.S2OConfig.{field.name}"' in page
+    for field in dataclasses.fields(Ranking):
+        assert f'id="s2o_compile.Ranking.{field.name}"' in page
     for command in app.registered_commands:
         assert command.callback is not None
         assert f'id="s2o-{command.callback.__name__}"' in page

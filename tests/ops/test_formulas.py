@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from functools import partial
 
@@ -69,10 +68,10 @@ def test_settings_are_followed_as_far_as_queries_see_the_same(call: Call) -> Non
     terms, config = call.visibility(), call.config
     want = config
     if call.documents or call.mask is not None:
-        want = dataclasses.replace(want, pool=1, guides="head")
-    if config.tail == "means" and (call.documents or call.mask is not None or call.window is not None):
-        want = dataclasses.replace(want, tail="sampled")
-    assert terms.ranking(config) == want
+        want = want.with_ranking(pool=1, guides="head")
+    if config.ranking.rule == "means" and (call.documents or call.mask is not None or call.window is not None):
+        want = want.with_ranking(rule="sampled")
+    assert terms.effective_config(config) == want
 
 
 @given(calls(longest=400))
@@ -80,7 +79,7 @@ def test_spans_and_histories(call: Call) -> None:
     """Spans are where the documentation says; history, dense span and what nobody sees are all keys, each once."""
     terms, config = call.visibility(), call.config
     geometry = Geometry.of(torch.empty(1, 1, call.queries, 8), torch.empty(1, 1, call.keys, 8), terms, config)
-    sizes = (config.segment, config.near_keys, call.queries, call.keys)
+    sizes = (config.ranking.segment, config.ranking.near_keys, call.queries, call.keys)
     span = partial(reference_variants.span_of_last_queries, last_queries=config.last_queries)
     span = span if config.last_queries else reference.span
     want = [span(i, *sizes, terms) for i in range(geometry.segments)]
@@ -210,11 +209,12 @@ def test_block_means(keys: int, padded: bool, seed: int) -> None:
 @given(configs(), st.integers(1, 70), st.integers(1, 3))
 def test_guides_are_means(config: S2OConfig, length: int, heads: int) -> None:
     query, seen = torch.randn(2, 1, heads, length, 8, dtype=torch.float64), torch.rand(2, 1, heads, length, 5) < 0.5
-    want, sees = reference_variants.mean_guides(query, seen, config.pool, config.guides == "group")
+    want, sees = reference_variants.mean_guides(query, seen, config.ranking.pool, config.ranking.guides == "kv_head")
     assert largest_difference(pool_guides(query, config), want) < 1e-12
-    starts = range(0, length, config.pool)
-    spelled = torch.stack([query[..., i : i + config.pool, :].mean(-2) for i in starts], -2)
-    assert largest_difference(want, spelled.mean(2, keepdim=True) if config.guides == "group" else spelled) < 1e-12
+    starts = range(0, length, config.ranking.pool)
+    spelled = torch.stack([query[..., i : i + config.ranking.pool, :].mean(-2) for i in starts], -2)
+    spelled = spelled.mean(2, keepdim=True) if config.ranking.guides == "kv_head" else spelled
+    assert largest_difference(want, spelled) < 1e-12
     assert torch.equal(sees, seen[:, :, : sees.shape[2], list(starts)])
 
 
@@ -230,7 +230,7 @@ def test_scores_are_those_of_the_specification(call: Call, count: int, scale: fl
     got = project(guides, specified.key[:, :, 0], count, scale, None if valid is None else valid[:, None])
     projection = reference_variants.subspace if 2 * count < call.channels else reference.projection
     chosen, nu = reference.channels(specified, guides, min(count, call.channels), projection)
-    lacks = got.lacks[:, :, None, None, None]
+    lacks = got.neglects_too_much[:, :, None, None, None]
     neglected = torch.zeros(lacks.shape) if got.neglected is None else got.neglected[:, :, None, None, None]
     assert largest_difference(nu, neglected.masked_fill(lacks, 0)) < 1e-9
     products = torch.where(lacks, guides @ specified.key.mT, got.guides @ got.key[:, :, None].mT)

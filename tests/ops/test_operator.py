@@ -582,7 +582,13 @@ def test_terms_compile(dynamic: bool, min_length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "packaging, settings", [(False, {}), (True, {}), (True, {"tail": "means"}), (True, S2OConfig.paper().arguments())]
+    "packaging, settings",
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"settings": Ranking(rule="means").as_json}),
+        (True, S2OConfig.paper().arguments()),
+    ],
 )
 def test_only_packages_see_the_kernels(
     packaging: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch

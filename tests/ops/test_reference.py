@@ -37,14 +37,14 @@ def test_nothing_to_attend_to_gives_zeros(size: str, call: Call) -> None:
     result = reference_attention(
         query, key, value, call.visibility(), softcap=call.softcap, sinks=sinks, config=call.config
     )
-    tiles = -(-call.queries // call.config.tile)
+    tiles = -(-call.queries // call.config.ranking.tile)
     empty = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64)
     assert torch.equal(result.output, torch.zeros(*query.shape[:3], call.value_channels, dtype=torch.float64))
     assert torch.equal(result.lse, empty if sinks is None else sinks.double()[:, None].expand_as(empty))
     assert torch.equal(result.visited, torch.zeros(*query.shape[:2], tiles, dtype=torch.int64))
 
 
-def needle(length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def needle(length: int = 1024) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Inputs in which every query from 256 on wants key 100, and nothing else stands out."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 1, length, 16, generator=generator, dtype=torch.float64) for _ in "qkv")
@@ -59,14 +59,14 @@ def needle(length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
         S2OConfig(threshold=1e-2, ranking=Ranking(near_keys=0, rule="dropped")),
         S2OConfig(threshold=1e-2, ranking=Ranking(near_keys=0, pool=4, lists="head")),
         S2OConfig(threshold=1e-2, ranking=Ranking(near_keys=0, guides="kv_head", combine="mean")),
-        S2OConfig.paper(threshold=1e-2).with_ranking(segment=64, pool=64),
+        S2OConfig.paper(threshold=1e-2).with_ranking(segment=32, pool=32),
     ],
     ids=["default", "pooled", "mean", "paper"],
 )
 def test_the_key_that_matters_is_visited_and_little_else(config: S2OConfig) -> None:
     query, key, value = needle()
     result = reference_attention(query, key, value, Visibility(True), config=config)
-    want = dense(query, key, value, torch.ones(512, 512, dtype=torch.bool).tril())
+    want = dense(query, key, value, torch.ones(1024, 1024, dtype=torch.bool).tril())
     rows = slice(256, None)
     assert largest_difference(result.output[:, :, rows], want[:, :, rows]) < 1e-6
     everything = reference_attention(

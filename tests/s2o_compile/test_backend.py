@@ -106,6 +106,9 @@ def test_options_of_inductor_pass_through() -> None:
         ({"treshold": 0.1}, r"unknown option 'treshold'; the options of s2o are threshold, min_length"),
         ({"threshold": 2}, r"threshold must be a number from 0 to below 1, not 2"),
         ({"threshold": "low"}, r"threshold must be a number, not 'low'"),
+        ({"pool": 4}, r"pool is now a field of Ranking: .*options=\{'ranking': \{'pool': 4\}\}"),
+        ({"tile": 16}, r"tile was removed: it follows segment"),
+        ({"ranking": {"pools": 4}}, r"unknown field 'pools'; the fields of Ranking are rule, pool"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -11,7 +11,7 @@ from torch.export import Dim
 from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
-from s2o_compile import S2OConfig
+from s2o_compile import Ranking, S2OConfig
 
 from ..passes.capture import EXACT
 from ..passes.models import padding, tiny, tokens
@@ -105,6 +105,16 @@ def test_settings_are_in_the_program() -> None:
     program = s2o_compile.export(Logits(tiny("llama")), (tokens(40),), config=S2OConfig(threshold=0.25, min_length=0))
     nodes = program.graph.find_nodes(op="call_function", target=torch.ops.s2o.attention.default)
     assert [node.kwargs["threshold"] for node in nodes] == [0.25, 0.25]
+
+
+def test_settings_are_in_a_saved_program(tmp_path: Path) -> None:
+    config = S2OConfig(0.25, min_length=0, last_queries=3, ranking=Ranking(pool=4, lists="head", near_keys=0))
+    program = s2o_compile.export(Logits(tiny("llama", layers=1)), (tokens(40),), config=config)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2")
+    (node,) = loaded.graph.find_nodes(op="call_function", target=torch.ops.s2o.attention.default)
+    assert S2OConfig.from_arguments(**{name: node.kwargs[name] for name in config.arguments()}) == config
+    assert torch.equal(loaded.module()(tokens(40)), program.module()(tokens(40)))
 
 
 def test_nothing_to_rewrite() -> None:
