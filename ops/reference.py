@@ -215,7 +215,21 @@ def visited_keys(segment: Segment, dense: Tensor, listed: Tensor) -> Tensor:
     return up(dense.sum()) + up(listed.sum(-1))
 
 
-def reference_attention(
+class Steps(NamedTuple):
+    """The functions of this file that another setting may override (`ops.reference_variants`)."""
+
+    span: Callable[..., tuple[int, int, int]] = span
+    guides: Callable[..., tuple[Tensor, Tensor]] = guides
+    projection: Callable[..., Tensor] = projection
+    by_list: Callable[..., Tensor] = by_list
+    importance: Callable[..., Tensor] = importance
+    select: Callable[..., Tensor] = select
+    log_weights: Callable[..., Tensor] = log_weights
+    softmax: Callable[..., tuple[Tensor, Tensor]] = softmax
+    visited_keys: Callable[..., Tensor] = visited_keys
+
+
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -225,10 +239,9 @@ def reference_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     config: S2OConfig | None = None,
+    steps_of: Callable[[S2OConfig, Call], Steps] = lambda config, call: Steps(),
 ) -> AttentionResult:
     """Sparse attention as specified; output and log-sum-exp in the dtype of the query.
-
-    Each of the `steps` is the function of this file of the same name, unless `config` overrides it.
 
     Args:
         query: [B, H G, L, D].
@@ -238,10 +251,10 @@ def reference_attention(
         scale: Factor of the logits, by default D ** -0.5.
         softcap: Bound of the logits, 0 for none.
         sinks: [H G], one more logit per head in the softmax, without a value; None for none.
-        config: The rule, as far as `visibility` lets a call follow it; `min_length` does not matter here.
+        config: The sizes of the default rule, as far as `visibility` lets a call follow it; `min_length` does not
+            matter here.
+        steps_of: The steps of other rules.
     """
-    from .reference_variants import steps_of  # Here, as variants are made of this module's functions.
-
     terms = visibility or Visibility()
     config = terms.effective_config(config or S2OConfig())
     ranking = config.ranking

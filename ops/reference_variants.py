@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,25 +12,11 @@ from torch.nn.functional import pad
 
 from . import reference
 from .config import GAIN_CHUNK, S2OConfig
-from .reference import BLOCK, Call, Segment, logits, up
+from .reference import BLOCK, Call, Segment, Steps, logits, up
 from .visibility import Visibility
 
 MOST = 4.0
 """Thresholds of a row's mass that a misjudged sampled key may add beyond its own mass."""
-
-
-class Steps(NamedTuple):
-    """The steps that a setting may override, by default those of `ops.reference`."""
-
-    span: Callable[..., tuple[int, int, int]] = reference.span
-    guides: Callable[..., tuple[Tensor, Tensor]] = reference.guides
-    projection: Callable[..., Tensor] = reference.projection
-    by_list: Callable[..., Tensor] = reference.by_list
-    importance: Callable[..., Tensor] = reference.importance
-    select: Callable[..., Tensor] = reference.select
-    log_weights: Callable[..., Tensor] = reference.log_weights
-    softmax: Callable[..., tuple[Tensor, Tensor]] = reference.softmax
-    visited_keys: Callable[..., Tensor] = reference.visited_keys
 
 
 def steps_of(config: S2OConfig, call: Call) -> Steps:
@@ -62,6 +47,10 @@ def steps_of(config: S2OConfig, call: Call) -> Steps:
     if config.has_means:
         steps = steps._replace(softmax=softmax_with_means, visited_keys=visited_keys_with_means)
     return steps
+
+
+reference_attention = partial(reference.attend, steps_of=steps_of)
+"""`reference.attend` with all settings of `config`."""
 
 
 def span_of_last_queries(

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from .arguments import Arguments
 from .graph.axes import Step, with_steps
-from .graph.memory_order import is_read_alike_in_any_memory, memory_order
+from .graph.memory_order import is_independent_of_strides, memory_order
 from .graph.mutation import Writes
 from .graph.node_values import fake_tensor
 from .mask.empty_rows import EmptyRows
@@ -71,7 +71,7 @@ class Replacer:
     def laid_out(self, node: Node, replaced: Node) -> Node:
         """The operator's output, with the strides of `replaced` where its users depend on them."""
         output = fake_tensor(replaced)
-        if output is None or is_read_alike_in_any_memory(replaced):
+        if output is None or is_independent_of_strides(replaced):
             return node
         order = memory_order(output)
         steps: tuple[Step, ...] = (("contiguous", ()),)

@@ -1,4 +1,4 @@
-"""What happened to each attention site, and why."""
+"""The decision on each attention site, with its reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 @dataclass
 class Decision:
-    """What happened to one attention site.
+    """The decision on one attention site.
 
     Attributes:
         name: The module that the site is in, or the node's name in the graph.

@@ -1,4 +1,4 @@
-"""What becomes of an error in a pass: the graph stays as Dynamo made it, and a warning asks for a report."""
+"""A safeguard for errors in a pass: the graph stays as Dynamo made it, and a warning asks for a report."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from s2o_compile import Ranking, S2OConfig
 from s2o_compile.ops.cpu import sparse_attention as implementation
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 
 

@@ -1,1 +1,1 @@
-"""What a node of a graph is: its tensor, its operation, its dimensions, and what is written to it."""
+"""The nodes of a graph: their tensors, operations and dimensions, and in-place writes."""

@@ -22,7 +22,7 @@ Step = tuple[str, tuple[Any, ...]]
 
 
 class Misaligned(Exception):
-    """Dimensions cannot be told apart, or not be put in the order that is asked for."""
+    """Dimensions cannot be identified, or not be put in the order that is asked for."""
 
 
 @dataclass(eq=False)
@@ -106,7 +106,7 @@ def take(size: Size, pending: list[Axis]) -> Dim:
     """Remove axes from the front of `pending` whose product is `size`.
 
     Raises:
-        Misaligned: There are none, or one of them is empty, so that products do not tell axes apart.
+        Misaligned: There are none, or one of them is empty, so that products do not distinguish axes.
     """
     taken: list[Axis] = []
     while not is_size(size, 1):

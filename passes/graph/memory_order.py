@@ -28,11 +28,11 @@ def memory_order(tensor: torch.Tensor) -> list[int]:
     return places if tensor.is_contiguous() else sorted(places, key=functools.cmp_to_key(compare))
 
 
-def is_read_alike_in_any_memory(node: Node) -> bool:
-    """Whether all users of a tensor, through transposes, store its elements anew or multiply with it."""
+def is_independent_of_strides(node: Node) -> bool:
+    """Whether all users of a tensor, through transposes, copy its elements or multiply with it."""
     for user in node.users:
         name = operation_name(user)
-        if name in _LAYOUTS and not is_read_alike_in_any_memory(user):
+        if name in _LAYOUTS and not is_independent_of_strides(user):
             return False
         if name not in _LAYOUTS | _STORING or (name in _VIEWING and not _is_contiguous(user)):
             return False

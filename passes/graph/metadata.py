@@ -31,7 +31,7 @@ from .torch_internals import HigherOrderOperator, fake_mode, is_plain, tree_leav
 _OTHER_MEMORY = ("set_", "resize_", "resize_as_")
 """Changes that have no counterpart out of place."""
 _RESETS = ("detach_", "set_", "requires_grad_")
-"""What may end that a tensor needs gradients."""
+"""Operations after which a tensor may need no gradients any more."""
 
 
 @contextmanager
@@ -104,7 +104,7 @@ class _Changed:
 
     def settle(self, made: OutOfPlace) -> None:
         """Note what the tensor was at its holders, and make its changes out of place where all of them are known."""
-        is_followed = self.replica is not None and _is_alike(self.replica, self.tensor)
+        is_followed = self.replica is not None and _has_same_metadata(self.replica, self.tensor)
         if is_followed and not any(map(changes_shape, self.changes)):
             return
         notes = self._as_computed() if is_followed and self._can_change_out_of_place() else None
@@ -212,7 +212,7 @@ def _geometry(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
-def _is_alike(one: Tensor, other: Tensor) -> bool:
+def _has_same_metadata(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are known to differ in content and memory only."""
     sizes, others = ((*tensor.size(), *tensor.stride(), tensor.storage_offset()) for tensor in (one, other))
     return (

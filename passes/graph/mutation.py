@@ -38,7 +38,7 @@ _WRITTEN = {
     torch.nn.functional.embedding: ("weight",),
     torch.nn.functional.embedding_bag: ("weight",),
 }
-"""What functions write to other than their first argument."""
+"""The arguments that functions write to, where it is not the first."""
 _PURE = {"and_", "or_", "not_", "is_"}
 
 
@@ -71,7 +71,7 @@ class Writes:
         return self._among(self._writers, node)
 
     def readers(self, node: Node) -> set[Node]:
-        """What may read what a node writes in place, its own users included; inputs are read by their owners."""
+        """The nodes that may read the memory that a node writes to, its users included; callers read inputs."""
         if node not in self.to(node):
             return set(node.users)
         holders = self._among(self._holders, node)

@@ -1,4 +1,4 @@
-"""What is known of a node's value while compiling: its fake tensor, or its number.
+"""The value of a node as known while compiling: its fake tensor, or its number.
 
 Nothing else reads what Dynamo noted at nodes: its fake tensors are those of the end of the graph (`metadata`), and some
 are of kinds that the passes leave alone.
@@ -21,7 +21,7 @@ AS_COMPUTED = "s2o_as_computed"
 
 
 def held(node: Node) -> Any:
-    """What a node held when it was computed: a tensor, a number or a structure of them; None where it is not known."""
+    """The value of a node when it was computed: a tensor, a number or a structure of them; None where it is unknown."""
     return node.meta.get(AS_COMPUTED, node.meta.get("example_value"))
 
 
@@ -38,7 +38,7 @@ def fake_tensor(node: Any) -> torch.Tensor | None:
 def objects(node: Node) -> list[torch.Tensor]:
     """The tensors of all kinds that a node holds, also in tuples, as they are at the end of the graph.
 
-    They are for telling which nodes hold the same tensor, or share memory; for all else there is `fake_tensor`.
+    They identify nodes that hold the same tensor or share memory; use `fake_tensor` for everything else.
     """
     return [leaf for leaf in tree_leaves(node.meta.get("example_value")) if isinstance(leaf, torch.Tensor)]
 

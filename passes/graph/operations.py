@@ -10,7 +10,7 @@ from torch.fx import Node
 
 @dataclass(frozen=True)
 class Product:
-    """A sum over the axes that `left` and `right` share and the result lacks; an axis is named by its letter.
+    """A sum over the axes that `left` and `right` share and the result does not have; an axis is named by its letter.
 
     `bias`, if any, is added with the factor `bias_scale`; the product itself has the factor `scale`.
     """

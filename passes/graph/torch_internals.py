@@ -1,4 +1,4 @@
-"""What the passes use of torch that its documentation does not promise; torch 2.11 to 2.14 have all of it."""
+"""The private parts of torch that the passes use; torch 2.11 to 2.14 have all of them."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ __all__ = [
 ]
 
 flex_attention = torch.ops.higher_order.flex_attention
-"""What torch.nn.attention.flex_attention.flex_attention calls."""
+"""The operator that torch.nn.attention.flex_attention.flex_attention calls."""
 transformer_encoder_layer = torch._transformer_encoder_layer_fwd
-"""What nn.TransformerEncoderLayer calls in inference."""
+"""The operator that nn.TransformerEncoderLayer calls in inference."""
 
 
 namespaces = (torch._C._nn, torch._functorch.predispatch)
-"""Where functions live that are called under another name."""
+"""Modules whose functions are called under another name."""
 
 
 def fake_mode(values: Iterable[Any]) -> FakeTensorMode:
@@ -127,7 +127,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def why_not_plain(tensor: torch.Tensor) -> str:
-    """What is the matter with a tensor that is not known, as the end of a sentence."""
+    """The reason why a tensor is not known, as the end of a sentence."""
     tensor = unbatched(tensor)
     if is_functorch_wrapped_tensor(tensor):
         return "differentiated by torch.func; only what is computed outside of its transforms becomes sparse"
@@ -217,7 +217,7 @@ def attention_preferences() -> dict[str, Any]:
 
 
 def redirections() -> tuple[type[Exception], ...]:
-    """What a backend may raise to make Dynamo trace again, or not at all."""
+    """The exceptions by which a backend makes Dynamo trace again, or not at all."""
     from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
     return RestartAnalysis, SkipFrame

@@ -1,1 +1,1 @@
-"""What a mask says: read as a predicate, proven to be terms of the operator, and written back into the graph."""
+"""Masks: read as predicates, proven to be terms of the operator, and written back into the graph."""

@@ -20,7 +20,7 @@ def as_number(value: sympy.Expr) -> Number:
 
 
 def held(value: Number, dtype: torch.dtype) -> Number:
-    """What a tensor of `dtype` holds where a number is stored in it.
+    """A number as a tensor of `dtype` stores it.
 
     Raises:
         Unreadable: `dtype` is complex, or of whole numbers and cannot hold this one.
@@ -33,7 +33,7 @@ def held(value: Number, dtype: torch.dtype) -> Number:
 
 
 def computed(form: Callable[..., torch.Tensor], *operands: tuple[sympy.Expr, Any]) -> Number:
-    """What an operation gives for numbers, each with the operand of the graph that it is read from.
+    """The result of an operation on numbers, each with the operand of the graph that it is read from.
 
     Raises:
         Unreadable: It gives no real number, or torch does not have it for these dtypes.

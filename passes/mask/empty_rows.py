@@ -1,4 +1,4 @@
-"""What queries get that see no key, where keys are hidden by a finite number.
+"""The output for queries that see no key, where keys are hidden by a finite number.
 
 A softmax of scores that are all hidden by one number is one of what that leaves of them: nothing where the number is in
 their place, or is so large that it does not change by adding a score, so that all keys weigh the same; the scores
@@ -28,7 +28,7 @@ _ROUNDING = 2e-3
 
 
 class EmptyRows(Enum):
-    """What the queries get that see no key: zeros, also where there are none, or what they would get without a mask."""
+    """The output for queries that see no key; zeros also stand for masks that have no such query."""
 
     ZEROS = "zeros"
     MEAN = "the mean of all values"
@@ -49,7 +49,7 @@ class Hiding:
 
     @classmethod
     def of(cls, value: float, scores: torch.Tensor | None, least: float) -> Hiding:
-        """What is added to `scores`, or stored where these are None, before lesser ones are raised to `least`."""
+        """A number added to `scores`, or stored where these are None, before lesser ones are raised to `least`."""
         if value < least:
             return cls(least, None)
         if scores is not None and value < torch.finfo(scores.dtype).min:
@@ -58,7 +58,7 @@ class Hiding:
 
 
 def of_finite_masks(hidden: Sequence[Hiding]) -> EmptyRows | None:
-    """What queries get that see no key, where at least one of the masks hides by a finite number; None if neither."""
+    """The output for queries that see no key, where a mask hides by a finite number; None if it is none of these."""
     first = hidden[0]
     if first.added_to is None:
         return EmptyRows.MEAN if set(hidden) == {first} else None
@@ -90,7 +90,7 @@ def every_query_sees_a_key(found: Iterable[Clause], shape: Sequence[sympy.Expr],
 def _needs(
     key: sympy.Expr, found: Iterable[Clause], shape: tuple[sympy.Expr, ...], query: torch.Tensor
 ) -> list[sympy.Expr] | None:
-    """What must be at least zero for each query to see one key; None if it need not even where it is now."""
+    """Expressions that must be at least zero for each query to see one key; None if one is not at the traced sizes."""
     needs = []
     for clause in found:
         least = [least for literal in clause if may_hold(least := _least(key, literal, shape), query)]
@@ -101,7 +101,7 @@ def _needs(
 
 
 def _least(key: sympy.Expr, literal: Boolean, shape: tuple[sympy.Expr, ...]) -> sympy.Expr:
-    """What is at least zero only if a literal holds at one key of each query."""
+    """An expression that is at least zero only if a literal holds at one key of each query."""
     expression = sympy.expand(literal.lhs.xreplace({KEY: key}))
     if isinstance(literal, sympy.Ge):
         ends = bounds(expression, shape)

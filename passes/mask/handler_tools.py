@@ -1,4 +1,4 @@
-"""What the handlers of operations share: shapes and dtypes, and results that are made of two numbers."""
+"""Helpers that the handlers of operations share: shapes and dtypes, and results that are made of two numbers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from .reader import Reader
 
 
 def symbolic_shape_of(node: Any) -> Shape:
+    """The shape of a node's tensor.
+
+    Raises:
+        Unreadable: It is not known.
+    """
     tensor = fake_tensor(node)
     if tensor is None:
         raise Unreadable
@@ -24,16 +29,23 @@ def symbolic_shape_of(node: Any) -> Shape:
 
 
 def dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of a node's tensor; None where it is not known."""
     tensor = fake_tensor(node)
     return None if tensor is None else tensor.dtype
 
 
 def need(holds: bool) -> None:
+    """Raise Unreadable unless a condition holds."""
     if not holds:
         raise Unreadable
 
 
 def flag(expression: sympy.Basic) -> Boolean:
+    """A predicate, or a constant 0 or 1, as a predicate.
+
+    Raises:
+        Unreadable: It is another number.
+    """
     if expression in (0, 1):
         return sympy.true if expression == 1 else sympy.false
     need(is_predicate(expression))
@@ -56,6 +68,7 @@ def merged(node: Any, found: Iterable[tuple[Boolean, Number]]) -> sympy.Basic:
 
 
 def numeric_cases(choice: Choice) -> list[tuple[Boolean, Number]]:
+    """The `cases` of a choice with numbers of Python."""
     return [(predicate, as_number(value)) for predicate, value in cases(choice)]
 
 

@@ -118,7 +118,7 @@ def _over_axes(predicate: Boolean, mask: MaskTensor, rank: int) -> Boolean:
 
 
 def _read(reader: Reader, node: Node) -> sympy.Basic:
-    """What a mask holds."""
+    """The content of a mask."""
     try:
         return reader.read(node).expression
     except Unreadable as unreadable:

@@ -43,7 +43,7 @@ def _pair(literal: sympy.Basic) -> tuple[AppliedUndef, AppliedUndef] | None:
 
 
 def _positions(documents: Node, reader: Reader) -> sympy.Basic | None:
-    """What the positions are, if a node counts along its last axis where they do not go up by one."""
+    """The positions, if a node counts along its last axis where they do not go up by one."""
     steps = _source(documents, "cumsum", -1)
     difference = None if steps is None else _source(steps, "ne", 1)
     if difference is None or operation_name(difference) != "diff" or not are_tensors(difference.kwargs.get("prepend")):

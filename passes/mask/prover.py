@@ -67,7 +67,7 @@ class Prover:
         return mask
 
     def prove_mask_mod(self, predicate: Boolean, query: torch.Tensor, key: torch.Tensor) -> Mask:
-        """What a predicate over `AXES` says that is never a tensor over queries and keys, so none is made of it.
+        """The mask of a predicate over `AXES` that is never stored for each query and key, and must not be.
 
         Raises:
             Refused: The operator would need one.
@@ -95,7 +95,7 @@ class Prover:
         return found
 
     def _mask(self, found: Iterable[Clause], query: torch.Tensor) -> Mask:
-        """What clauses say that all hold."""
+        """The mask of clauses that all hold."""
         split = terms_of(found, query)
         return replace(split, sources=self._sources_in_words(split))
 
@@ -142,7 +142,7 @@ def _hidden_rows_are_marked(rest: Boolean, masks: Iterable[MaskTensor]) -> bool:
 
 
 def _empty_rows(mask: Mask, hidden: Sequence[Hiding]) -> EmptyRows:
-    """What queries get that see no key.
+    """The output for queries that see no key.
 
     Raises:
         Refused: Something that the operator cannot give.

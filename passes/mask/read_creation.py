@@ -10,7 +10,7 @@ import torch
 from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
-from .expressions import Choice, at_least_zero_within, axis
+from .expressions import Choice, Unreadable, at_least_zero_within, axis
 from .handler_tools import index_along, merged, need, selected, symbolic_shape_of
 from .integers import whole
 from .reader import Handler, Reader
@@ -50,7 +50,10 @@ def _tensor(reader: Reader, node: Node, data: Any, **_: Any) -> sympy.Basic:
 def _literal(reader: Reader, node: Node, input: Any) -> sympy.Basic:
     """A number that is written in a program, which export stores as a tensor and copies at each use."""
     need(isinstance(input, Node) and input.op == "get_attr")
-    value = attrgetter(input.target)(input.graph.owning_module)
+    try:
+        value = attrgetter(input.target)(input.graph.owning_module)
+    except AttributeError:
+        raise Unreadable from None
     need(type(value) is torch.Tensor and value.numel() == 1)
     return merged(node, [(sympy.true, value.item())])
 

@@ -26,7 +26,7 @@ Handler = Callable[..., sympy.Basic]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a tensor holds: an expression or predicate over its axes, and the shape that they run over."""
+    """The content of a tensor: an expression or predicate over its axes, and the shape that they run over."""
 
     expression: sympy.Basic
     shape: Shape

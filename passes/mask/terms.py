@@ -23,7 +23,7 @@ from .refused import Refused
 
 @dataclass(frozen=True)
 class Mask:
-    """What a mask says: the terms that all hold where a query may see a key, as expressions over `AXES`.
+    """A mask as the terms that all hold where a query may see a key, as expressions over `AXES`.
 
     Attributes:
         is_causal: Whether there is a term ``j <= i + c``.
@@ -32,7 +32,7 @@ class Mask:
         key_padding: A predicate over batch and key.
         documents: Two whole numbers, over batch and query and over batch and key, that are equal.
         rest: A predicate that is none of these.
-        empty_rows: What queries get that see no key.
+        empty_rows: The output for queries that see no key.
         sources: The inputs and operations that the predicates depend on, in words.
     """
 

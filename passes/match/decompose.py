@@ -39,7 +39,7 @@ def _encoder_layer(
     mask: Tensor | None = None,
     mask_type: int | None = None,
 ) -> Tensor:
-    """What nn.TransformerEncoderLayer computes in inference, on a batch that comes first."""
+    """The computation of nn.TransformerEncoderLayer in inference, with the batch as the first dimension."""
 
     def attend(x: Tensor) -> Tensor:
         qkv = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))
@@ -76,7 +76,7 @@ _BODIES: Mapping[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: F.multi_head_attention_forward,
     transformer_encoder_layer: _encoder_layer,
 }
-"""What calls consist of, as functions that are traced with the calls' arguments."""
+"""The calls that are decomposed, and functions that compute the same of smaller ones."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tells what the blocks of a flex_attention call show, from the part of the graph that builds them.
+"""Reads the mask that the blocks of a flex_attention call are made from.
 
 flex_attention computes the blocks of scores that its block mask lists, and applies the mask_mod only to those listed
 as partial. So the mask_mod alone says which keys a query sees only if the blocks were made from it.
@@ -105,7 +105,7 @@ def _ordered(counts: Node | None, indices: Node | None) -> Node | None:
 
 
 def _compared(node: Any, name: str, number: sympy.Expr) -> Node | None:
-    """What a node compares with a number, if it does."""
+    """The tensor that a node compares with a number, if it does."""
     if not isinstance(node, Node) or operation_name(node) != name or len(node.args) != 2:
         return None
     if symbolic(node.args[1]) != number:
@@ -139,7 +139,7 @@ def _counted(counts: Node, block_size: tuple[sympy.Expr, sympy.Expr]) -> Node | 
 
 
 def _unpadded(node: Node) -> Node | None:
-    """What is padded with false at the end of both lengths."""
+    """The mask that a node pads with false at the end of both lengths, if it does."""
     if operation_name(node) != "pad" or len(node.args) != 4 or node.args[2:] != ("constant", None):
         return None
     source: Any = node.args[0]

@@ -70,7 +70,7 @@ class ScoreModWalk:
                 self.modified.add(node)
 
     def find(self, node: Node) -> ModifiedScore:
-        """What a node makes of the score.
+        """The score as a node has modified it.
 
         Raises:
             Refused: Something that the operator cannot.

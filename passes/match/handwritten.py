@@ -38,7 +38,7 @@ def operand_layouts(product: Product, node: Node, layout: Layout) -> tuple[Layou
     """The axes of both operands of a product, from those of its result, and the axes that are summed over.
 
     Raises:
-        Misaligned: They cannot be told.
+        Misaligned: They cannot be identified.
     """
     axes = dict(zip(product.axes, layout, strict=True))
     sizes = [
@@ -120,7 +120,7 @@ class _Matched:
 
         Raises:
             NotAttention: There is none.
-            Misaligned: The dimensions cannot be told apart.
+            Misaligned: The dimensions cannot be identified.
             Changed: A tensor of it is changed in place in a way that cannot be followed.
         """
         left, right, summed = operand_layouts(product, node, layout)

@@ -38,10 +38,10 @@ class ScoreMask:
 
 
 def separated(walker: Walker, mask: ScoreMask) -> tuple[list[ScoreMask], list[Node]]:
-    """What a mask is laid out and scaled from, each of them where added masks are a sum, and the nodes between.
+    """The masks that a mask is made from by views, scaling and sums, and the nodes in between.
 
     Raises:
-        Misaligned: The dimensions of a sum cannot be told apart.
+        Misaligned: The dimensions of a sum cannot be identified.
     """
     node = walker.current(mask.node, mask.user, [])
     source = walker.operands(node, mask.layout, mask.user)[-1]
@@ -73,6 +73,6 @@ def operand_layout(node: Node, layout: Layout, operand: Node) -> Layout:
     """The axes of an operand that broadcasts to a node, whose axes are `layout`.
 
     Raises:
-        Misaligned: They cannot be told apart.
+        Misaligned: They cannot be identified.
     """
     return broadcast(layout, shape_of(node), shape_of(operand))

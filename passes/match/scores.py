@@ -37,7 +37,7 @@ ACTIVE_DROPOUT = "dropout is active; call model.eval() or set its probability to
 
 
 class NotAttention(Exception):
-    """What was walked is no attention."""
+    """The nodes that were followed are no attention."""
 
 
 @dataclass

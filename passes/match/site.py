@@ -1,4 +1,4 @@
-"""What is known of one attention before it is rewritten."""
+"""One attention of a graph as it was found, in the terms of SDPA."""
 
 from __future__ import annotations
 

@@ -106,9 +106,13 @@ class Walker:
         return None if self.is_ever_changed(value) else known
 
     def operands(self, node: Node, layout: Layout, until: Node, scaled: bool = True) -> list[Operand]:
-        """What an operand is made from, beginning with itself, as long as it still holds the same at `until`.
+        """The nodes that an operand is made from by views, casts and scaling, beginning with the operand itself.
 
-        `scaled` says whether it may be made from something by scaling.
+        Args:
+            node: The operand.
+            layout: The axes of its dimensions.
+            until: The node that reads them; a tensor that is written to before is not among them.
+            scaled: Whether scaling is followed.
         """
         found = [Operand(node, layout)]
         while True:
@@ -168,7 +172,7 @@ def source_layout(operation: Operation, node: Node, layout: Layout, source: Node
     """The axes of an operation's source, from those of its result.
 
     Raises:
-        Misaligned: They cannot be told.
+        Misaligned: They cannot be identified.
     """
     shape, result = shape_of(source), shape_of(node)
     if isinstance(operation, Viewed):

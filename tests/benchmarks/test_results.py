@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,8 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, pages
+from benchmarks import calibration, compare, generation, layers, pages
+from benchmarks.prefill import measure as prefill
+from benchmarks.prefill import report as prefill_report
 from benchmarks.results import commit, describe, load, record, row_key, save, versions
+from benchmarks.speed import measure as speed
+from benchmarks.speed import report as speed_report
+from benchmarks.zoo import report as zoo
 from s2o_compile import cli
 from s2o_compile._console import UsageError
 
@@ -64,6 +70,27 @@ class TestFiles:
             load(path)
         message = str(raised.value)
         assert message.startswith(f"{path} is ") and reason in message and message.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("row_type", "measures"),
+    [
+        (calibration.Row, calibration.MEASURES),
+        (layers.Row, layers.MEASURES),
+        (prefill.Row, prefill_report.MEASURES),
+        (speed.Row, speed_report.MEASURES),
+        (zoo.Row, zoo.MEASURES),
+    ],
+)
+def test_what_is_said_to_be_measured_is_in_the_rows(row_type: Any, measures: dict[str, tuple[str, str | None]]) -> None:
+    fields = {field.name for field in dataclasses.fields(row_type)}
+    assert measures.keys() | {spread for _, spread in measures.values() if spread} <= fields
+
+
+def test_generated_text_is_a_result(tmp_path: Path) -> None:
+    rows = [generation.Row("dynamic", 0.0, 2, 2, 2), generation.Row("dynamic", 0.008, 2, 1, 2)]
+    save(generation.as_dict(rows, {"length": 4096}, torch.device("cpu")), tmp_path / "generation.json")
+    assert compare.figures(load(tmp_path / "generation.json"))["dynamic, threshold 0.008", "equal"] == (1, None)
 
 
 class TestComparing:

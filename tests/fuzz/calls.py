@@ -11,7 +11,7 @@ import torch
 from s2o_compile.ops import AttentionResult, S2OConfig
 from s2o_compile.ops.dispatch import has_kernels
 from s2o_compile.ops.memory import DEFAULT_WORKSPACE, limited_workspace
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 from tests.ops.comparison import allowed_error, dense, largest_difference, seen
 from tests.ops.drawing import Call, draw_call, draw_config

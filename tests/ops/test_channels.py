@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from s2o_compile.ops import Ranking, S2OConfig, cpu
 from s2o_compile.ops.kernels import pipeline
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.result import AttentionResult
 from s2o_compile.ops.rule.channels import principal_directions, project
 from s2o_compile.ops.visibility import Visibility

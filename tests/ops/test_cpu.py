@@ -9,7 +9,7 @@ from hypothesis import given
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, cpu
 from s2o_compile.ops.cpu import attend, flash, rank
 from s2o_compile.ops.memory import limited_workspace
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import allowed_error, assert_same, dense, largest_difference, seen

@@ -11,7 +11,7 @@ import torch
 
 from s2o_compile.ops.config import S2OConfig
 from s2o_compile.ops.kernels.pipeline import sparse_attention, sparse_triton
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen

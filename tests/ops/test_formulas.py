@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, reference, reference_variants
 from s2o_compile.ops.density import dense_pairs, share_in_all_channels
 from s2o_compile.ops.geometry import Geometry
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.rule.block_means import block_means
 from s2o_compile.ops.rule.channels import project
 from s2o_compile.ops.rule.guides import pool_guides

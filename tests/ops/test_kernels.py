@@ -13,7 +13,7 @@ from hypothesis import Phase, given, settings
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig
 from s2o_compile.ops.kernels import importance, pipeline, quantise
 from s2o_compile.ops.memory import limited_workspace
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.rule.sinks import add_sinks
 from s2o_compile.ops.visibility import Visibility
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from s2o_compile.ops import Ranking, S2OConfig
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2o_compile.ops import Ranking, S2OConfig
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.rule.sampling import draws
 from s2o_compile.ops.visibility import Visibility
 

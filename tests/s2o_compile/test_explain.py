@@ -71,7 +71,7 @@ def test_a_graph_that_runs_twice_is_counted_twice() -> None:
             return sdpa(q, k, v, is_causal=True)
 
     report = explain(Twice(), *inputs(), config=EXACT, measure=True)
-    pairs = dense_pairs(20, 20, True, 0, EXACT.tile) * 2
+    pairs = dense_pairs(20, 20, True, 0, EXACT.ranking.tile) * 2
     assert sum(decision.dense_pairs or 0 for decision in report.decisions) == 2 * pairs
 
 

@@ -16,7 +16,7 @@ import torch
 import s2o_compile
 from s2o_compile import S2OConfig, cli
 from s2o_compile.ops.density import density
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
 from s2o_compile.testbed import prepare
@@ -150,7 +150,7 @@ def test_the_report_says_what_the_operator_does(tmp_path: Path) -> None:
         for head in range(4):
             wrong = (sparse.output[0, head] - dense[0, head]).norm() / dense[0, head].norm()
             assert layer["error"][head] == pytest.approx(float(wrong) ** 2, rel=1e-3)
-        assert layer["density"] == density(sparse.visited, 200, 200, True, 0, config.tile)[0].tolist()
+        assert layer["density"] == density(sparse.visited, 200, 200, True, 0, config.ranking.tile)[0].tolist()
     parser = _References()
     parser.feed(text)
     assert len(parser.found) == 5 and all(found.startswith("data:image/png;base64,") for found in parser.found)
