@@ -66,7 +66,7 @@ def test_work_of_a_direct_call() -> None:
     assert site.name == "query [2, 2, 100, 8], key [2, 2, 170, 8]"
     assert site.calls == 1, "the second call ran dense"
     assert site.flops == result.visited.sum().item() * 2 * (8 + 8)
-    assert site.density == pytest.approx(density(result.visited, 100, 170, True, 70, SPARSE.tile).mean().item())
+    assert site.density == pytest.approx(density(result.visited, 100, 170, True, 70, SPARSE.ranking.tile).mean().item())
 
 
 @settings(max_examples=examples(10))
