@@ -100,6 +100,6 @@ def _checked(**fields: Any) -> S2OConfig:
     """The settings of these fields, checked once: each layer asks for them in each forward pass."""
     unknown = {name: value for name, value in fields.items() if name not in _FIELDS}
     if unknown:
-        raise ValueError(sentence_on_old_name(unknown, ()) or f"{_WRITTEN}, not {', '.join(unknown)}")
+        raise ValueError(sentence_on_old_name(unknown, ()) or f"unknown option {min(unknown)!r}; {_WRITTEN}")
     options = {name: value for name, value in fields.items() if name != "settings"}
     return S2OConfig.from_options(options | {"ranking": Ranking.from_json(fields.get("settings", ""))})

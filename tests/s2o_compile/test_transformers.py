@@ -361,8 +361,8 @@ def test_generate_compiled(cache: str, implementation: str) -> None:
     [
         ({"ranking": {"pool": 4}}, "the attribute s2o of a model's configuration must be a dictionary of threshold, "),
         ("fast", "the attribute s2o of a model's configuration must be a dictionary of threshold, "),
-        ({"error_budget": 0.1}, "the attribute s2o of a model's configuration must be a dictionary of threshold, "),
-        ({1: 2}, "the attribute s2o of a model's configuration must be a dictionary of threshold, "),
+        ({"error_budget": 0.1}, "unknown option 'error_budget'; the attribute s2o of a model's configuration must be "),
+        ({1: 2}, "unknown option '1'; the attribute s2o of a model's configuration must be "),
         ({"threshold": None}, "threshold must be a number, not None"),
         ({"min_length": 0, "segment": 32, "tile": 32}, "segment is now a field of Ranking: "),
         ({"settings": "pool"}, "settings must be '' or a JSON object of fields of Ranking, not 'pool'"),
