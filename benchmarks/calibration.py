@@ -13,7 +13,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,21 +23,28 @@ import typer
 from rich.table import Table
 
 from s2o_compile import Calibration, S2OConfig, calibrate
+from s2o_compile._console import Progress, UsageError
 from s2o_compile.calibration.calibrate import MARGIN
-from s2o_compile.calibration.sites import Measurement, SiteCall, call_sites
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, Json
-from s2o_compile.demo.document import build_document, check_document, read_texts
-from s2o_compile.demo.measure import prefill_inputs
-from s2o_compile.demo.model import choose_device, choose_dtype, load_model
-from s2o_compile.demo.progress import Progress
+from s2o_compile.calibration.sites import Measurement, SiteInputs, visit_sites
+from s2o_compile.testbed.document import build_document, check_document, read_texts
+from s2o_compile.testbed.model import choose_device, choose_dtype, load_model, model_name
+from s2o_compile.testbed.options import Device, Json
+from s2o_compile.testbed.predict import prefill_inputs
 
 from .command import run, wide_console
+from .results import as_text, record
 
 GRID = tuple(2.0**power for power in range(-9, -2))
 """Thresholds for all sites."""
 DENSE = Measurement(threshold=0.0, density=1.0, error=0.0)
 WITHIN = 1.5
+MEASURES: dict[str, tuple[str, str | None]] = {
+    "median": ("budgets", None),
+    "worst": ("budgets", None),
+    "kept": ("share of calls", None),
+    "within": ("share of calls", None),
+    "density": ("share", None),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,7 @@ def measure_texts(
     calls: list[HeldOut] = []
     with Progress().step("Other texts") as update:
 
-        def handle(text: int, call: SiteCall) -> None:
+        def handle(text: int, call: SiteInputs) -> None:
             rules = {rule: [as_calibrated(call, found) for found in each] for rule, each in calibrations.items()}
             rules["budget alone"] = [with_budget(call, budget) for budget in budgets]
             grid = [call.measure(threshold) for threshold in GRID]
@@ -100,17 +106,17 @@ def measure_texts(
             update(done=len(calls), total=len(texts) * len(calibrations["calibrated"][0].sites))
 
         for text, inputs in enumerate(texts, 1):
-            call_sites(model, inputs, S2OConfig(), functools.partial(handle, text), lambda decisions: None)
+            visit_sites(model, inputs, S2OConfig(), functools.partial(handle, text), lambda decisions: None)
     return calls
 
 
-def as_calibrated(call: SiteCall, calibration: Calibration) -> Measurement:
+def as_calibrated(call: SiteInputs, calibration: Calibration) -> Measurement:
     """A call at the threshold of its site; dense ones have no error."""
     site = calibration.sites[call.site]
     return DENSE if site.dense else call.measure(site.threshold or 0.0)
 
 
-def with_budget(call: SiteCall, budget: float) -> Measurement:
+def with_budget(call: SiteInputs, budget: float) -> Measurement:
     """A call under a budget without calibration."""
     settings = S2OConfig(error_budget=budget).arguments()
     return dataclasses.replace(call, options=call.options | settings).measure(settings["threshold"])
@@ -189,8 +195,13 @@ def main(
     calls = measure_texts(loaded, [prefill_inputs(text, place) for text in unseen], calibrations, budgets)
     found = rows(calls, budgets)
     if as_json:
-        raw = [dataclasses.asdict(call) for call in calls]
-        print(json.dumps({"rows": [dataclasses.asdict(row) for row in found], "calls": raw}))
+        settings = {
+            "model": model_name(loaded, model), "length": length, "held_out_length": held_out_length, "texts": texts,
+            "other": list(map(str, others)),
+        }  # fmt: skip
+        details = [dataclasses.asdict(call) for call in calls]
+        rules = list(map(dataclasses.asdict, found))
+        print(as_text(record("calibration", rules, ("budget", "rule"), MEASURES, place, settings, calls=details)))
     else:
         wide_console().print(table(found))
 

@@ -18,12 +18,12 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from s2o_compile.calls import AttentionCalls, Call
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, DType, make_folder
-from s2o_compile.demo.document import build_document, check_document, read_texts
-from s2o_compile.demo.measure import prefill_inputs
-from s2o_compile.demo.model import choose_device, choose_dtype, load_model, model_name
+from s2o_compile._console import UsageError
+from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
+from s2o_compile.testbed.document import build_document, check_document, read_texts
+from s2o_compile.testbed.model import choose_device, choose_dtype, load_model, model_name
+from s2o_compile.testbed.options import Device, DType, make_folder
+from s2o_compile.testbed.predict import prefill_inputs
 
 from .captured import Layer, save_layer
 from .command import progress_bars, run
@@ -42,18 +42,18 @@ def capture(model: Any, inputs: dict[str, Any], keep: Callable[[Layer], None], l
         UsageError: Attention is not the plain causal kind of a prefill, or a layer does not call SDPA.
     """
 
-    def handle(call: Call) -> torch.Tensor:
+    def handle(call: SdpaInputs) -> torch.Tensor:
         if layers is None or call.index in layers:
             keep(read_call(call))
         return call.dense()
 
-    with torch.no_grad(), AttentionCalls(handle) as calls:
+    with torch.no_grad(), SdpaIntercept(handle) as calls:
         model(**inputs)
     if calls.count <= max(layers or {0}):
         raise UsageError(f"Layer {max(layers or {0})} cannot be captured: SDPA was called {calls.count} times.")
 
 
-def read_call(call: Call) -> Layer:
+def read_call(call: SdpaInputs) -> Layer:
     """What one call of SDPA attends.
 
     Raises:

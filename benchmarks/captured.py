@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from s2o_compile.cli.errors import UsageError
+from s2o_compile._console import UsageError
 from s2o_compile.writing import replacing
 
 

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
-from s2o_compile.cli.app import run as run_command_line
+from s2o_compile._command_line import run as run_command_line
 
 
 def run(main: Callable[..., None]) -> None:

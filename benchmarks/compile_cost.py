@@ -9,7 +9,6 @@ attention. The passes are timed inside of that, Inductor's caches are off.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -20,11 +19,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from s2o_compile.cli.options import Json
 from s2o_compile.ops import S2OConfig
 from s2o_compile.passes import rewrite
+from s2o_compile.testbed.options import Json
 
 from .command import run
+from .results import as_text, record
 
 CALLS = [(spelling, padded) for spelling in ("sdpa", "eager") for padded in (False, True)]
 
@@ -108,7 +108,11 @@ def main(
     console = Console(stderr=True)
     rows = [measure(layers, length, *call) for call in track(CALLS, "Compile", transient=True, console=console)]
     if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        measures = {"sites": ("sites", None), "passes": ("s", None), "total": ("s", None)}
+        settings = {"layers": layers, "length": length}
+        found = list(map(dataclasses.asdict, rows))
+        place = torch.device("cpu")
+        print(as_text(record("compile_cost", found, ("spelling", "padded"), measures, place, settings)))
     else:
         Console().print(render(rows))
 

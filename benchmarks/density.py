@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from s2o_compile.functional import attention
+from s2o_compile._attention import attention
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.density import dense_pairs
 
@@ -37,7 +37,7 @@ def sampled_density(
         scale: Factor of the logits, by default D ** -0.5.
     """
     config = dataclasses.replace(config, last_queries=0, min_length=0)
-    length, rows = key.shape[2], max(STRETCH, config.segment)
+    length, rows = key.shape[2], max(STRETCH, config.ranking.segment)
     count = min(STRETCHES, -(-length // rows))
     visited = pairs = 0
     for place in range(count):
@@ -56,7 +56,7 @@ def sampled_density(
             return_stats=True,
         )
         visited += int(result.visited.sum())
-        pairs += query.shape[0] * query.shape[1] * dense_pairs(end - start, keys, is_causal, start, config.tile)
+        pairs += query.shape[0] * query.shape[1] * dense_pairs(end - start, keys, is_causal, start, config.ranking.tile)
     return visited / pairs
 
 

@@ -3,30 +3,31 @@
     python -m benchmarks.frontier captures/layer04.safetensors captures/layer20.safetensors --target 0.005
 
 Each method is swept over its own dial. Work is the density plus the ranking's FLOPs as a share of dense attention's.
-`--s2o` adds settings of the operator, for example --s2o "pool=4 tail=means" --threshold 1e-3 --threshold 1e-4.
+`--s2o` adds settings of the operator, for example --s2o "pool=4 rule=means" --threshold 1e-3 --threshold 1e-4.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, Json, make_folder, read_config
-from s2o_compile.demo.model import choose_device
-from s2o_compile.writing import write_text
+from s2o_compile._console import UsageError
+from s2o_compile.testbed.model import choose_device
+from s2o_compile.testbed.options import Device, Json, make_folder, read_config
 
 from .captured import Layer, load_layer
 from .command import progress_bars, run
 from .frontier_report import AXES, Point, as_dict, equal_error, points_table, save_plot, targets_table
 from .judge import STRIP, Judge
 from .methods import METHODS, Method, operator
+from .results import as_text
+from .results import save as save_result
 
 THRESHOLDS = (1e-5, 1e-4, 1e-3, 1e-2)
 
@@ -70,7 +71,9 @@ def _variant(text: str, dial: tuple[float, ...]) -> Method:
 def main(
     captures: Annotated[list[Path], typer.Argument(help="Files of benchmarks.capture.")],
     method: Annotated[list[str] | None, typer.Option(help="A method by name; repeatable, all by default.")] = None,
-    s2o: Annotated[list[str] | None, typer.Option(help="Fields of S2OConfig, NAME=VALUE ...; repeatable.")] = None,
+    s2o: Annotated[
+        list[str] | None, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable.")
+    ] = None,
     threshold: Annotated[list[float] | None, typer.Option(help="Of the --s2o settings; repeatable.")] = None,
     target: Annotated[list[float] | None, typer.Option(help="Error to compare work at, one or one a file.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Judge one strip of 128 rows in EVERY.")] = 1,
@@ -85,26 +88,26 @@ def main(
     if output:
         make_folder(output)
     rows = "every row" if every == 1 else f"SAMPLED: one strip of {STRIP} rows in {every}"
+    place = choose_device(device)
     points: list[Point] = []
     with progress_bars() as progress:
         for path in captures:
-            layer = load_layer(path, choose_device(device)).first(length or 2**62)
+            layer = load_layer(path, place).first(length or 2**62)
             points += measure(layer, methods, every, progress)
             if output:
-                save(points, targets, rows, output)
+                save(points, targets, rows, place, output)
     reached = equal_error(points, targets)
     if as_json:
-        print(json.dumps(as_dict(points, reached, rows), indent=2))
+        print(as_text(as_dict(points, reached, rows, place)))
         return
     for _, own in itertools.groupby(points, lambda point: point.layer):
         Console().print(points_table(list(own), rows))
     Console().print(targets_table(reached, rows))
 
 
-def save(points: list[Point], targets: dict[str, float], rows: str, folder: Path) -> None:
+def save(points: list[Point], targets: dict[str, float], rows: str, device: torch.device, folder: Path) -> None:
     """Write frontier.json, and the plots against work and against density."""
-    text = json.dumps(as_dict(points, equal_error(points, targets), rows), indent=2)
-    write_text(folder / "frontier.json", text + "\n")
+    save_result(as_dict(points, equal_error(points, targets), rows, device), folder / "frontier.json")
     for against in AXES:
         save_plot(points, against, rows, folder / f"frontier-{against}.png")
 

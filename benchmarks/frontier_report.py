@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from s2o_compile.writing import replacing
 
 from .judge import Score
+from .results import record
 
 MARKERS = "os^vD<>Pp*Xd1"
 LINES = ("-", "--", "-.", ":")
@@ -22,6 +24,16 @@ AXES = {
 }
 LEAST_ERROR = 1e-6
 """Where the plots end: below it, methods are dense attention."""
+
+MEASURES: dict[str, tuple[str, str | None]] = {
+    "density": ("share", None),
+    "work": ("share of dense FLOPs", None),
+    "error": ("relative squared error", None),
+    "row_999": ("relative error", None),
+    "row_max": ("relative error", None),
+    "lse_error": ("nats", None),
+    "work_at_target": ("share of dense FLOPs", None),
+}
 
 
 @dataclass(frozen=True)
@@ -111,10 +123,13 @@ def targets_table(reached: list[Reached], rows: str) -> Table:
     return table
 
 
-def as_dict(points: list[Point], reached: list[Reached], rows: str) -> dict[str, Any]:
-    """Everything as plain data; `rows` says which rows were judged."""
-    flat = [asdict(point) | {"score": asdict(point.score) | {"work": point.score.work}} for point in points]
-    return {"rows": rows, "points": flat, "equal_error": [asdict(one) for one in reached]}
+def as_dict(points: list[Point], reached: list[Reached], rows: str, device: torch.device) -> dict[str, Any]:
+    """Everything as a result: a row for each point and each target reached; `rows` says which rows were judged."""
+    found = [asdict(point) | asdict(point.score) | {"work": point.score.work} for point in points]
+    for one in found:
+        del one["score"]
+    found += [asdict(one) | {"work": None, "work_at_target": one.work} for one in reached]
+    return record("frontier", found, ("layer", "method", "setting", "target"), MEASURES, device, {"rows": rows})
 
 
 def save_plot(points: list[Point], against: str, rows: str, path: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,15 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 import s2o_compile
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, Json, make_folder, read_config
-from s2o_compile.demo.document import build_document, check_document, read_texts
-from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.choice import default_min_length
-from s2o_compile.writing import write_text
+from s2o_compile.ops.dispatch import default_min_length
+from s2o_compile.testbed.document import build_document, check_document, read_texts
+from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
+from s2o_compile.testbed.options import Device, Json, make_folder, read_config
 
 from .command import progress_bars, run
+from .results import as_text, record, save
 
 FIRST = 16
 """How many of the first tokens are compared on their own."""
@@ -168,6 +167,12 @@ def table(rows: list[Row], new: int, note: str) -> Table:
     return shown
 
 
+def as_dict(rows: list[Row], settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The rows as a result."""
+    measures = dict.fromkeys(("sequences", "equal", "first"), ("sequences", None))
+    return record("generation", list(map(dataclasses.asdict, rows)), ("way", "threshold"), measures, device, settings)
+
+
 def main(
     length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 4096,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 10,
@@ -175,7 +180,7 @@ def main(
     new: Annotated[int, typer.Option(min=FIRST, help="Tokens to generate.")] = 64,
     only: Annotated[list[str] | None, typer.Option(help="A way to generate; repeatable, all by default.")] = None,
     threshold: Annotated[list[float] | None, typer.Option(help="Repeatable; by default 0 and the default.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="Another field of S2OConfig, NAME=VALUE.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Another field of S2OConfig or Ranking, NAME=VALUE.")] = None,
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     device: Device = "auto",
@@ -196,17 +201,20 @@ def main(
     loaded, tokenizer = load_model(model, place, choose_dtype(dtype, place))
     check_length(loaded, model_name(loaded, model), length + new)
     texts = read_prompts(tokenizer, document, length, range(first, first + prompts))
+    settings = {
+        "model": model_name(loaded, model), "dtype": dtype, "length": length, "prompts": prompts, "new": new,
+        "note": note, "s2o": [config.to_dict() for config in configs],
+    }  # fmt: skip
     rows: list[Row] = []
     with progress_bars() as progress, torch.no_grad():
         task = progress.add_task("", total=len(ways) * (1 + len(configs)) * prompts)
         for way in ways:
             progress.update(task, description=way.name)
             rows += measure(loaded, texts, way, configs, new, lambda: progress.advance(task))
-            found = json.dumps([dataclasses.asdict(row) for row in rows], indent=2)
             if output:
-                write_text(output / "generation.json", found + "\n")
+                save(as_dict(rows, settings, place), output / "generation.json")
     if as_json:
-        print(found)
+        print(as_text(as_dict(rows, settings, place)))
     else:
         Console().print(table(rows, new, note))
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from s2o_compile.ops.density import dense_pairs
-from s2o_compile.ops.softmax import OnlineSoftmax
 
 from .baselines.visit import Visit
 from .captured import Layer
@@ -92,9 +91,9 @@ class Judge:
             logits = (query[rows] * self.layer.scale) @ key[keys].T
             late = (keys > rows[0]).nonzero()[:, 0]
             logits[:, late] = logits[:, late].masked_fill(keys[late] > rows[:, None], -math.inf)
-            softmax = OnlineSoftmax.empty(query[rows], value.shape[-1])
-            softmax.add(logits, value[keys])
-            results.append((softmax.output(), softmax.lse()))
+            lse = logits.logsumexp(-1)
+            share = (logits - lse.masked_fill(lse == -math.inf, 0)[:, None]).exp()
+            results.append((share @ value[keys], lse))
         output, lse = (torch.cat(parts) for parts in zip(*results, strict=True))
         return output, lse
 

@@ -9,7 +9,6 @@ SDPA and with the operator in turn. Times are medians of the repetitions.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from pathlib import Path
@@ -20,16 +19,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from s2o_compile.calls import AttentionCalls, Call
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, Json, read_config
-from s2o_compile.demo.document import build_document, check_document, read_texts
-from s2o_compile.demo.measure import prefill_inputs
-from s2o_compile.demo.model import choose_device, choose_dtype, load_model
+from s2o_compile._console import UsageError
 from s2o_compile.ops import AttentionResult, S2OConfig
 from s2o_compile.ops.density import density
+from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
+from s2o_compile.testbed.document import build_document, check_document, read_texts
+from s2o_compile.testbed.model import choose_device, choose_dtype, load_model, model_name
+from s2o_compile.testbed.options import Device, Json, read_config
+from s2o_compile.testbed.predict import prefill_inputs
 
 from .command import progress_bars, run
+from .results import as_text, record
+
+MEASURES: dict[str, tuple[str, str | None]] = {
+    "sdpa": ("s", None),
+    "s2o": ("s", None),
+    "density": ("share", None),
+    "error": ("relative squared error", None),
+}
 
 
 @dataclasses.dataclass
@@ -42,7 +49,7 @@ class Row:
     error: float
 
 
-def compare(call: Call, config: S2OConfig, repetitions: int) -> tuple[torch.Tensor, Row]:
+def compare(call: SdpaInputs, config: S2OConfig, repetitions: int) -> tuple[torch.Tensor, Row]:
     """SDPA's output for one call, and what was measured; only calls as in a prefill of one document.
 
     Raises:
@@ -66,7 +73,7 @@ def compare(call: Call, config: S2OConfig, repetitions: int) -> tuple[torch.Tens
             times[name].append(time.perf_counter() - start)
     dense, sparse = results["sdpa"], AttentionResult(*results["s2o"])
     lengths = call.query.shape[2], call.key.shape[2]
-    share = density(sparse.visited, *lengths, call.is_causal, 0, config.tile).mean()
+    share = density(sparse.visited, *lengths, call.is_causal, 0, config.ranking.tile).mean()
     wrong = (sparse.output.double() - dense.double()).square().sum() / dense.double().square().sum()
     medians = {name: statistics.median(values) for name, values in times.items()}
     return dense, Row(**medians, density=float(share), error=float(wrong))
@@ -92,7 +99,7 @@ def main(
     length: Annotated[int, typer.Option(help="Tokens to prefill.")] = 8192,
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="A field of S2OConfig, NAME=VALUE.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="A field of S2OConfig or Ranking, NAME=VALUE.")] = None,
     device: Device = "auto",
     repetitions: Annotated[int, typer.Option(min=1, help="Runs of each contender per layer.")] = 3,
     as_json: Json = False,
@@ -107,16 +114,20 @@ def main(
         task = progress.add_task("Prefill", total=loaded.config.num_hidden_layers)
         rows: list[Row] = []
 
-        def measure(call: Call) -> torch.Tensor:
+        def measure(call: SdpaInputs) -> torch.Tensor:
             dense, row = compare(call, config, repetitions)
             rows.append(row)
             progress.advance(task)
             return dense
 
-        with AttentionCalls(measure):
+        with SdpaIntercept(measure):
             loaded(**prefill_inputs(text, place))
     if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+        settings = {
+            "model": model_name(loaded, model), "length": length, "repetitions": repetitions, "s2o": config.to_dict(),
+        }  # fmt: skip
+        layers = [{"layer": number, **dataclasses.asdict(row)} for number, row in enumerate(rows)]
+        print(as_text(record("layers", layers, ("layer",), MEASURES, place, settings)))
     else:
         Console().print(table(rows))
 

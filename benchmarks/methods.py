@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
-from s2o_compile.ops import AttentionResult, S2OConfig
-from s2o_compile.ops.contribution import sampled_rows
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig
 from s2o_compile.ops.density import density, scored_channels, share_in_all_channels
 from s2o_compile.ops.geometry import Geometry
+from s2o_compile.ops.rule.output_weighting import sampled_rows
 from s2o_compile.ops.visibility import Visibility
 
 from .baselines import flexprefill, pbs, streaming, vertical_slash, xattention
@@ -75,7 +75,7 @@ def operator_attention(config: S2OConfig, layer: Layer) -> tuple[AttentionResult
     result = AttentionResult(
         *torch.ops.s2o.attention_stats(*tensors, is_causal=True, scale=layer.scale, **config.arguments())
     )
-    share = density(result.visited, layer.length, layer.length, True, 0, config.tile).mean()
+    share = density(result.visited, layer.length, layer.length, True, 0, config.ranking.tile).mean()
     return result, float(share)
 
 
@@ -84,15 +84,15 @@ def ranking_flops(layer: Layer, config: S2OConfig) -> float:
     if not config.threshold:
         return 0.0  # every key is visited
     geometry = Geometry.of(layer.query[None], layer.key[None], Visibility(is_causal=True), config)
-    heads = layer.heads if config.guides == "head" else len(layer.key)
+    heads = layer.heads if config.ranking.guides == "head" else len(layer.key)
     scored = 0
     for segment in range(geometry.ranked_segments):
-        queries = min(config.segment, layer.length - segment * config.segment)
-        scored += -(-queries // config.pool) * geometry.span(segment).low
-    whole, few = (scored_channels(x, layer.key.shape[-1]) for x in (dataclasses.replace(config, channels=None), config))
+        queries = min(config.ranking.segment, layer.length - segment * config.ranking.segment)
+        scored += -(-queries // config.ranking.pool) * geometry.span(segment).low
+    whole, few = (scored_channels(x, layer.key.shape[-1]) for x in (config.with_ranking(channels=None), config))
     in_all = share_in_all_channels(layer.query, layer.key, layer.scale, config)
     flops = 2.0 * heads * scored * (few + (whole - few) * in_all)
-    if config.measure == "output":
+    if config.ranking.measure == "output":
         rows = layer.heads * len(sampled_rows(layer.length, layer.heads // len(layer.key), layer.key.device))
         flops += 2.0 * rows * layer.length * (layer.key.shape[-1] + layer.value.shape[-1])
     return flops
@@ -109,10 +109,8 @@ def operator(config: S2OConfig, settings: tuple[float, ...], default: float | No
 
 
 COVERED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-PACKED_MEANS = S2OConfig(
-    guides="group", pool=8, channels=None, max_weight=0, mean_weight=1, tail="means", near_keys=128
-)
-LEAST_WORK = S2OConfig(pool=4, channels=64, lists="head", sample=64, measure="output")
+PACKED_MEANS = S2OConfig.fast().with_ranking(rule="means", near_keys=128)
+LEAST_WORK = S2OConfig(ranking=Ranking(pool=4, channels=64, lists="head", sample=64, measure="output"))
 
 METHODS: dict[str, Method] = {
     "s2o": operator(S2OConfig(), (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128), S2OConfig().threshold),

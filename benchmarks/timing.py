@@ -110,11 +110,6 @@ def issuing_seconds(run: Run) -> float:
     return seconds / BATCH
 
 
-def device_name(device: torch.device) -> str:
-    """What ran, for reports."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def with_peak_memory(run: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:
     """A call's result, and the bytes it allocated at its peak, its result included; None on a CPU."""
     if device.type == "cpu":

@@ -5,70 +5,151 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-SETTINGS = 2**16
-"""How many settings each cache of them holds: a model that is calibrated may have one for each site."""
+from .old_names import sentence_on_old_name
+
+GAIN_CHUNK = 128
+"""Keys between two checks of the "gain" rule; a multiple of 64."""
+
+_LARGEST_TILE = 128
+_EVERY_QUERY = 2**62
+"""As `last_queries`: no query is ranked for."""
+
+
+class _Settings:
+    """Refuses names of settings that an earlier release had, before ``__init__`` calls them unexpected."""
+
+    def __new__(cls, *_: Any, **fields: Any) -> Any:
+        sentence = sentence_on_old_name(fields, _names(cls))
+        if sentence is not None:
+            raise TypeError(sentence)
+        return super().__new__(cls)
+
+
+_AnySettings = TypeVar("_AnySettings", bound="S2OConfig | Ranking")
 
 
 @dataclass(frozen=True)
-class S2OConfig:
+class Ranking(_Settings):
+    """How keys are ranked, and what becomes of those that do not matter. Advanced: it may change between releases.
+
+    The defaults rank keys for segments of 32 positions by the largest probability that any single query of any head of
+    the KV head gives them, and sample the keys below the threshold.
+
+    Attributes:
+        rule: What becomes of keys whose importance is below the threshold. "sampled" visits each with probability
+            importance / threshold and weighs it by the inverse, which leaves softmax sums unbiased
+            (`ops.rule.sampling`). "dropped" leaves them out. "means" lets those of each block of 64 enter as one key,
+            the block's mean key and value, weighted by how many they are. "gain" (the paper's rule) compares no
+            importance with the threshold: it sorts the whole history by importance, and stops after the first 128
+            keys in which no query of a tile gains the threshold's share of its softmax mass; it needs lists="head",
+            channels=None and measure="mass".
+        pool: Consecutive queries averaged into one guide; a power of two, at most `segment`. 1 scores every query.
+        guides: "head" for guides of each query head, "kv_head" for guides averaged over the query heads of a KV head.
+        channels: How many directions of the head dimension keys are scored in: those that carry most of the products
+            of this call's queries and keys (`ops.rule.channels`); None, or as many as there are, for all channels.
+            Where these directions miss some of the products more keys are visited; KV heads for which they miss much
+            are scored in all channels.
+        lists: "kv_head" for one list of keys per KV head, "head" for one per query head; "kv_head" where guides are
+            averaged over heads.
+        measure: What importance measures: "mass", the share of a query's softmax mass that a key holds; or "output",
+            that share times how far the key's value lies from the outputs of the KV head's queries, in units of these
+            (`ops.rule.output_weighting`), so that one threshold gives similar error across layers.
+        combine: Importance over the guides of a list: "max", the largest probability that a guide gives a key, or
+            "mean", the mean probability.
+        sample: A guide's log-sum-exp is estimated from its dense span and every `sample`-th key of the history;
+            1 is exact.
+        segment: Consecutive query positions that share one ranking; a power of two from 16 to 1024.
+        near_keys: Keys before each segment that are attended densely (rounded up to a multiple of 64).
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field has a value that is not allowed.
+    """
+
+    rule: str = "sampled"
+    pool: int = 1
+    guides: str = "head"
+    channels: int | None = 64
+    lists: str = "kv_head"
+    measure: str = "mass"
+    combine: str = "max"
+    sample: int = 16
+    segment: int = 32
+    near_keys: int = 64
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check(self, "segment", _is_power_of_two(self.segment, 16, 1024), "a power of two from 16 to 1024")
+        up_to_segment = f"a power of two up to segment ({self.segment})"
+        _check(self, "pool", _is_power_of_two(self.pool, 1, self.segment), up_to_segment)
+        _check(self, "channels", self.channels is None or self.channels >= 1, "None or at least 1")
+        for name, choices in _CHOICES.items():
+            _check(self, name, getattr(self, name) in choices, " or ".join(map(repr, choices)))
+        _check(self, "lists", self.lists == "kv_head" or self.guides == "head", "'kv_head' when guides is 'kv_head'")
+        _check(self, "sample", self.sample >= 1, "at least 1")
+        _check(self, "near_keys", self.near_keys >= 0, "at least 0")
+        if self.rule == "gain":
+            _check(self, "channels", self.channels is None, "None when rule is 'gain'")
+            _check(self, "lists", self.lists == "head", "'head' when rule is 'gain'")
+            _check(self, "measure", self.measure == "mass", "'mass' when rule is 'gain'")
+
+    @property
+    def tile(self) -> int:
+        """Query positions that one program handles, and that stop together under the "gain" rule."""
+        return min(self.segment, _LARGEST_TILE)
+
+    @property
+    def first_keys(self) -> int:
+        """How many keys at the start are always visited: one, a sink in most models, which the paper has none of."""
+        return 0 if self.rule == "gain" else 1
+
+    @functools.cached_property
+    def as_json(self) -> str:
+        """The fields that are not at their defaults, as the operator's `settings`; "" where all are."""
+        changed = {name: getattr(self, name) for name in _names(Ranking) if not _is_default(self, name)}
+        return json.dumps(changed) if changed else ""
+
+    @classmethod
+    @functools.cache
+    def from_json(cls, text: str) -> Ranking:
+        """The ranking that a text of `as_json` stands for, read once.
+
+        Raises:
+            TypeError: A field has the wrong type.
+            ValueError: The text is no JSON object, or a field is unknown or has a value that is not allowed.
+        """
+        try:
+            fields = json.loads(text or "{}")
+        except (TypeError, ValueError):
+            fields = None
+        if not isinstance(fields, dict):
+            raise ValueError(f"settings must be '' or a JSON object of fields of Ranking, not {text!r}")
+        return _changed(cls(), fields, "field", "Ranking")
+
+
+@dataclass(frozen=True)
+class S2OConfig(_Settings):
     """Settings of sparse attention.
-
-    Every field but `error_budget` and `calibration`, which stand for thresholds, is also an argument of
-    ``torch.ops.s2o.attention``.
-
-    The defaults rank keys for tiles of 32 positions by the largest probability that any single query of any
-    head of the KV group gives them. `S2OConfig.paper` is the published method.
 
     Attributes:
         threshold: The share of a query's softmax mass from which a key is sure to be visited; what becomes of
-            the others, `tail` says. 0 visits every key and equals dense attention to rounding.
-        min_length: Calls with fewer keys run dense. None chooses by device (`ops.choice`), 0 forces the sparse path.
-        segment: Consecutive query positions that share one ranking; a power of two from 16 to 1024.
-        tile: Query positions that one program handles, and that stop together; a power of two, at least 16, at
-            most `segment`.
-        pool: Consecutive queries averaged into one guide; a power of two, at most `segment`. 1 scores every query.
-        guides: "head" for guides of each query head, "group" for guides averaged over the heads of a KV group.
-        channels: Keys are scored in so many directions of the head dimension, those that carry most of the products of
-            this call's queries and keys (`ops.projection`); None for all channels, as more than there are stand for.
-            Where these directions miss some of the products more keys are visited; KV groups of which they miss much
-            are scored in all channels.
-        lists: "group" for one list of keys per KV group, "head" for one per query head.
-        measure: What importance measures: "mass", the share of a query's softmax mass that a key holds; or "output",
-            that share times how far the key's value lies from the group's outputs, in units of these
-            (`ops.contribution`), so that equal thresholds mean errors of like size in layers of unlike values.
-        max_weight: Weight of the largest probability that a guide gives a key, in the key's importance.
-        mean_weight: Weight of the mean probability over all guides of a list; importance is the larger term.
-        sample: A guide's log-sum-exp is estimated from its dense span and every `sample`-th key of the history;
-            1 is exact.
-        stop: "importance" decides key by key, comparing its importance with `threshold`. "gain" (the paper's
-            rule) sorts the whole history by importance and ends a tile's walk after the first `chunk` of keys in
-            which no row gains `threshold` of its softmax mass.
-        tail: What becomes of keys below the threshold. "sampled" visits each with probability importance /
-            `threshold` and weighs it by the inverse, which leaves softmax sums unbiased (`ops.sampling`).
-            "means" lets those of each block of 64 enter as one key, the block's mean key and value, weighted by
-            how many they are. "none" leaves them out, as the "gain" rule always does.
-        chunk: Keys between two checks of the "gain" rule; a multiple of 64.
-        first_keys: Keys at the start that are always visited.
-        near_keys: Keys before each segment that are attended densely (rounded up to a multiple of 64).
+            the others, `Ranking.rule` says. 0 visits every key and equals dense attention to rounding.
+        min_length: Calls with fewer keys run dense. None chooses by device (`ops.dispatch`), 0 forces the sparse path.
         last_queries: The last queries of a call, attended densely (rounded up to whole segments).
-        workspace: Bytes that lists of keys, and the importances they are made from, may take together on a GPU, and
-            scores of keys on a CPU, where what exceeds its caches is not used. A call that needs more works through its
-            segments in runs, at least one segment each. At 131,072 positions of 32 heads over 8, 2**33 is up to 5%
-            faster than the default on a GPU. Where memory does not suffice, a call takes an eighth, again and again.
         error_budget: The relative squared error that a call of attention may have,
             `sum |o - o_dense|^2 / sum |o_dense|^2` over all its queries, heads and sequences, against dense attention.
-            Above 0 and below 1; it decides `threshold`, which is then the budget itself, and `measure`, which is then
-            "output". That is a rule of thumb, not a bound: the error stayed below the threshold in all layers of real
-            models that were measured, far below it in most, and rose to 2.6 times it on made-up inputs of 131,072
-            positions (benchmarks/FINDINGS.md).
-            ``s2o_compile.calibrate`` measures instead.
+            Above 0 and below 1; it decides `threshold`, which is then the budget itself, and `Ranking.measure`, which
+            is then "output". That is a rule of thumb, not a bound: the error stayed below the threshold in all layers
+            of real models that were measured, far below it in most, and rose to 2.6 times it on made-up inputs of
+            131,072 positions (docs/results/calibration.md). ``s2o_compile.calibrate`` measures instead.
         calibration: The path of a file by ``s2o_compile.calibrate``: each attention site gets the threshold that kept
             the file's error budget, and the settings with which it did.
+        ranking: How keys are ranked; it may change between releases.
 
     Raises:
         TypeError: A field has the wrong type.
@@ -77,61 +158,16 @@ class S2OConfig:
 
     threshold: float = 8e-3
     min_length: int | None = None
-    segment: int = 32
-    tile: int = 32
-    pool: int = 1
-    guides: str = "head"
-    channels: int | None = 64
-    lists: str = "group"
-    measure: str = "mass"
-    max_weight: float = 1.0
-    mean_weight: float = 0.0
-    sample: int = 16
-    stop: str = "importance"
-    tail: str = "sampled"
-    chunk: int = 512
-    first_keys: int = 1
-    near_keys: int = 64
     last_queries: int = 0
-    workspace: int = 2**30
     error_budget: float | None = None
     calibration: str | os.PathLike[str] | None = None
+    ranking: Ranking = dataclasses.field(default_factory=Ranking)
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name))
+        _check_types(self)
         _check(self, "threshold", 0 <= self.threshold < 1, "a number from 0 to below 1")
         _check(self, "min_length", self.min_length is None or self.min_length >= 0, "None or at least 0")
-        _check(self, "segment", _is_power_of_two(self.segment, 16, 1024), "a power of two from 16 to 1024")
-        _check(
-            self,
-            "tile",
-            _is_power_of_two(self.tile, 16, self.segment),
-            f"a power of two from 16 to segment ({self.segment})",
-        )
-        _check(
-            self,
-            "pool",
-            _is_power_of_two(self.pool, 1, self.segment),
-            f"a power of two up to segment ({self.segment})",
-        )
-        _check(self, "channels", self.channels is None or self.channels >= 1, "None or at least 1")
-        _check(self, "channels", self.channels is None or self.stop != "gain", "None when stop is 'gain'")
-        for name, choices in _CHOICES.items():
-            _check(self, name, getattr(self, name) in choices, " or ".join(map(repr, choices)))
-        _check(self, "lists", self.lists == "group" or self.guides == "head", "'group' when guides is 'group'")
-        _check(self, "lists", self.lists == "head" or self.stop != "gain", "'head' when stop is 'gain'")
-        _check(self, "measure", self.measure == "mass" or self.stop != "gain", "'mass' when stop is 'gain'")
-        _check(self, "tail", self.tail == "none" or self.stop != "gain", "'none' when stop is 'gain'")
-        for name in ("max_weight", "mean_weight"):
-            value = getattr(self, name)
-            _check(self, name, 0 <= value < math.inf, "a finite number, at least 0")
-        _check(self, "max_weight", self.max_weight > 0 or self.mean_weight > 0, "above 0 when mean_weight is 0")
-        _check(self, "sample", self.sample >= 1, "at least 1")
-        _check(self, "chunk", self.chunk >= 64 and self.chunk % 64 == 0, "a positive multiple of 64")
-        for name in ("first_keys", "near_keys", "last_queries"):
-            _check(self, name, getattr(self, name) >= 0, "at least 0")
-        _check(self, "workspace", self.workspace >= 1, "at least 1")
+        _check(self, "last_queries", self.last_queries >= 0, "at least 0")
         self._check_budget()
 
     def _check_budget(self) -> None:
@@ -141,28 +177,53 @@ class S2OConfig:
         _check(self, "error_budget", self.error_budget is None or 0 < self.error_budget < 1, "None or between 0 and 1")
         _check(self, "error_budget", self.error_budget is None or self.calibration is None, "None beside a calibration")
         decides = "calibration" if self.error_budget is None else "error_budget"
-        is_default = {field.name: getattr(self, field.name) == field.default for field in dataclasses.fields(self)}
-        _check(self, "threshold", is_default["threshold"], f"left out where {decides} decides it")
+        _check(self, "threshold", _is_default(self, "threshold"), f"left out where {decides} decides it")
         if self.error_budget is not None:
-            for name in _RANKING:
-                _check(self, name, is_default[name], "left out beside an error_budget without calibration")
+            for name in _MEASURED:
+                is_default = _is_default(self.ranking, name)
+                _check(self.ranking, name, is_default, "left out beside an error_budget without calibration")
 
     @classmethod
-    def paper(cls, threshold: float = 1e-3, **changes: Any) -> S2OConfig:
-        """The setting of S2O as published (arXiv 2602.22575, without its ordering of queries inside a segment).
-
-        One list per head and segment of 512 positions, ranked by the segment's mean query; dense attention
-        inside the segment; blocks of sorted keys until the gain in softmax mass falls below `threshold`.
+    def accurate(cls, **changes: Any) -> S2OConfig:
+        """The default: keeps lookups, and the perplexity within 1% of dense attention's.
 
         Args:
-            threshold: The least relative gain in softmax mass that keeps a tile going.
             **changes: Other fields to set.
         """
-        published: dict[str, Any] = {
-            "segment": 512, "tile": 128, "pool": 512, "channels": None, "lists": "head", "sample": 1, "stop": "gain",
-            "chunk": 128, "tail": "none", "first_keys": 0, "near_keys": 0, "last_queries": 0,
-        }  # fmt: skip
-        return cls(threshold=threshold, **(published | changes))
+        return cls(**changes)
+
+    @classmethod
+    def fast(cls, **changes: Any) -> S2OConfig:
+        """The fastest setting, which loses lookups: of 32 values hidden in 32,768 tokens of prose and code, asked for
+        at 60% of the text and at its end, it finds 14 and 4 where dense attention finds 29 and 24.
+
+        Keys are ranked by their mean probability under four guides a segment, each the mean of 8 queries of all heads
+        of a KV head (packed guides), in all channels; those below the threshold, by default 2e-5, are left out.
+
+        Args:
+            **changes: Other fields to set.
+        """
+        ranking = Ranking(rule="dropped", pool=8, guides="kv_head", channels=None, combine="mean")
+        return cls._preset(2e-5, ranking, changes)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> S2OConfig:
+        """S2O as published (arXiv 2602.22575), without its ordering of queries inside a segment.
+
+        One list per head and segment of 512 positions, ranked by the segment's mean query; dense attention
+        inside the segment; blocks of sorted keys until the gain in softmax mass falls below the threshold, by default
+        1e-3.
+
+        Args:
+            **changes: Other fields to set.
+        """
+        ranking = Ranking(rule="gain", pool=512, channels=None, lists="head", sample=1, segment=512, near_keys=0)
+        return cls._preset(1e-3, ranking, changes)
+
+    @classmethod
+    def _preset(cls, threshold: float, ranking: Ranking, changes: dict[str, Any]) -> S2OConfig:
+        decided = {} if "calibration" in changes else {"threshold": threshold}
+        return cls(**{**decided, "ranking": ranking, **changes})
 
     @classmethod
     def of(cls, config: S2OConfig | None) -> S2OConfig:
@@ -176,46 +237,98 @@ class S2OConfig:
         return config or cls()
 
     @classmethod
-    def from_options(cls, options: dict[str, Any]) -> S2OConfig:
+    def from_options(cls, options: Mapping[str, Any]) -> S2OConfig:
         """Build a configuration from option names and values, as given to ``torch.compile``.
 
         Raises:
-            ValueError: A name is not a field; the message lists those that are.
+            TypeError: A field has the wrong type.
+            ValueError: A name is not a field, and the message lists those that are; or a value is not allowed.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in names:
-                raise ValueError(f"unknown option {name!r}; the options of s2o are {', '.join(names)}")
-        return cls(**options)
+        return cls().with_options(options)
+
+    def with_options(self, options: Mapping[str, Any]) -> S2OConfig:
+        """This configuration with other values; `ranking` may be a mapping of the fields that change in it.
+
+        Raises:
+            TypeError: A field has the wrong type.
+            ValueError: A name is not a field, and the message lists those that are; or a value is not allowed.
+        """
+        ranking = options.get("ranking")
+        if isinstance(ranking, Mapping):
+            options = {**options, "ranking": _changed(self.ranking, ranking, "field", "Ranking")}
+        return _changed(self, options, "option", "s2o")
+
+    def with_ranking(self, **changes: Any) -> S2OConfig:
+        """This configuration with other fields of its ranking."""
+        return replaced(self, ranking=replaced(self.ranking, **changes))
 
     def without_ranking(self) -> S2OConfig:
-        """The same, but that all queries attend all keys, one by one."""
-        return replaced(self, last_queries=_EVERY_QUERY, stop="importance", tail="none")
+        """This configuration, but that all queries attend all keys, one by one."""
+        return replaced(self.with_ranking(rule="dropped"), last_queries=_EVERY_QUERY)
 
     @property
     def has_means(self) -> bool:
         """Whether block means stand for keys that are not listed."""
-        return self.tail == "means" and self.threshold > 0
+        return self.ranking.rule == "means" and self.threshold > 0
 
     @property
     def has_samples(self) -> bool:
         """Whether keys below the threshold are sampled."""
-        return self.tail == "sampled" and self.threshold > 0
+        return self.ranking.rule == "sampled" and self.threshold > 0
 
     def bounds_weights(self, size: int) -> bool:
         """Whether sampled keys of `size` channels are kept from weighing too much: where they may be misjudged far."""
-        scored = size if self.channels is None else self.channels
-        return self.has_samples and (self.pool > 1 or self.guides == "group" or 2 * scored < size)
+        ranking = self.ranking
+        scored = size if ranking.channels is None else ranking.channels
+        return self.has_samples and (ranking.pool > 1 or ranking.guides == "kv_head" or 2 * scored < size)
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``torch.ops.s2o.attention``: the fields, with those that `error_budget` decides.
+    def resolved(self) -> S2OConfig:
+        """This configuration with the threshold and the measure that an `error_budget` stands for.
 
         Raises:
             ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
         """
         _check(self, "calibration", self.calibration is None, "None where no attention site of a model is known")
-        found = {field.name: getattr(self, field.name) for field in operator_fields()}
-        return found if self.error_budget is None else found | {"threshold": self.error_budget, "measure": "output"}
+        if self.error_budget is None:
+            return self
+        changed = dataclasses.replace(self, error_budget=None, threshold=self.error_budget)
+        return changed.with_ranking(measure="output")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of the `resolved` configuration, in types that JSON has and `from_options` takes.
+
+        Raises:
+            ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
+        """
+        found = dataclasses.asdict(self.resolved())
+        return {name: value for name, value in found.items() if name not in ("error_budget", "calibration")}
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of ``torch.ops.s2o.attention`` that these settings are.
+
+        Raises:
+            ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
+        """
+        config = self.resolved()
+        return {
+            "threshold": config.threshold,
+            "min_length": config.min_length,
+            "last_queries": config.last_queries,
+            "settings": config.ranking.as_json,
+        }
+
+    @classmethod
+    @functools.cache
+    def from_arguments(
+        cls, threshold: float = 8e-3, min_length: int | None = None, last_queries: int = 0, settings: str = ""
+    ) -> S2OConfig:
+        """The configuration that `arguments` of the operator stand for, checked once.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: An argument has a value that is not allowed.
+        """
+        return cls(threshold, min_length, last_queries, ranking=Ranking.from_json(settings))
 
     @functools.cached_property
     def as_json(self) -> str:
@@ -223,36 +336,58 @@ class S2OConfig:
         return json.dumps(self.arguments())
 
     @classmethod
-    @functools.lru_cache(maxsize=SETTINGS)
+    @functools.cache
     def from_json(cls, text: str) -> S2OConfig:
-        """The configuration that a text of `as_json` stands for, built once."""
-        return cls(**json.loads(text))
+        """The configuration that a text of `as_json` stands for, read once."""
+        return cls.from_arguments(**json.loads(text))
 
 
-@functools.lru_cache(maxsize=SETTINGS)
-def replaced(config: S2OConfig, **changes: Any) -> S2OConfig:
-    """``dataclasses.replace``, once for each setting."""
-    return dataclasses.replace(config, **changes)
+@functools.cache
+def replaced(settings: _AnySettings, **changes: Any) -> _AnySettings:
+    """``dataclasses.replace``, once for each setting: its checks take longer than the launch of a kernel."""
+    return dataclasses.replace(settings, **changes)
 
-
-def operator_fields() -> list[dataclasses.Field[Any]]:
-    """The fields of `S2OConfig` that are arguments of ``torch.ops.s2o.attention``."""
-    return [field for field in dataclasses.fields(S2OConfig) if field.name not in ("error_budget", "calibration")]
-
-
-_EVERY_QUERY = 2**62
-"""As `last_queries`: no query is ranked for."""
 
 _CHOICES = {
-    "guides": ("head", "group"),
-    "lists": ("group", "head"),
+    "rule": ("sampled", "dropped", "means", "gain"),
+    "guides": ("head", "kv_head"),
+    "lists": ("kv_head", "head"),
     "measure": ("mass", "output"),
-    "stop": ("importance", "gain"),
-    "tail": ("sampled", "means", "none"),
+    "combine": ("max", "mean"),
 }
-_RANKING = ("pool", "guides", "channels", "measure", "max_weight", "stop", "tail")
+_MEASURED = ("pool", "guides", "channels", "measure", "combine", "rule")
+"""The fields of `Ranking` at whose defaults an error budget was measured."""
 _OPTIONAL = {"min_length", "channels", "error_budget", "calibration"}
-_NUMBERS = {"threshold", "max_weight", "mean_weight", "error_budget"}
+_NUMBERS = {"threshold", "error_budget"}
+
+
+def _names(settings: Any) -> tuple[str, ...]:
+    return tuple(settings.__dataclass_fields__)
+
+
+def _is_default(settings: S2OConfig | Ranking, name: str) -> bool:
+    return bool(getattr(settings, name) == settings.__dataclass_fields__[name].default)
+
+
+def _changed(settings: _AnySettings, changes: Mapping[str, Any], kind: str, owner: str) -> _AnySettings:
+    """Settings with other values.
+
+    Raises:
+        ValueError: A name is not a field; the message says what to use in place of an old one, or lists all fields.
+    """
+    names = _names(settings)
+    sentence = sentence_on_old_name(changes, names)
+    if sentence is not None:
+        raise ValueError(sentence)
+    for name in changes:
+        if name not in names:
+            raise ValueError(f"unknown {kind} {name!r}; the {kind}s of {owner} are {', '.join(names)}")
+    return dataclasses.replace(settings, **changes)
+
+
+def _check_types(settings: S2OConfig | Ranking) -> None:
+    for name in _names(settings):
+        _check_type(name, getattr(settings, name))
 
 
 def _check_type(name: str, value: object) -> None:
@@ -260,6 +395,8 @@ def _check_type(name: str, value: object) -> None:
         right, wanted = isinstance(value, str), "a string"
     elif name == "calibration":
         right, wanted = isinstance(value, (str, os.PathLike)), "a path"
+    elif name == "ranking":
+        right, wanted = isinstance(value, Ranking), "a Ranking"
     elif name in _NUMBERS:
         right, wanted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
     else:
@@ -270,9 +407,9 @@ def _check_type(name: str, value: object) -> None:
         raise TypeError(f"{name} must be {wanted}, not {value!r}")
 
 
-def _check(config: S2OConfig, name: str, holds: bool, allowed: str) -> None:
+def _check(settings: S2OConfig | Ranking, name: str, holds: bool, allowed: str) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {allowed}, not {getattr(config, name)!r}")
+        raise ValueError(f"{name} must be {allowed}, not {getattr(settings, name)!r}")
 
 
 def _is_power_of_two(value: int, least: int, most: int) -> bool:

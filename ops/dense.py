@@ -7,8 +7,8 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .rule.softmax import soft_cap
 from .sizes import statically_known_true
-from .softmax import soft_cap
 from .visibility import Visibility
 
 
@@ -46,15 +46,15 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of a few queries, whose probabilities are small enough to hold, with what SDPA lacks."""
     batch, heads, length, width = query.shape
-    groups, keys = key.shape[1:3]
-    logits = query.float().reshape(batch, groups, -1, width) @ key.float().mT * scale
+    kv_heads, keys = key.shape[1:3]
+    logits = query.float().reshape(batch, kv_heads, -1, width) @ key.float().mT * scale
     logits = soft_cap(logits, softcap).view(batch, heads, length, keys)
     logits = logits.masked_fill(~_mask(visibility, query, key), -math.inf)
     lse = logits.logsumexp(-1, keepdim=True)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.float()[:, None, None])
     weights = (logits - lse.masked_fill(lse == -math.inf, 0)).exp()
-    output = weights.view(batch, groups, -1, keys) @ value.float()
+    output = weights.view(batch, kv_heads, -1, keys) @ value.float()
     return output.view(batch, heads, length, -1).to(query.dtype)
 
 

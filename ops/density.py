@@ -8,8 +8,8 @@ import torch
 
 from .config import S2OConfig
 from .geometry import Geometry, round_up
-from .guides import pool_guides
-from .projection import project
+from .rule.channels import project
+from .rule.guides import pool_guides
 
 
 @functools.cache
@@ -43,28 +43,28 @@ def density(
     return visited.sum(-1) / max(1, dense_pairs(queries, keys, is_causal, causal_offset, tile, window))
 
 
-def ranking_share(config: S2OConfig, channels: int, value_channels: int, group: int) -> float:
-    """The multiplications that rank keys over those of dense attention, the density aside.
+def ranking_share(config: S2OConfig, channels: int, value_channels: int, group_size: int) -> float:
+    """The ratio of ranking FLOPs to dense attention's FLOPs, visited pairs not counted.
 
-    Each guide is multiplied with every key, and with one in `S2OConfig.sample` once more for its log-sum-exp.
+    Each guide is multiplied with every key, and with one in `Ranking.sample` once more for its log-sum-exp.
 
     Args:
         config: The rule.
         channels: D.
         value_channels: Dv.
-        group: Query heads per KV head.
+        group_size: Query heads per KV head.
     """
-    queries_a_guide = config.pool * (group if config.guides == "group" else 1)
+    queries_a_guide = config.ranking.pool * (group_size if config.ranking.guides == "kv_head" else 1)
     return scored_channels(config, channels) / (queries_a_guide * (channels + value_channels))
 
 
 def scored_channels(config: S2OConfig, channels: int) -> float:
     """The multiplications of a guide and a key, of D channels: its score, and its part in a log-sum-exp."""
-    return min(config.channels or channels, channels) + channels / config.sample
+    return min(config.ranking.channels or channels, channels) + channels / config.ranking.sample
 
 
 def share_in_all_channels(query: torch.Tensor, key: torch.Tensor, scale: float, config: S2OConfig) -> float:
-    """The share of KV groups whose keys are scored in all channels, as fewer neglect too much (`ops.projection`).
+    """The share of KV heads whose keys are scored in all channels, as fewer neglect too much (`rule.channels`).
 
     Args:
         query: [..., Hq, Lq, D].
@@ -73,4 +73,4 @@ def share_in_all_channels(query: torch.Tensor, key: torch.Tensor, scale: float, 
         config: Gives the guides and how many channels they are.
     """
     guides = pool_guides(query.unflatten(-3, (key.shape[-3], -1)), config)
-    return float(project(guides, key, config.channels, scale).lacks.double().mean())
+    return float(project(guides, key, config.ranking.channels, scale).neglects_too_much.double().mean())

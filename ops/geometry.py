@@ -1,4 +1,4 @@
-"""Which keys a segment of queries attends densely, and which it ranks.
+"""The keys that a segment of queries attends densely, and those that it ranks.
 
 A segment of queries [first_row, end_row) attends the keys of its *dense span* [low, high) one by one, masked. The
 keys outside it that some of its rows may see are its *history*: [start, low), and without a causal mask also
@@ -57,10 +57,10 @@ class Geometry:
             is_causal=visibility.is_causal,
             offset=visibility.causal_offset,
             window=visibility.window,
-            segment=config.segment,
-            tile=config.tile,
+            segment=config.ranking.segment,
+            tile=config.ranking.tile,
             # More would make no difference, and may overflow.
-            near_keys=min(config.near_keys, query.shape[2] + key.shape[2] + abs(visibility.causal_offset)),
+            near_keys=min(config.ranking.near_keys, query.shape[2] + key.shape[2] + abs(visibility.causal_offset)),
             last_queries=config.last_queries,
         )
 
@@ -109,7 +109,7 @@ class Geometry:
         return longest if self.window is None else min(longest, self.window + BLOCK)
 
     def history(self, positions: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
-        """Which of the key positions [N] are in the histories of segments with these spans [S, 3]: [S, N]."""
+        """Membership of key positions [N] in the histories of segments with these spans [S, 3]: [S, N] boolean."""
         start, low, high = spans[:, :, None].unbind(1)
         history = positions < low
         if self.window is not None:

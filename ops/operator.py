@@ -8,7 +8,6 @@ Where lengths are symbolic and the choice depends on them, they call `attention_
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 
 from . import cpu
-from .choice import choose_sparse
-from .config import SETTINGS, S2OConfig, operator_fields
+from .config import S2OConfig
 from .dense import decode_attention, dense_attention, positive_scale
+from .dispatch import choose_sparse, has_kernels
 from .distributed import refuse_context_parallel, refuse_dtensors
 from .memory import fit_into_memory
-from .recording import SparseCall, recorded
+from .observe import SparseInputs, recorded
 from .result import AttentionResult
-from .sinks import add_sinks
+from .rule.sinks import add_sinks
 from .sizes import statically_known_true
 from .validation import validate
 from .visibility import Visibility
@@ -33,21 +32,11 @@ from .visibility import Visibility
 _FEW_QUERIES = 8
 """How many queries are shaped like decoding, where what SDPA lacks is cheapest spelled out."""
 
-_TYPES = {"float": "float", "int": "int", "int | None": "int?", "str": "str", "bool": "bool"}
-
-
-def _schema_default(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-_FIELDS = ", ".join(
-    f"{_TYPES[str(field.type)]} {field.name}={_schema_default(field.default)}" for field in operator_fields()
-)
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, bool is_causal=False, SymInt causal_offset=0, "
     "Tensor? key_padding=None, float? scale=None, SymInt? window=None, Tensor? query_documents=None, "
     'Tensor? key_documents=None, Tensor? mask=None, float softcap=0.0, Tensor? sinks=None, str site="", '
-    f"*, {_FIELDS})"
+    f'*, float threshold={S2OConfig().threshold}, int? min_length=None, int last_queries=0, str settings="")'
 )
 _RESULT = "(Tensor output, Tensor lse, Tensor visited)"
 
@@ -62,103 +51,33 @@ library.define(
 )
 
 
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    is_causal: bool = False,
-    causal_offset: int = 0,
-    key_padding: torch.Tensor | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    query_documents: torch.Tensor | None = None,
-    key_documents: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    site: str = "",
-    **fields: Any,
-) -> torch.Tensor:
-    """Attention that visits keys in order of importance and stops when the rest no longer matters.
+def attention(*arguments: Any, **keywords: Any) -> torch.Tensor:
+    """The implementation of the operator, whose arguments and errors ``s2o_compile.attention`` documents.
 
     Calls that are short (`S2OConfig.min_length`) or shaped like decoding run dense: by SDPA, or with a soft cap or
     sinks, which it lacks, by the sparse implementation with every key in the dense span, or spelled out for a few
     queries.
-
-    A query sees a key where `is_causal`, `key_padding`, `window`, documents and `mask` all allow it. With documents
-    or a `mask`, every query is a guide (`pool` is 1); with these or a `window`, a tail of "means" is sampled.
-
-    Args:
-        query: [B, Hq, Lq, D], float16, bfloat16 or float32; D up to 256.
-        key: [B, Hkv, Lk, D], Hq a multiple of Hkv.
-        value: [B, Hkv, Lk, Dv], Dv up to 256.
-        is_causal: Whether query i sees only the keys up to i + `causal_offset`.
-        causal_offset: 0 counts from the top left, as SDPA does; Lk - Lq suits a chunk that continues a cache.
-        key_padding: [B, Lk] boolean, True for keys that may be attended; None for all.
-        scale: Factor of the logits, by default D ** -0.5.
-        window: Query i sees only keys j with i + `causal_offset` - j < `window`, at least 1; None for no window.
-            Without `is_causal` this bounds the keys from below only.
-        query_documents: [B, Lq] int32 or int64, with `key_documents`: a query sees the keys of equal id only.
-        key_documents: [B, Lk] int32 or int64.
-        mask: Boolean, broadcastable to [B, Hq, Lq, Lk], True for pairs that may attend.
-        softcap: The scaled logits become `softcap` * tanh(logits / `softcap`) (Gemma 2, arXiv 2408.00118); 0 for none.
-        sinks: [Hq], a logit per head that enters the softmax's denominator without a value (gpt-oss).
-        site: What profiles and traces call it, by default its shapes.
-        **fields: The fields of `S2OConfig`, without `error_budget` and `calibration`.
-
-    Returns:
-        [B, Hq, Lq, Dv] in the dtype of `query`; zeros for rows with nothing to attend to.
-
-    Raises:
-        RuntimeError: The call is inside torch's ``context_parallel``.
-        TypeError: A dtype or a field's type is not supported, or a tensor that sparse attention takes is a DTensor.
-        ValueError: Shapes, devices or a value do not fit, or a gradient is asked for.
     """
-    terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
-    call = _Call.of(query, key, value, terms, scale, softcap, sinks, site, fields)
+    call = _Call.of(*arguments, **keywords)
     sparse = call.chooses_sparse()
     if sparse is None:
-        return torch.ops.s2o.attention_dynamic(
-            call.query, call.key, call.value, is_causal, causal_offset, key_padding, call.scale, window,
-            query_documents, key_documents, mask, softcap, sinks, site, **fields,
-        )  # fmt: skip
+        return call.dynamic()
     return call.sparse().output if sparse else call.dense()
 
 
-def attention_stats(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    is_causal: bool = False,
-    causal_offset: int = 0,
-    key_padding: torch.Tensor | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    query_documents: torch.Tensor | None = None,
-    key_documents: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    site: str = "",
-    **fields: Any,
-) -> AttentionResult:
+def attention_stats(*arguments: Any, **keywords: Any) -> AttentionResult:
     """`attention`, with log-sum-exp [B, Hq, Lq] (float32) and visited work [B, Hq, tiles] (int64, pairs).
 
     Where `attention` would run SDPA, this visits every key in the dense span instead, so that it can count.
     """
-    terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
-    call = _Call.of(query, key, value, terms, scale, softcap, sinks, site, fields)
+    call = _Call.of(*arguments, **keywords)
     return call.spans() if call.chooses_sparse() is False else call.sparse()
 
 
-def attention_dynamic(*arguments: Any, **options: Any) -> torch.Tensor:
+def attention_dynamic(*arguments: Any, **keywords: Any) -> torch.Tensor:
     """`attention`, opaque to the compiler, with the output in one layout whatever is chosen."""
-    output = attention(*arguments, **options)
+    output = attention(*arguments, **keywords)
     return output.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-_configured = functools.lru_cache(maxsize=SETTINGS)(S2OConfig)
-"""`S2OConfig`, whose checks take longer than the launch of a kernel, so that each setting is checked once."""
 
 
 class _Call(NamedTuple):
@@ -180,17 +99,27 @@ class _Call(NamedTuple):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        terms: Visibility,
-        scale: float | None,
-        softcap: float,
-        sinks: torch.Tensor | None,
-        site: str,
-        fields: dict[str, Any],
+        is_causal: bool = False,
+        causal_offset: int = 0,
+        key_padding: torch.Tensor | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        query_documents: torch.Tensor | None = None,
+        key_documents: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        site: str = "",
+        **settings: Any,
     ) -> _Call:
-        """Validate what an operator was called with; `fields` are those of `S2OConfig`."""
+        """Validate what an operator was called with, in the order of its schema.
+
+        `site` is what profiles and traces call it, by default its shapes; `settings` are `S2OConfig.arguments`.
+        """
         refuse_context_parallel()
-        config = _configured(**fields)
+        config = S2OConfig.from_arguments(**settings)
         query, key, value = _autocast(query, key, value)
+        terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
         validate(query, key, value, terms, scale, softcap, sinks)
         query, key = _with_channels(query), _with_channels(key)
         query, scale = positive_scale(query, scale)
@@ -202,6 +131,15 @@ class _Call(NamedTuple):
     def chooses_sparse(self) -> bool | None:
         """Whether the call is worth the sparse path; None where that is known at run time only."""
         return choose_sparse(self.query.shape[2], self.key.shape[2], self.query.device, self.config)
+
+    def dynamic(self) -> torch.Tensor:
+        """The output of whichever is chosen at run time."""
+        terms = self.visibility
+        return torch.ops.s2o.attention_dynamic(
+            self.query, self.key, self.value, terms.is_causal, terms.causal_offset, terms.key_padding, self.scale,
+            terms.window, terms.query_documents, terms.key_documents, terms.mask, self.softcap, self.sinks, self.site,
+            **self.config.arguments(),
+        )  # fmt: skip
 
     def dense(self) -> torch.Tensor:
         """The output of dense attention, in whichever way is fastest."""
@@ -230,8 +168,10 @@ class _Call(NamedTuple):
         arguments = (self.query, self.key, value, *self.visibility, self.factor, self.softcap)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
-        if self.query.is_cuda and not symbolic and not _is_empty(self.query, self.key) and _is_packaging():
-            from .kernels.launch import sparse_triton
+        is_empty = _is_empty(self.query, self.key)
+        by_kernels = self.query.is_cuda and not is_empty and has_kernels(self.visibility, self.config)
+        if by_kernels and not symbolic and _is_packaging():
+            from .kernels.pipeline import sparse_triton
 
             result = AttentionResult(*sparse_triton(*arguments, settings))
         else:
@@ -258,16 +198,19 @@ def _is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 def _sparse_cpu(*arguments: Any) -> AttentionResult:
-    def attend(call: SparseCall, config: S2OConfig) -> AttentionResult:
-        operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
-        return cpu.sparse_attention(*operands, config)
+    return _dispatched(_attend_by_torch, *arguments)
 
-    return _dispatched(attend, *arguments)
+
+def _attend_by_torch(call: SparseInputs, config: S2OConfig) -> AttentionResult:
+    operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
+    return cpu.sparse_attention(*operands, config)
 
 
 def _sparse_cuda(*arguments: Any) -> AttentionResult:
-    def attend(call: SparseCall, config: S2OConfig) -> AttentionResult:
-        from .kernels.launch import sparse_triton
+    def attend(call: SparseInputs, config: S2OConfig) -> AttentionResult:
+        if not has_kernels(call.visibility, config):
+            return _attend_by_torch(call, config)
+        from .kernels.pipeline import sparse_triton
 
         *operands, _, _ = arguments
         return AttentionResult(*sparse_triton(*operands, config.as_json))
@@ -276,7 +219,7 @@ def _sparse_cuda(*arguments: Any) -> AttentionResult:
 
 
 def _dispatched(
-    attend: Callable[[SparseCall, S2OConfig], AttentionResult],
+    attend: Callable[[SparseInputs, S2OConfig], AttentionResult],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -285,9 +228,9 @@ def _dispatched(
     """What an implementation computes, which is not asked where there is nothing to attend to."""
     refuse_context_parallel()  # A graph may have been compiled outside.
     *terms, scale, softcap, site, settings = rest
-    call = SparseCall(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
+    call = SparseInputs(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
     if _is_empty(query, key):
-        return AttentionResult.of_nothing(query, value, call.config.tile)
+        return AttentionResult.of_nothing(query, value, call.config.ranking.tile)
     with _without_autocast(query.device.type):
         return recorded(call, lambda: fit_into_memory(partial(attend, call), call.config))
 
@@ -305,12 +248,12 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _fake_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **fields: Any) -> torch.Tensor:
+def _fake_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **settings: Any) -> torch.Tensor:
     return AttentionResult.empty(query, value, 1).output
 
 
 def _fake_result(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> AttentionResult:
-    return AttentionResult.empty(query, value, S2OConfig.from_json(rest[-1]).tile)
+    return AttentionResult.empty(query, value, S2OConfig.from_json(rest[-1]).ranking.tile)
 
 
 library.impl("attention", attention, "CompositeImplicitAutograd")

@@ -1,256 +1,307 @@
-"""The specification: sparse attention by online permutation and early stopping, one segment at a time.
+"""The specification: sparse attention in ten minutes, in float64, as pure functions in the order of the steps.
 
-Every other implementation is tested against this one. It follows S2O (arXiv 2602.22575), generalised:
+Every implementation is tested against this file, which shares nothing with them but settings, mask and result type.
+It holds the default rule; `ops.reference_variants` overrides single steps for other settings.
 
-1. The queries are cut into segments; the queries of a segment are pooled into guides (`pool_guides`).
-2. Each key of the segment's history gets an importance: the share of softmax mass that the guides that see it give
-   it (`importance`; a guide sees what its first query sees). Keys are ranked by it, one list per query head or per
-   KV group.
-   Scores may be of fewer channels (`ops.projection`), and shares of mass may be weighed by what leaving the key out
-   does to the output (`ops.contribution`).
-3. Pass 1 attends the segment's dense span, and so initialises the online softmax. In both passes each row is masked.
-4. Pass 2 walks the list in order of importance and stops early, by one of two rules:
-   "importance" stops where the importance falls below the threshold; "gain" stops after the first chunk of keys
-   in which no row of the tile gained a share `threshold` of its softmax mass.
-5. Keys below the threshold are the tail. Of a sampled tail, some are listed all the same, and weigh more
-   (`ops.sampling`); or the keys of each block that were not listed enter as one key, the block's mean.
+The method is S2O (Early Stopping for Sparse Attention via Online Permutation, arXiv 2602.22575): the queries of a
+*segment* visit keys in order of importance, gathered through an index, and stop where the rest no longer matters.
+This project's own are: every query scores keys (the paper: the segment's mean query), one choice for all query heads
+of a KV head, estimated denominators, scores in half of the channels, and a sampled tail instead of a hard stop.
 
-It is slow and meant to be read. Give it float32 or float64.
+For a segment S with *dense span* D and *history* H, queries i in S of all query heads of a KV head, keys j:
+
+    l_ij = scale q_i . k_j                                                      logits            `logits`
+    Z_i  = sum_{j in D} exp(l_ij) + r sum_{every r-th j in H} exp(l_ij)         denominators      `log_normalisers`
+    p_ij = exp(l'_ij + nu) / Z_i, l' in few channels, nu for the others         shares of mass    `channels`
+    a_j  = max_i p_ij                                                           importance        `importance`
+    pi_j = min(1, a_j / theta)                                                  chance of a visit `chance`
+    J    = {j in H: pi_j >= u_j}, u_j uniform between 0 and 1                   visited keys      `select`, `draws`
+    w_j  = 1 / pi_j for j in J, 1 for j in D                                    weights           `log_weights`
+    o_i  = sum_{j in D, J} w_j exp(l_ij) v_j / sum_{j in D, J} w_j exp(l_ij)    outputs           `softmax`
+
+A key with a_j >= theta is sure to be visited, of the others a sample is. As w_j is 1 / pi_j, both sums of o_i are those
+of dense attention in expectation (Horvitz and Thompson, 1952). With theta = 0 every key is visited.
+
+Shapes: B batch, H KV heads, G query heads per KV head, L queries, R of them in a segment, N keys, n guides (the queries
+that score keys). Queries are [B, H, G, R, D] and keys [B, H, 1, N, D], so that all broadcasts to [B, H, G, R, N].
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from .config import S2OConfig
-from .contribution import sampled_rows, value_distances
-from .geometry import BLOCK, Geometry, round_up
-from .guides import pool_guides
-from .projection import Projected, project_group
 from .result import AttentionResult
-from .sampling import draws, most_logits
-from .softmax import OnlineSoftmax, soft_cap
-from .visibility import Visibility, masked
+from .visibility import Visibility
+
+Count = TypeVar("Count", int, Tensor)
+
+BLOCK = 64
+"""Keys per block, in which spans start and end and visited keys are counted."""
 
 
-def reference_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+class Call(NamedTuple):
+    """A call in float64: `query` [B, H, G, L, D], `key` [B, H, 1, N, D], `value` [B, H, 1, N, Dv], padding zeroed.
+
+    `seen` [B, H, G, L, N] is the whole mask, true where a query sees a key; `valid` [B, N] are the keys that are not
+    padding; `sinks` [H, G] are -inf for none.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    seen: Tensor
+    valid: Tensor
+    scale: float
+    softcap: float
+    sinks: Tensor
+
+
+class Segment(NamedTuple):
+    """A segment: `query` [B, H, G, R, D], `seen` [B, H, G, R, N], and its keys `dense` and `history`, [N] booleans."""
+
+    number: int
+    query: Tensor
+    seen: Tensor
+    dense: Tensor
+    history: Tensor
+
+
+def call_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: Visibility,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Call:
+    """The arguments of `reference_attention` as a `Call`."""
+    (batch, heads, length, width), (kv_heads, keys) = query.shape, key.shape[1:3]
+    shape = (batch, kv_heads, heads // max(1, kv_heads), length)
+    seen = terms.as_mask(batch, length, keys, key.device).expand(batch, heads, length, keys).reshape(*shape, keys)
+    valid = torch.ones(batch, keys, device=key.device).bool() if terms.key_padding is None else terms.key_padding
+    key, value = (x.double().masked_fill(~valid[:, None, :, None], 0)[:, :, None] for x in (key, value))
+    scale = width**-0.5 if scale is None else scale
+    sinks = torch.full((heads,), -math.inf, device=key.device) if sinks is None else sinks
+    sinks = sinks.double().view(shape[1:3])
+    return Call(query.double().reshape(*shape, width), key, value, seen, valid, scale, softcap, sinks)
+
+
+def logits(call: Call, query: Tensor) -> Tensor:
+    """l = scale q . k [..., N]; with a soft cap c, c tanh(l / c) (Gemma 2, arXiv 2408.00118)."""
+    product = query @ call.key.mT * call.scale
+    return call.softcap * (product / call.softcap).tanh() if call.softcap else product
+
+
+def span(index: int, segment: int, near_keys: int, queries: int, keys: int, terms: Visibility) -> tuple[int, int, int]:
+    """Where the history of a segment starts, and its dense span [low, high), in whole blocks.
+
+    D = [low, high) covers the segment itself and the `near_keys` before it, and as many after it without a causal mask.
+    H = [start, low), and [high, N) without a causal mask; a window starts it at the first block that any row sees.
+    """
+    first, end = (min(row, queries) + terms.causal_offset for row in (index * segment, (index + 1) * segment))
+    start = 0 if terms.window is None else clip(first - terms.window + 1, keys) // BLOCK * BLOCK
+    low = min(max(first - near_keys, start), keys) // BLOCK * BLOCK
+    high = clip(end, keys) if terms.is_causal else clip(up(clip(end + near_keys, keys)), keys)
+    return start, low, max(low, high)
+
+
+def guides(query: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The queries that score keys [B, H, G, n, D], and what they see [B, H, G, n, N]: all queries."""
+    return query, seen
+
+
+def projection(guide_moments: Tensor, key_moments: Tensor, count: int) -> Tensor:
+    """P [..., D, D] of scores q P . k: it keeps the `count` channels c with the largest E[q_c^2] E[k_c^2]."""
+    energy = (guide_moments * key_moments).diagonal(dim1=-2, dim2=-1)
+    return torch.diag_embed(torch.zeros_like(energy).scatter(-1, energy.topk(count).indices, 1))
+
+
+def channels(call: Call, guide: Tensor, count: int, projection: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """P [B, H, 1, D, D] and nu [B, H, 1, 1, 1] of each KV head, from the moments of all its guides and valid keys.
+
+    nu = scale^2 E_i Var_j (q_i - q_i P) . k_j is the variance of what scores lack. A score that is off by a normal
+    variable of variance nu is too small as often as too large, which costs more; the factor e^nu makes up for it
+    (measured, not derived). Where nu > 2, all channels are scored: P = 1, nu = 0. About 2^11 of the guides and of the
+    keys, evenly spread, give the moments; what is not finite counts as 0.
+    """
+    step = max(1, guide.shape[2] * guide.shape[3] // 2**11)
+    rows = guide[..., ::step, :].flatten(2, 3).nan_to_num(0, 0, 0)
+    step = max(1, call.key.shape[3] // 2**11)
+    keys, counted = call.key[:, :, 0, ::step].nan_to_num(0, 0, 0), call.valid[:, None, ::step, None]
+    total = counted.sum(-2, keepdim=True).clamp_min(1)
+    centred = (keys - keys.sum(-2, keepdim=True) / total) * counted
+    kept = projection(rows.mT @ rows / rows.shape[2], keys.mT @ keys / total, count)
+    lack = rows - rows @ kept
+    nu = call.scale**2 * (lack @ (centred.mT @ centred / total) * lack).sum(-1).mean(-1)[:, :, None, None, None]
+    everything = torch.eye(rows.shape[3], dtype=rows.dtype, device=rows.device)
+    return torch.where(nu > 2, everything, kept[:, :, None]), nu.masked_fill(nu > 2, 0)
+
+
+def log_normalisers(segment: Segment, logits: Tensor, seen: Tensor, sample: int, first_keys: int) -> Tensor:
+    """log Z_i of each guide [B, H, G, n], over the keys that it sees.
+
+    Keys count once in the dense span and among the first keys of the history; of the others those with
+    j = r // 2 (mod r) count r = `sample` times.
+    """
+    key = positions(seen)
+    exact = segment.dense | (segment.history & (key < first_keys))
+    drawn = segment.history & ~exact & (key % sample == sample // 2)
+    counts = exact + sample * drawn.double()
+    return (logits + counts.log()).masked_fill(~seen | (counts == 0), -math.inf).logsumexp(-1)
+
+
+def by_list(x: Tensor) -> Tensor:
+    """[B, H, G, n, N] of guides by list of keys: one for all guides of a KV head, [B, H, 1, G n, N]."""
+    return x.flatten(2, 3)[:, :, None]
+
+
+def importance(share: Tensor) -> Tensor:
+    """a_j = max_i p_ij over the guides of each list [B, H, lists, n, N]: [B, H, lists, 1, N]."""
+    return share.amax(3, keepdim=True)
+
+
+def ranked(importance: Tensor, seen: Tensor, history: Tensor, first_keys: int) -> Tensor:
+    """a_j where it decides: inf for the first keys and those of a guide that tells nothing (NaN), -inf outside of H."""
+    is_sure = importance.isnan() | (positions(seen) < first_keys)
+    candidate = history & seen.any(3, keepdim=True)
+    return importance.masked_fill(is_sure, math.inf).masked_fill(~candidate, -math.inf)
+
+
+def chance(importance: Tensor, threshold: float) -> Tensor:
+    """pi_j = min(1, a_j / theta)."""
+    return torch.where(importance >= threshold, 1.0, importance / threshold)
+
+
+def draws(key: Tensor, segment: int) -> Tensor:
+    """u_j = (floor(x / 2^9) + 1/2) / 2^23 with x = 2654435769 j + 1779033703 s (mod 2^32), of key j in segment s.
+
+    2^32 times the golden ratio's fraction and that of sqrt(2): a Weyl sequence, evenly spread however few are drawn.
+    Which draws is part of the specification, as equal calls give equal results; so the formula is repeated here.
+    """
+    return ((key * 2654435769 + segment * 1779033703) % 2**32 // 2**9 + 0.5).double() / 2**23
+
+
+def select(segment: Segment, importance: Tensor, threshold: float) -> Tensor:
+    """J = {j: pi_j >= u_j}, the keys visited besides the dense span, [B, H, lists, 1, N] boolean."""
+    return chance(importance, threshold) >= draws(positions(importance), segment.number)
+
+
+def log_weights(segment: Segment, importance: Tensor, threshold: float, log_z: Tensor) -> Tensor:
+    """log w_j = -log pi_j of the keys in J; depends on no query."""
+    return -chance(importance, threshold).log()
+
+
+def softmax(call: Call, segment: Segment, listed: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """o_i [B, H, G, R, Dv], and the log of its denominator [B, H, G, R]; zeros and -inf where no key is seen.
+
+    A sink adds exp(sink) to the denominator (gpt-oss).
+    """
+    visited = segment.seen & (segment.dense | listed)
+    weighed = logits(call, segment.query) + torch.where(listed, log_weight, 0)
+    weighed = weighed.masked_fill(~visited, -math.inf)
+    lse = torch.logaddexp(weighed.logsumexp(-1), call.sinks[..., None])
+    return (weighed - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp() @ call.value, lse
+
+
+def visited_keys(segment: Segment, dense: Tensor, listed: Tensor) -> Tensor:
+    """The keys visited of `dense` [N] and `listed` [..., N], counted in whole blocks [...]."""
+    return up(dense.sum()) + up(listed.sum(-1))
+
+
+class Steps(NamedTuple):
+    """The functions of this file that another setting may override (`ops.reference_variants`)."""
+
+    span: Callable[..., tuple[int, int, int]] = span
+    guides: Callable[..., tuple[Tensor, Tensor]] = guides
+    projection: Callable[..., Tensor] = projection
+    by_list: Callable[..., Tensor] = by_list
+    importance: Callable[..., Tensor] = importance
+    select: Callable[..., Tensor] = select
+    log_weights: Callable[..., Tensor] = log_weights
+    softmax: Callable[..., tuple[Tensor, Tensor]] = softmax
+    visited_keys: Callable[..., Tensor] = visited_keys
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     visibility: Visibility | None = None,
     *,
     scale: float | None = None,
     softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
+    sinks: Tensor | None = None,
     config: S2OConfig | None = None,
+    steps_of: Callable[[S2OConfig, Call], Steps] = lambda config, call: Steps(),
 ) -> AttentionResult:
-    """Sparse attention as specified, in plain PyTorch.
+    """Sparse attention as specified; output and log-sum-exp in the dtype of the query.
 
     Args:
-        query: [B, Hq, Lq, D].
-        key: [B, Hkv, Lk, D], Hq a multiple of Hkv.
-        value: [B, Hkv, Lk, Dv].
+        query: [B, H G, L, D].
+        key: [B, H, N, D].
+        value: [B, H, N, Dv].
         visibility: Which keys each query sees, by default all.
         scale: Factor of the logits, by default D ** -0.5.
-        softcap: Bound of the logits, see `soft_cap`; 0 for none.
-        sinks: [Hq], one more logit per head in the softmax, without a value; None for none.
-        config: The rule, as far as `visibility` lets a call follow it; `min_length` does not matter here.
+        softcap: Bound of the logits, 0 for none.
+        sinks: [H G], one more logit per head in the softmax, without a value; None for none.
+        config: The sizes of the default rule, as far as `visibility` lets a call follow it; `min_length` does not
+            matter here.
+        steps_of: The steps of other rules.
     """
-    visibility = visibility or Visibility()
-    config = visibility.ranking(config or S2OConfig())
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    geometry = Geometry.of(query, key, visibility, config)
-    batch, heads, length, _ = query.shape
-    groups, group = key.shape[1], heads // max(1, key.shape[1])
-    output = query.new_zeros(batch, heads, length, value.shape[-1])
-    lse = query.new_full((batch, heads, length), -math.inf)
-    visited = torch.zeros(batch, heads, geometry.tiles, dtype=torch.int64, device=query.device)
-    head, row, column = (torch.arange(size, device=query.device) for size in (heads, length, geometry.keys))
-    for b in range(batch):
-        seen = visibility.seen(b, head[:, None, None], row[:, None], column).expand(heads, length, geometry.keys)
-        for g in range(groups):
-            members = slice(g * group, (g + 1) * group)
-            valid = None if visibility.key_padding is None else visibility.key_padding[b]
-            guides = pool_guides(query[b, members], config)
-            scored = project_group(guides, key[b, g], config.channels, scale, valid)
-            distances = None
-            if config.measure == "output":
-                rows = sampled_rows(length, group, query.device)
-                held = masked(value[b, g], valid)
-                distances = value_distances(
-                    query[b, members][:, rows], key[b, g], held, seen[members][:, rows], scale, softcap
-                )
-            for segment in range(geometry.segments):
-                site = Segment(
-                    query[b, members], key[b, g], value[b, g], scored, distances, seen[members], segment, geometry,
-                    config, scale, softcap,
-                )  # fmt: skip
-                for tile in site.tiles():
-                    part = slice(tile * config.tile, min((tile + 1) * config.tile, length))
-                    softmax, counts = site.attend(part, tile)
-                    if sinks is not None:
-                        sink = sinks[members, None, None].to(query.dtype).expand(-1, part.stop - part.start, 1)
-                        softmax.add(sink, value.new_zeros(group, 1, value.shape[-1]))
-                    output[b, members, part] = softmax.output()
-                    lse[b, members, part] = softmax.lse()
-                    visited[b, members, tile] = counts
-    return AttentionResult(output, lse, visited)
+    terms = visibility or Visibility()
+    config = terms.effective_config(config or S2OConfig())
+    ranking = config.ranking
+    theta, size, tile, sample = config.threshold, ranking.segment, ranking.tile, ranking.sample
+    first_keys, near_keys, count = ranking.first_keys, ranking.near_keys, ranking.channels or query.shape[3]
+
+    call = call_of(query, key, value, terms, scale, softcap, sinks)
+    shape, keys, position = call.query.shape[:4], call.key.shape[3], positions(call.seen)
+    length, width = call.query.shape[3:]
+    output, lse = query.new_zeros(*shape, value.shape[3]), query.new_zeros(shape)
+    visited = position.new_zeros(*shape[:3], -(-length // tile))
+
+    steps = steps_of(config, call)
+    guide, _ = steps.guides(call.query, call.seen)
+    few, nu = channels(call, guide, min(count, width), steps.projection)
+    for index in range(-(-length // size)):
+        rows = slice(index * size, min((index + 1) * size, length))
+        start, low, high = steps.span(index, size, near_keys, length, keys, terms)
+        dense = (position >= low) & (position < high)
+        history = (position >= start) & (position < low if terms.is_causal else ~dense)
+        segment = Segment(index, call.query[..., rows, :], call.seen[..., rows, :], dense, history)
+
+        guide, guide_sees = steps.guides(segment.query, segment.seen)
+        log_z = log_normalisers(segment, logits(call, guide), guide_sees, sample, first_keys)
+        share = (logits(call, guide @ few) + nu - log_z[..., None]).exp().masked_fill(~guide_sees, 0)
+        a = ranked(steps.importance(steps.by_list(share)), steps.by_list(guide_sees), history, first_keys)
+        listed = steps.select(segment, a, theta)
+        log_weight = steps.log_weights(segment, a, theta, log_z)
+        output[..., rows, :], lse[..., rows] = steps.softmax(call, segment, listed, log_weight)
+
+        for first in range(rows.start, rows.stop, tile):
+            end = min(first + tile, length)
+            shown = dense & (position < end + terms.causal_offset) if terms.is_causal else dense
+            of_tile = listed[..., min(first - rows.start, listed.shape[3] - 1), :]
+            visited[..., first // tile] = steps.visited_keys(segment, shown, of_tile) * (end - first)
+    return AttentionResult(*(x.flatten(1, 2) for x in (output, lse, visited)))
 
 
-class Segment:
-    """One segment of one KV group: its ranking, and the attention of its tiles.
+def positions(x: Tensor) -> Tensor:
+    """The keys' positions [N], for X [..., N]."""
+    return torch.arange(x.shape[-1], device=x.device)
 
-    `query` is [G, Lq, D], of the G heads of the group; `key` [Lk, D]; `value` [Lk, Dv]; `seen` [G, Lq, Lk];
-    `scored` [G or 1, n, channels] and [Lk, channels] is what keys are scored by; `distances` [Lk] weigh shares of mass,
-    None for none.
-    """
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scored: Projected,
-        distances: torch.Tensor | None,
-        seen: torch.Tensor,
-        index: int,
-        geometry: Geometry,
-        config: S2OConfig,
-        scale: float,
-        softcap: float,
-    ) -> None:
-        self.query, self.key, self.value, self.seen = query, key, value, seen
-        self.geometry, self.config, self.scale, self.softcap = geometry, config, scale, softcap
-        self.index = index
-        per_segment = config.segment // config.pool
-        part = slice(index * per_segment, (index + 1) * per_segment)
-        self.scored, self.distances = scored._replace(guides=scored.guides[:, part]), distances
-        self.rows = range(index * config.segment, min((index + 1) * config.segment, geometry.queries))
-        span = geometry.span(index)
-        _, self.low, self.high = span
-        self.positions = torch.arange(geometry.keys, device=key.device)
-        self.history = geometry.history(self.positions, torch.tensor([span], device=key.device))[0]
-        guides = pool_guides(self.query[:, self.rows.start : self.rows.stop], config)
-        self.seen_by_guides = self.seen[: len(guides), self.rows.start : self.rows.stop : config.pool]
-        self.guide_lse = self.normaliser(self.logits(guides, key).masked_fill(~self.seen_by_guides, -math.inf))
-        self.lists, self.log_weights = self.ranking()
+def up(count: Count) -> Count:
+    """The count in whole blocks."""
+    return -(-count // BLOCK) * BLOCK
 
-    def logits(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """The logits of queries [..., R, D] and keys [N, D]: [..., R, N]."""
-        return soft_cap(query @ key.T * self.scale, self.softcap)
 
-    def tiles(self) -> range:
-        """The tiles of this segment."""
-        return range(self.rows.start // self.config.tile, -(-self.rows.stop // self.config.tile))
-
-    def ranking(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The keys to visit in order, and the logs of what they weigh, by query head; a group may share one list."""
-        heads, seen = len(self.query), self.seen_by_guides
-        importance = self.importance()
-        listed = self.history & seen.unflatten(0, (len(importance), -1)).flatten(1, 2).any(1)
-        log_weight = torch.zeros_like(importance)
-        if self.config.has_samples:
-            probability = (importance / self.config.threshold).clamp_max(1)
-            segment = torch.tensor(self.index, device=self.key.device)
-            listed = listed & (probability >= draws(self.positions, segment))
-            log_weight = -probability.log()
-        elif self.config.stop == "importance":
-            listed = listed & (importance >= self.config.threshold)
-        lists = [
-            row.argsort(descending=True, stable=True)[: int(keep.sum())]
-            for row, keep in zip(importance.masked_fill(~listed, -1), listed, strict=True)
-        ]
-        weights = [row[ranked] for row, ranked in zip(log_weight, lists, strict=True)]
-        copies = heads // len(lists)
-        return lists * copies, weights * copies
-
-    def importance(self) -> torch.Tensor:
-        """The importance of every key [lists, Lk].
-
-        NaN becomes inf: where a guide tells nothing, every key it sees is visited.
-        """
-        config = self.config
-        logits = self.logits(self.scored.guides, self.scored.key)
-        if self.scored.neglected is not None:
-            logits = logits + self.scored.neglected
-        probability = (logits - self.guide_lse[..., None]).exp().masked_fill(~self.seen_by_guides, 0)
-        if config.lists == "group":
-            probability = probability.flatten(0, 1)[None]
-        largest, mean = probability.amax(1) * config.max_weight, probability.mean(1) * config.mean_weight
-        importance = torch.maximum(largest, mean)
-        if self.distances is not None:
-            importance = importance * self.distances
-        importance = importance.masked_fill(importance.isnan(), math.inf)
-        importance[:, : config.first_keys] = math.inf
-        return importance
-
-    def normaliser(self, logits: torch.Tensor) -> torch.Tensor:
-        """Each guide's log-sum-exp [heads, n], from its dense span, the first keys and one in `sample` of the rest."""
-        first, sample = self.config.first_keys, self.config.sample
-        dense = (self.positions >= self.low) & (self.positions < self.high)
-        drawn = self.history & (self.positions >= first) & (self.positions % sample == sample // 2)
-        exact = dense | (self.history & (self.positions < first))
-        weight = exact.to(logits.dtype) + sample * drawn
-        return (logits + weight.log()).masked_fill(weight == 0, -math.inf).logsumexp(-1)
-
-    def attend(self, rows: slice, tile: int) -> tuple[OnlineSoftmax, torch.Tensor]:
-        """Attention of one tile: the online softmax of its rows [G, R], and the pairs each head visited [G]."""
-        end = self.geometry.tile_end(tile, self.high)
-        results = [self.attend_head(head, rows, end) for head in range(len(self.query))]
-        softmax = OnlineSoftmax(
-            *(torch.stack(parts) for parts in zip(*((s.maximum, s.mass, s.total) for s, _ in results), strict=True))
-        )
-        pairs = [keys * (rows.stop - rows.start) for _, keys in results]
-        return softmax, torch.tensor(pairs, device=self.key.device)
-
-    def attend_head(self, head: int, rows: slice, end: int) -> tuple[OnlineSoftmax, int]:
-        """Both passes for one head of a tile; also the keys visited, counted in blocks."""
-        query, ranked, log_weight = self.query[head, rows], self.lists[head], self.log_weights[head]
-        seen, dense = self.seen[head, rows], slice(self.low, end)
-        softmax = OnlineSoftmax.empty(query, self.value.shape[-1])
-        if end > self.low:
-            logits = self.logits(query, self.key[dense])
-            softmax.add(logits.masked_fill(~seen[:, dense], -math.inf), self.value[dense])
-        keys = round_up(max(0, end - self.low))
-        chunk = self.config.chunk if self.config.stop == "gain" else max(1, len(ranked))
-        for start in range(0, len(ranked), chunk):
-            part = slice(start, start + chunk)
-            index = ranked[part]
-            logits = self.weigh(self.logits(query, self.key[index]), log_weight[part], head, rows)
-            gain = softmax.add(logits.masked_fill(~seen[:, index], -math.inf), self.value[index])
-            keys += round_up(len(index))
-            if self.config.stop == "gain" and bool((gain < self.config.threshold).all()):
-                break
-        if self.config.has_means:
-            softmax.add(*self.means(query, ranked))
-            keys += round_up(self.geometry.history_blocks(self.low, self.high))
-        return softmax, keys
-
-    def weigh(self, logits: torch.Tensor, log_weight: torch.Tensor, head: int, rows: slice) -> torch.Tensor:
-        """Add the log-weights [N] to the logits [R, N] of a head's rows, as far as `sampling.MOST` lets them."""
-        weighed = logits + log_weight
-        if not self.config.bounds_weights(self.key.shape[1]):
-            return weighed
-        place = torch.arange(rows.start, rows.stop, device=logits.device) - self.rows.start
-        lse = self.guide_lse[head % len(self.guide_lse), place // self.config.pool]
-        most = most_logits(lse, self.config.threshold)
-        return torch.minimum(weighed, torch.maximum(logits, most[:, None]))
-
-    def means(self, query: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [R, blocks] and values [blocks, Dv] of the block means that stand for keys not listed.
-
-        A block's mean is over all its keys in the history; its weight is the number of them that were not listed.
-        """
-        history = self.history & self.seen[:, self.rows.start : self.rows.stop].any(1).any(0)
-        skipped = history.clone()
-        skipped[ranked] = False
-        blocks = self.positions // BLOCK
-        members = torch.nn.functional.one_hot(blocks).T.to(query.dtype)
-        share = members * history / (members * history).sum(-1, keepdim=True).clamp_min(1)
-        # A product with zero would spread a NaN of one key to all blocks.
-        means = [torch.stack([row[row > 0] @ x[row > 0] for row in share]) for x in (self.key, self.value)]
-        count = members @ skipped.to(query.dtype)
-        used = count > 0
-        return self.logits(query, means[0][used]) + count[used].log(), means[1][used]
+def clip(key: int, keys: int) -> int:
+    return max(0, min(key, keys))

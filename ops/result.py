@@ -1,4 +1,4 @@
-"""What attention returns."""
+"""The result of attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class AttentionResult(NamedTuple):
-    """What attention returns: output, log-sum-exp, and visited work."""
+    """The result of attention: output, log-sum-exp, and visited work."""
 
     output: torch.Tensor
     """[B, Hq, Lq, Dv], in the dtype of the query; zeros for rows with nothing to attend to."""

@@ -1,6 +1,6 @@
 """How far a call is off, by a sample of its queries: the error is measured, not bounded by theory.
 
-What the theory gives without extra work is the threshold itself (`ops.sampling`): it bounds the variance of a row's
+What the theory gives without extra work is the threshold itself (`rule.sampling`): it bounds the variance of a row's
 mass by threshold times the mass of the tail, which is at most 1, whatever the model. A few rows of dense attention say
 more, and cost their share of the queries.
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 
 from .dense import decode_attention
-from .recording import SparseCall
-from .sampling import draws
+from .observe import SparseInputs
+from .rule.sampling import draws
 from .visibility import Visibility
 
 
-def sampled_error(call: SparseCall, output: torch.Tensor, rows: int, draw: int) -> torch.Tensor:
+def sampled_error(call: SparseInputs, output: torch.Tensor, rows: int, draw: int) -> torch.Tensor:
     """The squared error of some queries, and what it is relative to.
 
     Args:

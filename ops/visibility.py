@@ -1,4 +1,4 @@
-"""Which keys a query sees: all terms of a call's mask in one value."""
+"""The keys that a query sees: all terms of a call's mask in one value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .config import S2OConfig, replaced
+from .config import S2OConfig
 from .sizes import statically_known_true
 
 
@@ -32,12 +32,12 @@ class Visibility(NamedTuple):
         return not self.is_causal and all(term is None for term in self[2:])
 
     @property
-    def varies(self) -> bool:
+    def rows_differ(self) -> bool:
         """Whether the queries of a segment may see different keys of their history."""
         return self.window is not None or self.query_documents is not None or self.mask is not None
 
     def simplified(self, queries: int, keys: int) -> Visibility:
-        """The same without a causal mask or a window that hide nothing from so many queries."""
+        """The same without a causal mask or a window that hide nothing at these lengths."""
         terms = self
         if terms.is_causal and statically_known_true(terms.causal_offset >= keys - 1):
             # The offset still places the dense spans, and the window.
@@ -49,7 +49,7 @@ class Visibility(NamedTuple):
     def seen(
         self, batch: torch.Tensor | int, head: torch.Tensor | int, row: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
-        """Which keys are seen: indices of batch entries, query heads, queries and keys, broadcast together.
+        """The keys that are seen, boolean: indices of batch entries, query heads, queries and keys, broadcast together.
 
         Indices on which no term depends are not broadcast.
         """
@@ -85,17 +85,17 @@ class Visibility(NamedTuple):
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[batch]
         return self._replace(key_padding=padding, query_documents=of_queries, key_documents=of_keys, mask=mask)
 
-    def ranking(self, config: S2OConfig) -> S2OConfig:
+    def effective_config(self, config: S2OConfig) -> S2OConfig:
         """The configuration as far as such a call can follow it.
 
         Neighbouring queries of other documents, or under a general mask, have no mean that could rank keys for them
         all, so every query is a guide. A block's mean cannot stand for keys of which a query sees only some, so where
-        queries see different keys of the history the tail is sampled.
+        queries see different keys of the history they are sampled.
         """
         if self.query_documents is not None or self.mask is not None:
-            config = replaced(config, pool=1, guides="head")
-        if self.varies and config.tail == "means":
-            config = replaced(config, tail="sampled")
+            config = config.with_ranking(pool=1, guides="head")
+        if self.rows_differ and config.ranking.rule == "means":
+            config = config.with_ranking(rule="sampled")
         return config
 
 

@@ -1,8 +1,10 @@
 """Graph passes: find attention, prove what its mask says, rewrite it, and record each decision."""
 
-from .masks import Mask, NotProven, Prover
+from .mask.prover import Prover
+from .mask.refused import Refused
+from .mask.terms import Mask
+from .match.site import AttentionSite
 from .report import Decision, Report
-from .rewrite import Refused, rewrite
-from .site import AttentionSite
+from .rewrite import rewrite
 
-__all__ = ["AttentionSite", "Decision", "Mask", "NotProven", "Prover", "Refused", "Report", "rewrite"]
+__all__ = ["AttentionSite", "Decision", "Mask", "Prover", "Refused", "Report", "rewrite"]

@@ -1,4 +1,4 @@
-"""What happened to each attention site, and why."""
+"""The decision on each attention site, with its reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 @dataclass
 class Decision:
-    """What happened to one attention site.
+    """The decision on one attention site.
 
     Attributes:
         name: The module that the site is in, or the node's name in the graph.
@@ -89,30 +89,36 @@ class Report:
             "decisions": [decision.to_dict() for decision in self.decisions],
         }
 
+    @property
+    def _title(self) -> str:
+        return f"s2o: {self.rewritten} of {len(self.decisions)} attention sites rewritten"
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        """The names of the table's columns, and its rows."""
+        measured = any(decision.density is not None for decision in self.decisions)
+        columns = ["site", "line", "query", "key", "attention", *["density"] * measured, "mask and reason"]
+        return columns, [_row(decision, measured) for decision in self.decisions]
+
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        measured = any(decision.density is not None for decision in self.decisions)
-        table = Table(title=f"s2o: {self.rewritten} of {len(self.decisions)} attention sites rewritten")
-        columns = ["site", "line", "query", "key", "attention", *["density"] * measured, "mask and reason"]
+        table = Table(title=self._title)
+        columns, rows = self._cells()
         for column in columns:
             table.add_column(column, overflow="fold")
-        for decision in self.decisions:
-            table.add_row(*_row(decision, measured))
+        for row in rows:
+            table.add_row(*row)
         return table
 
     def __str__(self) -> str:
-        return as_text(self)
+        columns, rows = self._cells()
+        return "\n".join([self._title, *_aligned([columns, *rows])])
 
 
-def as_text(table: Any) -> str:
-    """What rich prints of a table, or of what has one, as plain text."""
-    from rich.console import Console
-
-    console = Console(width=140)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get()
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """The rows of a table as lines, with the columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _row(decision: Decision, measured: bool) -> list[str]:

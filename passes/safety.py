@@ -1,4 +1,4 @@
-"""What becomes of an error in a pass: the graph stays as Dynamo made it, and a warning asks for a report."""
+"""A safeguard for errors in a pass: the graph stays as Dynamo made it, and a warning asks for a report."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from torch.fx import GraphModule
 
-from .nested import nested_graphs
-from .torch_internals import copy_graph
+from .graph.nested import nested_graphs
+from .graph.torch_internals import copy_graph
 
 T = TypeVar("T")
 

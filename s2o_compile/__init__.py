@@ -1,7 +1,8 @@
 """Sparse long-context attention as a compiler feature of PyTorch: ``torch.compile(model, backend="s2o")``.
 
-Nothing is imported before it is used, PyTorch included. The operator ``torch.ops.s2o.attention`` and the backend are
-there once this package and PyTorch are imported, in any order, and ``attn_implementation="s2o"`` once transformers is.
+Nothing is imported before it is used, not even PyTorch, whose import takes seconds that ``s2o --help`` would wait for.
+The operator ``torch.ops.s2o.attention`` and the backend are there once this package and PyTorch are imported, in any
+order, and ``attn_implementation="s2o"`` once transformers is.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 from .after_import import after_import
 
 if TYPE_CHECKING:
-    from .analysis import explain
+    from ._attention import attention
+    from ._explain import explain
+    from ._export import export
+    from ._profile import Profile, SiteProfile, profile
     from .backend import S2OBackend, s2o
     from .calibration.calibrate import calibrate
     from .calibration.file import Calibration, CalibrationError
-    from .exporting import export
-    from .functional import attention
     from .integrations.settings import configure
-    from .ops import S2OConfig
+    from .ops import Ranking, S2OConfig
     from .passes import Report
-    from .profiling import profile
     from .view import visualize
 
     __version__: str
@@ -31,9 +32,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibration",
     "CalibrationError",
+    "Profile",
+    "Ranking",
     "Report",
     "S2OBackend",
     "S2OConfig",
+    "SiteProfile",
     "__version__",
     "attention",
     "calibrate",
@@ -48,15 +52,18 @@ __all__ = [
 _HOMES = {
     "Calibration": "calibration.file",
     "CalibrationError": "calibration.file",
+    "Profile": "_profile",
+    "Ranking": "ops",
     "Report": "passes",
     "S2OBackend": "backend",
     "S2OConfig": "ops",
-    "attention": "functional",
+    "SiteProfile": "_profile",
+    "attention": "_attention",
     "calibrate": "calibration.calibrate",
     "configure": "integrations.settings",
-    "explain": "analysis",
-    "export": "exporting",
-    "profile": "profiling",
+    "explain": "_explain",
+    "export": "_export",
+    "profile": "_profile",
     "s2o": "backend",
     "visualize": "view",
 }
@@ -77,20 +84,25 @@ def __dir__() -> list[str]:
 
 
 def _register_operator() -> None:
-    importlib.import_module(".ops", __name__)
+    from . import ops  # noqa: F401
 
 
 def _register_backend() -> None:
     """Register the backend where no entry point does: this is a copy of the package that is not installed."""
-    metadata, dynamo = map(importlib.import_module, ("importlib.metadata", "torch._dynamo"))
-    if not metadata.entry_points(group="torch_dynamo_backends", name="s2o"):
+    from importlib.metadata import entry_points
+
+    if not entry_points(group="torch_dynamo_backends", name="s2o"):
+        from torch._dynamo import register_backend
+
+        from .backend import s2o
+
         with contextlib.suppress(AssertionError):  # This module was reloaded.
-            dynamo.register_backend(importlib.import_module(".backend", __name__).s2o, name="s2o")
+            register_backend(s2o, name="s2o")
 
 
 def _register_with_transformers() -> None:
     try:
-        importlib.import_module(".integrations.transformers", __name__)
+        from .integrations import transformers  # noqa: F401
     except ImportError as error:
         warnings.warn(f"attn_implementation='s2o' needs transformers 5.10 or later: {error}", stacklevel=2)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 
 def after_import(name: str, action: Callable[[], Any]) -> None:
@@ -32,16 +32,27 @@ class _Watcher(MetaPathFinder):
         later = sys.meta_path[sys.meta_path.index(self) + 1 :]
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in later)), None)
         if spec is not None and spec.loader is not None:
-            self._watch(spec.loader)
+            spec.loader = cast(Loader, _Loader(spec.loader, self._imported))
         return spec
 
-    def _watch(self, loader: Any) -> None:
-        execute = loader.exec_module
+    def _imported(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            self.action()
 
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-                self.action()
 
-        loader.exec_module = exec_module
+class _Loader:
+    """The loader of a module, and an action once the module is executed; the module itself keeps its own loader."""
+
+    def __init__(self, loader: Any, action: Callable[[], None]) -> None:
+        self._loader, self._action = loader, action
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self._action()

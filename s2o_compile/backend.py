@@ -99,9 +99,9 @@ class S2OBackend:
 
         from .calibration.file import CalibrationError
         from .calibration.settings import site_settings
+        from .passes.graph.torch_internals import redirections
         from .passes.rewrite import rewrite
         from .passes.safety import Safeguard
-        from .passes.torch_internals import redirections
 
         config, patches = self.split_options(options or {}, mode)
 
@@ -148,14 +148,14 @@ class S2OBackend:
         """
         import torch._inductor
 
-        own = {option.name for option in dataclasses.fields(S2OConfig)}
+        own = [option.name for option in dataclasses.fields(S2OConfig)]
         changes = {name: value for name, value in options.items() if name in own}
         others = {name.replace("-", "_"): value for name, value in options.items() if name not in own}
         if others:
             known = torch._inductor.list_options()
             S2OConfig.from_options({name: value for name, value in others.items() if name not in known})
         patches = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
-        return dataclasses.replace(self.config, **changes), patches | others
+        return self.config.with_options(changes), patches | others
 
 
 def _apart() -> contextlib.ExitStack:
@@ -163,7 +163,7 @@ def _apart() -> contextlib.ExitStack:
 
     The caches know the operator's name, not what it does in this release, nor which backends SDPA is to take.
     """
-    from .passes.torch_internals import attention_preferences, without_attention_patterns
+    from .passes.graph.torch_internals import attention_preferences, without_attention_patterns
 
     tag = f"{torch.compiler.config.cache_key_tag}s2o-{fingerprint()} {attention_preferences()}"
     with contextlib.ExitStack() as stack:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .ops import S2OConfig
-from .ops.choice import SLOW_CPU, default_min_length, is_slow
+from .ops.dispatch import SLOW_CPU, default_min_length, is_slow
 from .version import VERSION
 
 LEAST_CAPABILITY = (8, 0)

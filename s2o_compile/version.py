@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 """The release; the packaging reads it here."""
 
 

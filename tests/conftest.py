@@ -25,10 +25,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 @pytest.fixture(scope="session", autouse=True)
 def fast_cpu() -> Iterator[None]:
     """Defaults are those of a CPU that ranks fast, on every machine; processes that tests start have their own."""
-    from s2o_compile.ops import choice
+    from s2o_compile.ops import dispatch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "is_slow", lambda device: False)
+        patch.setattr(dispatch, "is_slow", lambda device: False)
         yield
 
 

@@ -9,19 +9,18 @@ length such that a given density is visited. Logits are of the last token alone;
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, DType, Json, make_folder, read_config
-from s2o_compile.demo.document import check_document
-from s2o_compile.demo.model import choose_device, choose_dtype
-from s2o_compile.writing import write_text
+from s2o_compile._console import UsageError
+from s2o_compile.testbed.document import check_document
+from s2o_compile.testbed.model import choose_device, choose_dtype
+from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
 
 from ..command import progress_bars, run, wide_console
+from ..results import as_text, save
 from .measure import Row, measure
 from .models import RANDOM_LLAMA, SMOLLM2, load
 from .report import as_dict, describe, table
@@ -40,7 +39,7 @@ def main(
     density: Annotated[
         float | None, typer.Option(help=f"Share to visit, by the threshold; {DENSITY} for random weights.")
     ] = None,
-    s2o: Annotated[str, typer.Option(help="Fields of S2OConfig, NAME=VALUE ...")] = "",
+    s2o: Annotated[str, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...")] = "",
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed prefills of each.")] = 3,
     device: Device = "auto",
@@ -73,11 +72,11 @@ def main(
             prompt = subject.tokens(tokens, document)
             rows += measure(subject.model, prompt, config, density, repetitions, show)
             progress.advance(task)
-            found = json.dumps(as_dict(subject, rows, note, repetitions), indent=2)
+            found = as_dict(subject, rows, note, repetitions)
             if output:
-                write_text(output / "prefill.json", found + "\n")
+                save(found, output / "prefill.json")
     if as_json:
-        print(found)
+        print(as_text(found))
     else:
         wide_console().print(table(rows, note, subject.positions))
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from s2o_compile.calls import AttentionCalls, Call
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.functional import attention
+from s2o_compile._attention import attention
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.density import dense_pairs
+from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
 
 from ..density import find, sampled_density
 
@@ -26,15 +26,15 @@ def with_density(model: Any, inputs: dict[str, Any], config: S2OConfig, density:
         UsageError: Attention has a mask tensor or dropout.
     """
     middle = model.config.get_text_config().num_hidden_layers // 2
-    kept: list[Call] = []
+    kept: list[SdpaInputs] = []
 
-    def keep(call: Call) -> torch.Tensor:
+    def keep(call: SdpaInputs) -> torch.Tensor:
         _check_plain(call)
         if call.index == middle:
             kept.append(call)
         return call.dense()
 
-    with torch.no_grad(), AttentionCalls(keep):
+    with torch.no_grad(), SdpaIntercept(keep):
         model(**inputs)
     call = kept[0]
 
@@ -57,7 +57,7 @@ def visited_density(model: Any, inputs: dict[str, Any], config: S2OConfig) -> fl
     """
     visited = pairs = 0
 
-    def attend(call: Call) -> torch.Tensor:
+    def attend(call: SdpaInputs) -> torch.Tensor:
         nonlocal visited, pairs
         _check_plain(call)
         result = attention(
@@ -65,14 +65,14 @@ def visited_density(model: Any, inputs: dict[str, Any], config: S2OConfig) -> fl
         )
         lengths = call.query.shape[2], call.key.shape[2]
         visited += int(result.visited.sum())
-        pairs += call.query.shape[:2].numel() * dense_pairs(*lengths, call.is_causal, 0, config.tile)
+        pairs += call.query.shape[:2].numel() * dense_pairs(*lengths, call.is_causal, 0, config.ranking.tile)
         return result.output
 
-    with torch.no_grad(), AttentionCalls(attend):
+    with torch.no_grad(), SdpaIntercept(attend):
         model(**inputs)
     return visited / pairs
 
 
-def _check_plain(call: Call) -> None:
+def _check_plain(call: SdpaInputs) -> None:
     if not call.is_plain:
         raise UsageError(f"Layer {call.index} of this model attends with a mask or dropout, which is not measured.")

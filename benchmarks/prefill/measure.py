@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s2o_compile.backend import s2o
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.choice import DENSE_AT_ANY_LENGTH
+from s2o_compile.ops.dispatch import DENSE_AT_ANY_LENGTH
 
 from ..timing import (
     Run,

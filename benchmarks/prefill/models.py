@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from s2o_compile.demo.document import build_document, read_texts
-from s2o_compile.demo.errors import DemoError
-from s2o_compile.demo.memory import free_bytes
-from s2o_compile.demo.model import load_model, model_name
+from s2o_compile._console import UsageError
+from s2o_compile.testbed.document import build_document, read_texts
+from s2o_compile.testbed.memory import free_bytes
+from s2o_compile.testbed.model import load_model, model_name
 
 RANDOM_LLAMA = "llama-3.1-8b"
 SMOLLM2 = "smollm2"
@@ -45,7 +45,7 @@ class Subject:
         """A prompt [1, length]: random, or of a document, by default Python's standard library.
 
         Raises:
-            DemoError: The document cannot be read or is too short.
+            UsageError: The document cannot be read or is too short.
         """
         if self.is_random:
             generator = torch.Generator().manual_seed(0)
@@ -59,7 +59,7 @@ def load(name: str, layers: int, device: torch.device, dtype: torch.dtype) -> Su
     """A model by `RANDOM_LLAMA`, `SMOLLM2`, path or hub id; `layers` is for random weights.
 
     Raises:
-        DemoError: It cannot be loaded, or there is not enough memory for it.
+        UsageError: It cannot be loaded, or there is not enough memory for it.
     """
     if name == RANDOM_LLAMA:
         return Subject(f"{name}, {layers} layers of random weights", random_model(llama(layers), device, dtype), None)
@@ -83,7 +83,7 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A causal language model of random weights, made on the device.
 
     Raises:
-        DemoError: There is not enough memory for the weights.
+        UsageError: There is not enough memory for the weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -91,7 +91,7 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
         numbers = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     needed, free = numbers * dtype.itemsize, free_bytes(device)
     if free is not None and needed > free:
-        raise DemoError(
+        raise UsageError(
             f"The weights of {config.num_hidden_layers} layers take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} "
             "GiB are free: use fewer --layers."
         )

@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.table import Table
 
-from ..timing import device_name
+from ..results import record
 from .measure import Row
 from .models import Subject
+
+MEASURES: dict[str, tuple[str, str | None]] = {
+    "seconds": ("s", "spread"),
+    "speedup": ("times the fastest dense", "spread"),
+    "attention": ("share of the GPU's time", None),
+    "mebibytes": ("MiB", None),
+    "density": ("share", None),
+}
 
 
 def describe(subject: Subject, density: float | None) -> str:
@@ -56,13 +63,7 @@ def cells(row: Row) -> list[str]:
 
 
 def as_dict(subject: Subject, rows: list[Row], note: str, repetitions: int) -> dict[str, Any]:
-    """Rows with what they were measured on."""
-    return {
-        "model": subject.name,
-        "note": note,
-        "device": device_name(subject.model.device),
-        "torch": torch.__version__,
-        "dtype": str(subject.model.dtype).removeprefix("torch."),
-        "repetitions": repetitions,
-        "rows": [asdict(row) for row in rows],
-    }
+    """The rows as a result."""
+    dtype = str(subject.model.dtype).removeprefix("torch.")
+    settings = {"model": subject.name, "note": note, "dtype": dtype, "repetitions": repetitions}
+    return record("prefill", list(map(asdict, rows)), ("length", "backend"), MEASURES, subject.model.device, settings)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +11,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, DType, Json, Model, make_folder, read_config
-from s2o_compile.demo.memory import check_memory
-from s2o_compile.demo.model import check_length, choose_device, choose_dtype, load_model, model_name
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
-from s2o_compile.writing import write_text
+from s2o_compile.testbed.memory import check_memory
+from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
+from s2o_compile.testbed.options import Device, DType, Json, Model, make_folder, read_config
 
 from ..command import progress_bars, run
+from ..results import as_text
+from ..results import save as save_result
 from .attention import COMPARED, METHODS, Attention, operator
 from .cases import Settings, build_case, count_cases
 from .filler import FILLERS
@@ -65,7 +64,9 @@ def main(
     model: Model = None,
     length: Annotated[list[int] | None, typer.Option(help="Tokens of a document; repeatable.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}; repeatable.")] = None,
-    s2o: Annotated[list[str] | None, typer.Option(help="Fields of S2OConfig, NAME=VALUE ...; repeatable.")] = None,
+    s2o: Annotated[
+        list[str] | None, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable.")
+    ] = None,
     task: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}; repeatable.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Documents of each task and length.")] = 1,
     depths: Annotated[int, typer.Option(min=1, help="Depths of the single needle, a document each.")] = 5,
@@ -96,7 +97,7 @@ def main(
             stretch(loaded, yarn)
         name = model_name(loaded, model)
         check_length(loaded, name, lengths[-1])
-        facts = describe(loaded, name, settings)
+        chosen = describe(loaded, name, settings)
         numbers = [(size, each, n) for size in lengths for each in tasks for n in range(count_cases(each, settings))]
         layers = loaded.config.get_text_config().num_hidden_layers
         progress.update(bar, total=len(numbers) * (len(methods) + 1) * layers)
@@ -106,9 +107,9 @@ def main(
             check_memory(loaded, case.document)
             outcomes += read_case(loaded, case, methods, lambda: progress.advance(bar))
             if output:
-                save(outcomes, facts, output)
+                save(outcomes, chosen, place, output)
     if as_json:
-        print(json.dumps(as_dict(outcomes, facts), indent=2))
+        print(as_text(as_dict(outcomes, chosen, place)))
         return
     for table in tables(outcomes):
         Console().print(table, "")
@@ -116,24 +117,21 @@ def main(
 
 
 def describe(model: Any, name: str, settings: Settings) -> dict[str, Any]:
-    """The facts that hold for all documents of a run."""
+    """The settings of all documents of a run."""
     weight = next(model.parameters())
     config = model.config.get_text_config()
     return {
         "model": name,
-        "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else "cpu",
         "dtype": str(weight.dtype).removeprefix("torch."),
         "rope": getattr(config, "rope_parameters", None),
-        "versions": f"torch {torch.__version__}, transformers {version('transformers')}",
-        "s2o": S2OConfig().arguments(),
+        "s2o": S2OConfig().to_dict(),
         "documents": asdict(settings) | {"text": str(settings.text or "Python's standard library")},
     }
 
 
-def save(outcomes: list[Outcome], facts: dict[str, Any], folder: Path) -> None:
+def save(outcomes: list[Outcome], settings: dict[str, Any], device: torch.device, folder: Path) -> None:
     """Write quality.json and the picture of needles; after each document, as a run may be cut short."""
-    text = json.dumps(as_dict(outcomes, facts), indent=2)
-    write_text(folder / "quality.json", text + "\n")
+    save_result(as_dict(outcomes, settings, device), folder / "quality.json")
     save_picture(outcomes, folder / "quality.png")
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.demo.document import (
+from s2o_compile._console import UsageError
+from s2o_compile.testbed.document import (
     MIDDLE,
     Document,
     Passage,
@@ -79,7 +79,7 @@ def build_case(tokenizer: Any, task: str, length: int, number: int, settings: Se
     """Build the document `number` of a task: the same one for the same settings and tokenizer.
 
     Raises:
-        DemoError: The text is too short, or the tokenizer gives no offsets.
+        UsageError: The text is too short, or the tokenizer gives no offsets.
         UsageError: The length is too small for the task.
     """
     rng = random.Random(f"{settings.seed} {task} {length} {number}")
@@ -100,7 +100,7 @@ def build_document(tokenizer: Any, plan: Plan, texts: Iterable[str], length: int
     """Build a document of exactly `length` tokens; `scored` bounds those that perplexity is measured over.
 
     Raises:
-        DemoError: The text is too short, or the tokenizer gives no offsets.
+        UsageError: The text is too short, or the tokenizer gives no offsets.
         UsageError: `length` is too small for what is to be hidden and asked.
     """
     facts = {fact: Passage(encode(tokenizer, fact.sentence), []) for fact in plan.facts}

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from s2o_compile.demo.document import read_texts
+from s2o_compile.testbed.document import read_texts
 
 from .tasks import pairs
 

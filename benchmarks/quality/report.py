@@ -9,13 +9,26 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from ..results import record
 from .attention import DENSE
 from .cases import PLACES
 from .run import Outcome
 
 LEGEND = "a + b: a of the values that dense attention finds are found, and b that it does not."
+
+MEASURES: dict[str, tuple[str, str | None]] = {
+    "density": ("share", None),
+    "work": ("share of dense FLOPs", None),
+    "perplexity": ("", None),
+    "perplexity_ratio": ("times dense", None),
+    "agreement": ("share", None),
+    "kept": ("values", None),
+    "gained": ("values", None),
+    "found": ("values", None),
+}
 
 
 @dataclass(frozen=True)
@@ -123,14 +136,12 @@ def tables(outcomes: list[Outcome]) -> Iterator[Table]:
         yield _lookup_table([one for one in lookups if one.length == length])
 
 
-def as_dict(outcomes: list[Outcome], facts: dict[str, Any]) -> dict[str, Any]:
-    """Everything as plain data, with the facts of the run."""
-    return {
-        "facts": facts,
-        "summaries": [asdict(one) | {"work": one.work} for one in summarise(outcomes)],
-        "lookups": [asdict(one) | {"found": one.found} for one in count_lookups(outcomes)],
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-    }
+def as_dict(outcomes: list[Outcome], settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Everything as a result: a row for each summary and each count of values, and the outcomes of all documents."""
+    rows = [asdict(one) | {"work": one.work} for one in summarise(outcomes)]
+    rows += [asdict(one) | {"found": one.found} for one in count_lookups(outcomes)]
+    key = ("length", "task", "place", "method")
+    return record("quality", rows, key, MEASURES, device, settings, outcomes=[asdict(one) for one in outcomes])
 
 
 def _text_table(summaries: list[Summary]) -> Table:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from s2o_compile.calls import AttentionCalls, Call
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.demo.document import Document
-from s2o_compile.demo.measure import Prediction, predict
+from s2o_compile._console import UsageError
+from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
+from s2o_compile.testbed.document import Document
+from s2o_compile.testbed.predict import Prediction, predict
 
 from ..capture import read_call
 from .attention import DENSE, Attended, Attention, attend_densely
@@ -77,13 +77,13 @@ def prefill(
     """
     work = []
 
-    def handle(call: Call) -> torch.Tensor:
+    def handle(call: SdpaInputs) -> torch.Tensor:
         attended: Attended = attention(read_call(call))
         work.append((attended.density, attended.ranking))
         advance()
         return attended.output[None]
 
-    with AttentionCalls(handle):
+    with SdpaIntercept(handle):
         prediction = predict(model, document, next(model.parameters()).device)
     if not work:
         raise UsageError(f"{type(model).__name__} does not call SDPA, so its attention cannot be replaced.")

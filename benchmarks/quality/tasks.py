@@ -10,7 +10,7 @@ import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from s2o_compile.demo.document import MIDDLE, WORDS, random_value
+from s2o_compile.testbed.document import MIDDLE, WORDS, random_value
 
 OPENING = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "

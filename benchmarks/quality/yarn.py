@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from s2o_compile.cli.errors import UsageError
+from s2o_compile._console import UsageError
 
 
 def stretch(model: Any, factor: float) -> None:

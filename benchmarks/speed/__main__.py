@@ -9,20 +9,20 @@ take turns; on a GPU between events around one call, the cache cold.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Device, DType, Json, make_folder, read_config
-from s2o_compile.demo.model import choose_device, choose_dtype
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
-from s2o_compile.writing import write_text
+from s2o_compile.testbed.model import choose_device, choose_dtype
+from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
 
 from ..command import progress_bars, run, wide_console
+from ..results import as_text
+from ..results import save as save_result
 from .contenders import DENSE, PRESETS
 from .measure import Case, Row, measure
 from .report import as_dict, save_plot, table
@@ -39,7 +39,7 @@ def main(
     density: Annotated[list[float] | None, typer.Option(help="Share to visit, one or one a length.")] = None,
     s2o: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(PRESETS)}, or fields of S2OConfig, NAME=VALUE ...; repeatable."),
+        typer.Option(help=f"{', '.join(PRESETS)}, or fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable."),
     ] = None,
     dense: Annotated[list[str] | None, typer.Option(help=f"{', '.join(DENSE)} or none; repeatable.")] = None,
     dense_up_to: Annotated[int, typer.Option(min=0, help="Positions up to which dense attention runs.")] = 262_144,
@@ -63,7 +63,7 @@ def main(
         if output:
             save(case, rows, repetitions, output)
     if as_json:
-        print(json.dumps(as_dict(cases[0], rows, repetitions), indent=2))
+        print(as_text(as_dict(cases[0], rows, repetitions)))
 
 
 def watched(case: Case, repetitions: int) -> list[Row]:
@@ -136,7 +136,7 @@ def read_setting(text: str) -> S2OConfig:
 
 def save(case: Case, rows: list[Row], repetitions: int, folder: Path) -> None:
     """Write speed.json and speed.png."""
-    write_text(folder / "speed.json", json.dumps(as_dict(case, rows, repetitions), indent=2) + "\n")
+    save_result(as_dict(case, rows, repetitions), folder / "speed.json")
     save_plot(rows, folder / "speed.png")
 
 

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2o_compile.functional import attention
+from s2o_compile._attention import attention
 from s2o_compile.ops import AttentionResult, S2OConfig
 
 Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -21,7 +21,7 @@ PRESETS = {
     "default": "",
     "pool 2": "pool=2 sample=64 measure=output threshold=6e-3",
     "pool 4": "pool=4 channels=None threshold=1e-3",
-    "packed": "pool=8 guides=group channels=None max_weight=0 mean_weight=1 tail=means near_keys=128 threshold=2e-5",
+    "packed": "pool=8 guides=kv_head channels=None combine=mean rule=dropped near_keys=128 threshold=2e-5",
 }
 """Settings of the operator: its own, guides of 2 queries in half the channels, of 4 in all, and 4 guides for each 32
 positions of a KV group."""
@@ -67,4 +67,8 @@ DENSE: dict[str, Callable[[bool], Dense]] = {
 
 def sparse(config: S2OConfig, is_causal: bool) -> Sparse:
     """The operator."""
-    return partial(attention, is_causal=is_causal, config=config, return_stats=True)
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> AttentionResult:
+        return attention(query, key, value, is_causal, config=config, return_stats=True)
+
+    return run

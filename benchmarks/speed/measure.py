@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.density import dense_pairs, density
-from s2o_compile.ops.recording import SparseCall
+from s2o_compile.ops.observe import SparseInputs
 from s2o_compile.ops.sampled_error import sampled_error
 from s2o_compile.ops.visibility import Visibility
 
@@ -205,7 +205,7 @@ def judge(case: Case, structure: Structure, contender: Contender, times: list[fl
     result, size = with_peak_memory(contender.run, case.device)
     row.mebibytes = None if size is None else size / 2**20
     config = contender.config or S2OConfig()
-    lengths = case.length, case.length, shape.is_causal, 0, config.tile
+    lengths = case.length, case.length, shape.is_causal, 0, config.ranking.tile
     row.density = float(density(result.visited, *lengths).mean()) if contender.config else 1.0
     pairs = shape.heads * dense_pairs(*lengths)
     row.tflops = 4 * shape.channels * pairs * row.density / seconds / 1e12
@@ -227,10 +227,10 @@ def parts(kernels: dict[str, float]) -> tuple[float, float]:
 
 def relative_error(query: torch.Tensor, structure: Structure, is_causal: bool, output: torch.Tensor) -> float:
     """Of `DRAWS` samples of rows of an output [1, Hq, L, D], as many as `LOGITS` allows."""
-    call = SparseCall(
+    call = SparseInputs(
         "", query, structure.key, structure.value, Visibility(is_causal), query.shape[-1] ** -0.5, 0.0, S2OConfig()
     )
     count = max(1, LOGITS // (query.shape[1] * query.shape[2]))
-    squares = sum(sampled_error(call, output, count, draw) for draw in range(DRAWS))
+    squares = reduce(torch.add, (sampled_error(call, output, count, draw) for draw in range(DRAWS)))
     wrong, norm = squares.tolist()
     return wrong / norm

@@ -7,12 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from s2o_compile.writing import replacing
 
-from ..timing import device_name
+from ..results import record
 from .measure import Case, Row
 from .shapes import SHAPES
 
@@ -29,6 +28,18 @@ COLUMNS = {
     "MiB": ("mebibytes", ",.0f"),
 }
 """The fields of `Row` that are shown, and how."""
+MEASURES: dict[str, tuple[str, str | None]] = {
+    "milliseconds": ("ms", "spread"),
+    "ratio": ("times the fastest dense", "spread"),
+    "density": ("share", None),
+    "error": ("relative squared error", None),
+    "tflops": ("TFLOP/s", "spread"),
+    "ranking": ("ms", "spread"),
+    "attention": ("ms", "spread"),
+    "host": ("ms", "spread"),
+    "mebibytes": ("MiB", None),
+}
+"""The measured fields of `Row`, as `benchmarks.results` has them."""
 MARKERS = "os^vD<>Pp*Xd"
 COLOURS = [f"C{number}" for number in range(10) if number != 7]
 """Of sparse attention: Matplotlib's without its grey."""
@@ -59,16 +70,14 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def as_dict(case: Case, rows: list[Row], repetitions: int) -> dict[str, Any]:
-    """Rows with what they were measured on; device, dtype and settings are those of `case`."""
-    return {
-        "device": device_name(case.device),
-        "torch": torch.__version__,
+    """The rows as a result; device, dtype and settings are those of `case`."""
+    settings = {
         "dtype": case.precision,
         "repetitions": repetitions,
-        "settings": {name: config.arguments() for name, config in case.settings.items()},
+        "s2o": {name: config.to_dict() for name, config in case.settings.items()},
         "shapes": {name: asdict(SHAPES[name]) for name in dict.fromkeys(row.shape for row in rows)},
-        "rows": [asdict(row) for row in rows],
     }
+    return record("speed", list(map(asdict, rows)), ("shape", "length", "name"), MEASURES, case.device, settings)
 
 
 def save_plot(rows: list[Row], path: Path) -> None:

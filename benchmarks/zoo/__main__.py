@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.cli.options import Json, check_file
+from s2o_compile._console import UsageError
+from s2o_compile.testbed.options import Json, check_file
 from s2o_compile.writing import write_text
 
 from ..command import run
+from ..results import as_text, record
 from . import report
 from .architectures import ARCHITECTURES, calls
 from .compare import examine
@@ -49,7 +50,9 @@ def main(
     if markdown:
         write_text(markdown, report.markdown(rows))
     if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        key = ("architecture", "implementation", "scenario")
+        found = list(map(dataclasses.asdict, rows))
+        print(as_text(record("zoo", found, key, report.MEASURES, torch.device("cpu"), {})))
     else:
         Console().print(report.table(rows), report.totals(rows))
 

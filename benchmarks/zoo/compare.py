@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from s2o_compile.ops import S2OConfig
+from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.passes import Decision, rewrite
 
 from .architectures import Architecture
 from .inputs import real_positions, scenario_inputs
 
-EXACT = S2OConfig(min_length=0, threshold=0, segment=16, tile=16, near_keys=0, last_queries=0, tail="none")
+EXACT = S2OConfig(min_length=0, threshold=0, ranking=Ranking(rule="dropped", segment=16, near_keys=0))
 """Takes the sparse path at any length and visits every key."""
 
 

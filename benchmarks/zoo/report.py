@@ -12,6 +12,12 @@ from rich.table import Table
 
 from .refusals import kind_of_refusal
 
+MEASURES: dict[str, tuple[str, str | None]] = {
+    "expected": ("sites", None),
+    "found": ("sites", None),
+    "difference": ("relative to the largest output", None),
+}
+
 
 @dataclass(frozen=True)
 class Row:

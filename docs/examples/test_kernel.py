@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2o_compile import S2OConfig
+from s2o_compile import Ranking, S2OConfig
 from s2o_compile.ops.cpu import sparse_attention as implementation
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 
 
@@ -37,7 +37,7 @@ def test_agrees_with_the_reference(
         for heads, length in ((2 * group, queries), (2, cached + queries), (2, cached + queries))
     )
     visibility = Visibility(is_causal=True, causal_offset=cached, window=window)
-    config = S2OConfig(threshold=threshold, near_keys=0)
+    config = S2OConfig(threshold=threshold, ranking=Ranking(near_keys=0))
 
     got = implementation(query, key, value, visibility, channels**-0.5, 0.0, config)
     want = reference_attention(query, key, value, visibility, config=config)

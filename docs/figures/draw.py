@@ -15,12 +15,12 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from s2o_compile import S2OConfig
-from s2o_compile.calls import AttentionCalls, Call
-from s2o_compile.demo.measure import prefill_inputs
-from s2o_compile.demo.prepare import prepare_prefill
-from s2o_compile.demo.progress import Progress
-from s2o_compile.heat_map import heat_map
+from s2o_compile._console import Progress
 from s2o_compile.ops.geometry import BLOCK
+from s2o_compile.plots import heat_map
+from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
+from s2o_compile.testbed.predict import prefill_inputs
+from s2o_compile.testbed.prepare import prepare_prefill
 from s2o_compile.view.head import HeadView, view_head
 from s2o_compile.view.results import LayerFigures
 from s2o_compile.view.visits import Visit, visits
@@ -38,9 +38,9 @@ def main() -> None:
     progress = Progress()
     model, document = prepare_prefill(None, LENGTH, None, "cpu", "float32", progress)
     layers: list[LayerFigures] = []
-    chosen: list[Call] = []
+    chosen: list[SdpaInputs] = []
 
-    def look(call: Call) -> torch.Tensor:
+    def look(call: SdpaInputs) -> torch.Tensor:
         dense = call.dense()
         layers.append(compare(call, dense, CONFIG))
         if call.index == LAYER:
@@ -48,7 +48,7 @@ def main() -> None:
         update(done=len(layers), total=model.config.num_hidden_layers)
         return dense
 
-    with progress.step("Comparing each layer") as update, torch.no_grad(), AttentionCalls(look):
+    with progress.step("Comparing each layer") as update, torch.no_grad(), SdpaIntercept(look):
         model(**prefill_inputs(document, model.device))
     with progress.step("Drawing"):
         call = chosen[0]
@@ -65,7 +65,7 @@ def save(figure: Figure, name: str) -> None:
     figure.savefig(FOLDER / name, dpi=110)
 
 
-def last_visit(call: Call) -> Visit:
+def last_visit(call: SdpaInputs) -> Visit:
     """What the last segment of the chosen head visits."""
     tensors = (call.query, call.key, call.value)
     return list(visits(*tensors, HEAD, call.is_causal, call.scale, CONFIG))[-1]

@@ -1,4 +1,4 @@
-"""Attention of a group's tiles: first all dense spans, then the listed keys, gathered for many tiles at a time."""
+"""Attention of a KV head's tiles: first all dense spans, then the listed keys, gathered for many tiles at a time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
-from ..block_means import block_means
+from ..config import GAIN_CHUNK
 from ..geometry import round_up
 from ..result import AttentionResult
-from ..sampling import most_logits
+from ..rule.block_means import block_means
+from ..rule.sampling import most_logits
 from . import flash
-from .group import Group
+from .kv_head import KVHead
 from .rank import Lists
 
 _GATHERED = 2**14
@@ -21,41 +22,41 @@ _GATHERED = 2**14
 
 
 class Attention:
-    """The attention of one group so far; made with that of the dense spans.
+    """The attention of one KV head so far; made with that of the dense spans.
 
     `output` [tiles, G, tile, Dv], `lse` [tiles, G, tile], and `keys` [tiles, G], the keys visited, counted in blocks.
     """
 
-    def __init__(self, group: Group) -> None:
-        self.group, self.geometry, self.config = group, group.geometry, group.config
-        self.key, self.value = group.key, group.value
+    def __init__(self, kv_head: KVHead) -> None:
+        self.kv_head, self.geometry, self.config = kv_head, kv_head.geometry, kv_head.config
+        self.key, self.value = kv_head.key, kv_head.value
         if self.config.has_means:
-            self.key, self.value = (torch.cat([x, block_means(x, group.valid)]) for x in (group.key, group.value))
-        tile = self.config.tile
-        padded = pad(group.query, (0, 0, 0, -self.geometry.queries % tile))
+            self.key, self.value = (torch.cat([x, block_means(x, kv_head.valid)]) for x in (kv_head.key, kv_head.value))
+        tile = self.config.ranking.tile
+        padded = pad(kv_head.query, (0, 0, 0, -self.geometry.queries % tile))
         self.query = padded.unflatten(1, (-1, tile)).transpose(0, 1).contiguous()
-        tiles = torch.arange(self.geometry.tiles)
-        segments = tiles // (self.config.segment // tile)
-        _, low, high = group.spans[segments].unbind(1)
-        self.rows = tiles[:, None] * tile + torch.arange(tile)
+        tiles = kv_head.arange(self.geometry.tiles)
+        segments = tiles // (self.config.ranking.segment // tile)
+        _, low, high = kv_head.spans[segments].unbind(1)
+        self.rows = tiles[:, None] * tile + kv_head.arange(tile)
         end = high
         if self.geometry.is_causal:
             last = self.rows[:, -1].clamp_max(self.geometry.queries - 1) + self.geometry.offset
             end = (last + 1).clamp(0, self.geometry.keys).maximum(low)
         self.output, self.lse = self.spans(self.query, self.rows, low, end)
-        self.keys = round_up(end - low)[:, None].repeat(1, group.heads)
-        self.most: torch.Tensor | None = None
-        if self.config.bounds_weights(group.key.shape[1]):
-            self.most = torch.full_like(self.lse, math.inf)
+        self.keys = round_up(end - low)[:, None].repeat(1, kv_head.heads)
+        self.limit: torch.Tensor | None = None
+        if self.config.bounds_weights(kv_head.key.shape[1]):
+            self.limit = torch.full_like(self.lse, math.inf)
 
     def guide_lse(self) -> torch.Tensor:
         """Each guide's log-sum-exp over its dense span [heads, segments, n]."""
-        guides, pool = self.group.guides, self.config.pool
-        if pool == 1 and self.config.guides == "head":
+        guides, pool = self.kv_head.guides, self.config.ranking.pool
+        if pool == 1 and self.config.ranking.guides == "head":
             lse = self.lse.transpose(0, 1).flatten(1)[:, : self.geometry.queries]
-            return self.group.by_segment(lse[..., None])[..., 0]
-        rows = (torch.arange(guides.shape[1] * guides.shape[2]) * pool).view(guides.shape[1:3])
-        return self.spans(guides.transpose(0, 1), rows, *self.group.spans[:, 1:].unbind(1))[1].transpose(0, 1)
+            return self.kv_head.by_segment(lse[..., None])[..., 0]
+        rows = (self.kv_head.arange(guides.shape[1] * guides.shape[2]) * pool).view(guides.shape[1:3])
+        return self.spans(guides.transpose(0, 1), rows, *self.kv_head.spans[:, 1:].unbind(1))[1].transpose(0, 1)
 
     def spans(
         self, query: torch.Tensor, rows: torch.Tensor, low: torch.Tensor, end: torch.Tensor
@@ -64,63 +65,63 @@ class Attention:
         output = query.new_zeros(*query.shape[:3], self.value.shape[-1])
         lse = query.new_full(query.shape[:3], -math.inf)
         for units in batches(end - low):
-            keys = low[units, None] + torch.arange(int((end - low)[units].max()))
+            keys = low[units, None] + self.kv_head.arange(int((end - low)[units].max()))
             inside = keys < end[units, None]
             keys = keys.clamp_max(self.geometry.keys - 1)
             bias = torch.where(inside, self.key.new_zeros(()), -math.inf)
-            bias = self.mask(bias, torch.arange(query.shape[1]), rows[units], keys)
+            bias = self.mask(bias, self.kv_head.arange(query.shape[1]), rows[units], keys)
             output[units], lse[units] = self.gather(query[units], keys, bias)
         return output, lse
 
     def visit(self, lists: Lists) -> None:
         """Visit the keys of all lists of a run."""
-        per_segment = self.config.segment // self.config.tile
+        per_segment = self.config.ranking.segment // self.config.ranking.tile
         first = lists.segments.start * per_segment
         end = min(lists.segments.stop * per_segment, self.geometry.tiles)
-        segment = torch.arange(end - first) // per_segment
+        segment = self.kv_head.arange(end - first) // per_segment
         start, count = (x[segment].flatten() for x in (lists.start, lists.count))
-        if self.most is not None and lists.lse is not None:
-            self.most[first:end] = self.bound(lists.lse)[: end - first]
+        if self.limit is not None and lists.lse is not None:
+            self.limit[first:end] = self.bound(lists.lse)[: end - first]
         for units in batches(count):
-            places = units + first * self.group.lists
-            if self.config.stop == "gain":
+            places = units + first * self.kv_head.lists
+            if self.config.ranking.rule == "gain":
                 self.walk(places, lists, start[units], count[units])
             else:
                 self.add(places, *listed(lists, start[units], count[units]), round_up(count[units]))
         if self.config.has_means:
-            self.visit_means(lists, segment.repeat_interleave(self.group.lists), first * self.group.lists)
+            self.visit_means(lists, segment.repeat_interleave(self.kv_head.lists), first * self.kv_head.lists)
 
     def bound(self, lse: torch.Tensor) -> torch.Tensor:
-        """What weights may raise logits to [tiles, G, tile], given their guides' log-sum-exps [segments, heads, n]."""
-        most = most_logits(lse, self.config.threshold)
-        rows = most.repeat_interleave(self.config.pool, 2).expand(-1, self.group.heads, -1)
-        return rows.unflatten(2, (-1, self.config.tile)).transpose(1, 2).flatten(0, 1)
+        """The limits of weighed logits [tiles, G, tile], given guides' log-sum-exps [segments, heads, n]."""
+        limit = most_logits(lse, self.config.threshold)
+        rows = limit.repeat_interleave(self.config.ranking.pool, 2).expand(-1, self.kv_head.heads, -1)
+        return rows.unflatten(2, (-1, self.config.ranking.tile)).transpose(1, 2).flatten(0, 1)
 
     def visit_means(self, lists: Lists, segment: torch.Tensor, first: int) -> None:
         """Let block means stand for the keys left out, in the tiles from `first` on, of these segments [U]."""
         left = lists.left_per_block().flatten(0, 1)
-        left = left[segment * self.group.lists + torch.arange(len(segment)) % self.group.lists]
-        _, low, high = self.group.spans[lists.segments.start + segment].unbind(1)
+        left = left[segment * self.kv_head.lists + self.kv_head.arange(len(segment)) % self.kv_head.lists]
+        _, low, high = self.kv_head.spans[lists.segments.start + segment].unbind(1)
         size = round_up(self.geometry.history_blocks(low, high))
-        for units in batches(torch.full((len(segment),), left.shape[1])):
-            blocks = (self.geometry.keys + torch.arange(left.shape[1])).expand(len(units), -1)
+        for units in batches(torch.full_like(segment, left.shape[1])):
+            blocks = (self.geometry.keys + self.kv_head.arange(left.shape[1])).expand(len(units), -1)
             self.add(units + first, blocks, left[units].to(self.key.dtype).log(), size[units])
 
     def walk(self, places: torch.Tensor, lists: Lists, start: torch.Tensor, count: torch.Tensor) -> None:
         """Visit lists chunk by chunk until no row of a tile gains enough."""
         while len(places):
-            size = count.clamp_max(self.config.chunk)
+            size = count.clamp_max(GAIN_CHUNK)
             gain = self.add(places, *listed(lists, start, size), round_up(size))
-            real = self.rows[places // self.group.lists, None] < self.geometry.queries
+            real = self.rows[places // self.kv_head.lists, None] < self.geometry.queries
             goes_on = (real & ~(gain < self.config.threshold)).flatten(1).any(1) & (count > size)
             places, start, count = places[goes_on], (start + size)[goes_on], (count - size)[goes_on]
 
     def add(self, places: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """Attend `keys` [U, n] with `bias` [U, n] at (tile, list) pairs `places`; return each row's gain in mass."""
         query, output, lse, visited = (self.by_list(x) for x in (self.query, self.output, self.lse, self.keys))
-        most = None if self.most is None else self.by_list(self.most)[places]
-        bias = self.mask_listed(bias, places, keys) if self.group.visibility.varies else bias[:, None, None]
-        part, gained = self.gather(query[places], keys, bias, most)
+        limit = None if self.limit is None else self.by_list(self.limit)[places]
+        bias = self.mask_listed(bias, places, keys) if self.kv_head.visibility.rows_differ else bias[:, None, None]
+        part, gained = self.gather(query[places], keys, bias, limit)
         before = lse[places]
         lse[places] = after = torch.logaddexp(before, gained)
         share = (gained - after.masked_fill(after == -math.inf, 0)).exp()
@@ -129,39 +130,39 @@ class Attention:
         return (gained - before).exp()
 
     def by_list(self, x: torch.Tensor) -> torch.Tensor:
-        """What holds for tiles and heads [tiles, G, ...], by (tile, list) pair [tiles * lists, G / lists, ...]."""
-        return x.unflatten(1, (self.group.lists, -1)).flatten(0, 1)
+        """Values of tiles and heads [tiles, G, ...], by (tile, list) pair [tiles * lists, G / lists, ...]."""
+        return x.unflatten(1, (self.kv_head.lists, -1)).flatten(0, 1)
 
     def mask_listed(self, bias: torch.Tensor, places: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """`mask`, at (tile, list) pairs `places`."""
-        heads = self.group.heads // self.group.lists
-        head = places[:, None] % self.group.lists * heads + torch.arange(heads)
-        return self.mask(bias, head, self.rows[places // self.group.lists], keys)
+        heads = self.kv_head.heads // self.kv_head.lists
+        head = places[:, None] % self.kv_head.lists * heads + self.kv_head.arange(heads)
+        return self.mask(bias, head, self.rows[places // self.kv_head.lists], keys)
 
     def mask(self, bias: torch.Tensor, head: torch.Tensor, row: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The `bias` [U, n] of `keys` [U, n] for heads [H] or [U, H] and rows [U, R]: [U, H or 1, R or 1, n]."""
-        seen = self.group.seen(head[..., None, None], row[:, None, :, None], keys[:, None, None])
+        seen = self.kv_head.seen(head[..., None, None], row[:, None, :, None], keys[:, None, None])
         return torch.where(seen, bias[:, None, None], -math.inf)
 
     def gather(
-        self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, most: torch.Tensor | None = None
+        self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, limit: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend `keys` [U, n] with `bias` and `most` as in `flash.attend`, for queries [U, H, R, D]."""
+        """Attend `keys` [U, n] with `bias` and `limit` as in `flash.attend`, for queries [U, H, R, D]."""
         key, value = (x.index_select(0, keys.flatten()).unflatten(0, keys.shape) for x in (self.key, self.value))
-        return flash.attend(query, key, value, bias, self.group.softcap, self.group.finite, most)
+        return flash.attend(query, key, value, bias, self.kv_head.softcap, self.kv_head.finite, limit)
 
     def write(self, result: AttentionResult) -> None:
-        """Fill the group's part of the result: [G, Lq, Dv], [G, Lq] and [G, tiles]."""
-        length, tile = self.geometry.queries, self.config.tile
+        """Fill the KV head's part of the result: [G, Lq, Dv], [G, Lq] and [G, tiles]."""
+        length, tile = self.geometry.queries, self.config.ranking.tile
         result.output.copy_(self.output.transpose(0, 1).flatten(1, 2)[:, :length])
         result.lse.copy_(self.lse.transpose(0, 1).flatten(1)[:, :length])
-        rows = (length - torch.arange(self.geometry.tiles) * tile).clamp_max(tile)
+        rows = (length - self.kv_head.arange(self.geometry.tiles) * tile).clamp_max(tile)
         result.visited.copy_(self.keys.T * rows)
 
 
 def listed(lists: Lists, start: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The `count` keys from `start` [U] on, and their log-weights, side by side [U, n]; the shorter end in -inf."""
-    place = torch.arange(int(count.max()))
+    place = torch.arange(int(count.max()), device=count.device)
     index = torch.where(place < count[:, None], start[:, None] + place, len(lists.keys) - 1)
     return lists.keys[index], lists.log_weight[index]
 

@@ -1,7 +1,7 @@
-"""Dense attention of gathered tiles on a CPU, with log-sum-exp.
+"""Dense attention of gathered tiles, with log-sum-exp.
 
 The fused kernel behind ``scaled_dot_product_attention`` on a CPU returns the log-sum-exp that partial results are
-merged by, but has no public name. This module alone calls it.
+merged by, but has no public name. This module alone calls it; other devices run plain torch operations.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ..softmax import soft_cap
+from ..rule.softmax import soft_cap
 
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -22,7 +22,7 @@ def attend(
     bias: torch.Tensor,
     softcap: float,
     finite: bool,
-    most: torch.Tensor | None = None,
+    limit: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with scale 1 and an additive bias of 0 or more, or -inf for keys that a row does not see.
 
@@ -34,15 +34,15 @@ def attend(
         softcap: Bound of the logits before the bias, 0 for none; other values cost speed.
         finite: Whether `key` and `value` are known to be finite. If not, NaN and Inf reach exactly the rows that see
             them, at some cost.
-        most: What a bias may raise logits to [U, H, R], at some cost; None for no bound.
+        limit: What a bias may raise logits to [U, H, R], at some cost; None for no bound.
 
     Returns:
         Output [U, H, R, Dv] and log-sum-exp [U, H, R]; zeros and -inf for rows that see nothing.
     """
     if not key.shape[1]:
         return query.new_zeros(*query.shape[:3], value.shape[2]), query.new_full(query.shape[:3], -math.inf)
-    if softcap or not finite or most is not None:
-        return _attend_plainly(query, key, value, bias, softcap, finite, most)
+    if softcap or not finite or limit is not None or not query.is_cpu:
+        return _attend_plainly(query, key, value, bias, softcap, finite, limit)
     heads, width = query.shape[1], max(query.shape[-1], value.shape[-1])
     padded = (
         torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value)
@@ -63,12 +63,12 @@ def _attend_plainly(
     bias: torch.Tensor,
     softcap: float,
     finite: bool,
-    most: torch.Tensor | None,
+    limit: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     logits = soft_cap(query @ key[:, None].transpose(-1, -2), softcap)
     biased = logits + bias
-    if most is not None:
-        biased = torch.minimum(biased, torch.maximum(logits, most[..., None]))
+    if limit is not None:
+        biased = torch.minimum(biased, torch.maximum(logits, limit[..., None]))
     logits = biased if finite else torch.where(bias == -math.inf, -math.inf, biased)
     lse = logits.logsumexp(-1)
     weights = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()

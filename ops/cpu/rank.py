@@ -1,4 +1,4 @@
-"""Which keys the segments of a group visit besides their dense spans, by importance."""
+"""The keys that the segments of a KV head visit beside their dense spans, by importance."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from ..choice import has_fast_bfloat16
+from ..dispatch import has_fast_bfloat16
 from ..geometry import BLOCK
-from ..sampling import draws
-from ..softmax import soft_cap
-from .group import Group
+from ..memory import workspace
+from ..rule.sampling import draws
+from ..rule.softmax import soft_cap
+from .kv_head import KVHead
 
-_SCORES = 2**23
+_SCORES_OF_A_RUN = 2**23
 """How many scores the segments of a run have at most: in bfloat16 few enough to stay in the last-level cache."""
-_HELD = 2**20
+_SCORES_AT_ONCE = 2**20
 """How many scores in other precisions are held at once, for the same reason."""
-_MORE = 4
-"""Channels added to the keys: two for the normaliser, two to fill up."""
-_NEVER = 1e30
+_EXTRA_CHANNELS = 4
+"""Channels that are added to guides and keys: two for the normaliser, two for alignment."""
+_NO_SHARE = 1e30
 """A log-sum-exp that leaves a guide no share in any key; negated, one that gives it all of every key."""
 
 
@@ -62,36 +63,36 @@ class Run:
     seen: torch.Tensor | None
 
 
-class Ranking:
-    """The ranking of one group.
+class KeyRanking:
+    """The ranking of the keys of one KV head.
 
     Args:
-        group: The group.
+        kv_head: The KV head.
         near: Each guide's log-sum-exp over its dense span [heads, segments, n].
     """
 
-    def __init__(self, group: Group, near: torch.Tensor) -> None:
-        self.group, self.geometry, self.config = group, group.geometry, group.config
-        self.real, self.near = group.real_guides, near.transpose(0, 1)
-        self.positions = torch.arange(self.geometry.keys)
-        exact = group.query.dtype
-        fast = exact == torch.float32 and not group.softcap and has_fast_bfloat16()
-        dtype = torch.bfloat16 if fast else exact
-        self.comparable = dtype == torch.bfloat16 and group.finite
-        guides, key, self.neglected = group.scored
-        self.guides = pad(guides.transpose(0, 1), (0, _MORE)).to(dtype)
-        self.key = pad(-key, (0, _MORE)).to(dtype)
-        self.whole_guides = self.guides[..., :-_MORE]
-        if key is not group.key:
-            self.whole_guides = group.guides.transpose(0, 1).to(dtype)
-        self.key[:, -_MORE : 2 - _MORE] = 1
-        self.most = min(_SCORES, self.config.workspace // dtype.itemsize)
-        self.held = self.most if dtype == torch.bfloat16 else min(self.most, _HELD)
-        self.buffer = torch.empty(max(self.most, self.rows * BLOCK), dtype=dtype)
-        first, sample = self.config.first_keys, self.config.sample
+    def __init__(self, kv_head: KVHead, near: torch.Tensor) -> None:
+        self.kv_head, self.geometry, self.config = kv_head, kv_head.geometry, kv_head.config
+        self.real, self.near = kv_head.real_guides, near.transpose(0, 1)
+        self.positions = kv_head.arange(self.geometry.keys)
+        exact = kv_head.query.dtype
+        is_exact = exact != torch.float32 or kv_head.softcap > 0 or not kv_head.query.is_cpu
+        dtype = exact if is_exact or not has_fast_bfloat16() else torch.bfloat16
+        self.comparable = dtype == torch.bfloat16 and kv_head.finite
+        guides, key, self.neglected = kv_head.scored
+        self.guides = pad(guides.transpose(0, 1), (0, _EXTRA_CHANNELS)).to(dtype)
+        self.key = pad(-key, (0, _EXTRA_CHANNELS)).to(dtype)
+        self.all_channel_guides = self.guides[..., :-_EXTRA_CHANNELS]
+        if key is not kv_head.key:
+            self.all_channel_guides = kv_head.guides.transpose(0, 1).to(dtype)
+        self.key[:, -_EXTRA_CHANNELS : 2 - _EXTRA_CHANNELS] = 1
+        self.max_scores = min(_SCORES_OF_A_RUN, workspace() // dtype.itemsize)
+        self.scores_at_once = self.max_scores if dtype == torch.bfloat16 else min(self.max_scores, _SCORES_AT_ONCE)
+        self.buffer = self.key.new_empty(max(self.max_scores, self.rows * BLOCK))
+        first, sample = self.config.ranking.first_keys, self.config.ranking.sample
         drawn = self.positions[sample // 2 :: sample]
         self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
-        self.drawn_key = group.key[self.drawn].to(dtype)
+        self.drawn_key = kv_head.key[self.drawn].to(dtype)
         self.drawn_weight = self.key.new_full(self.drawn.shape, math.log(sample)).masked_fill(self.drawn < first, 0)
 
     @property
@@ -100,14 +101,18 @@ class Ranking:
         return self.guides.shape[1] * self.guides.shape[2]
 
     def runs(self) -> Iterator[range]:
-        """Consecutive segments that have the `most` scores together, or one that has more."""
+        """Consecutive segments that have `max_scores` scores together, or one that has more."""
         first, ranked = 0, self.geometry.ranked_segments
         while first < ranked:
             end = first + 1
-            while end < ranked and (end + 1 - first) * self.rows * len(self.reach(range(first, end + 1))) <= self.most:
+            while end < ranked and self.scores(range(first, end + 1)) <= self.max_scores:
                 end += 1
             yield range(first, end)
             first = end
+
+    def scores(self, segments: range) -> int:
+        """How many scores the segments of a run have."""
+        return len(segments) * self.rows * len(self.reach(segments))
 
     def reach(self, segments: range) -> range:
         """The keys that the segments of a run rank, and some between them."""
@@ -117,21 +122,21 @@ class Ranking:
     def lists(self, segments: range) -> Lists:
         """The keys to visit of each segment of a run."""
         config, run = self.config, self.run(segments)
-        keep, log_weight = run.history[:, None].expand(-1, self.group.lists, -1), self.near.new_zeros(())
+        keep, log_weight = run.history[:, None].expand(-1, self.kv_head.lists, -1), self.near.new_zeros(())
         if run.seen is not None:
             keep = keep & self.by_list(run.seen.any(2, keepdim=True)).any(2)
         if config.threshold == 0 or not run.reach:
             return pack(run, keep, keep.nonzero()[:, -1], log_weight)
         normaliser = self.normaliser(run)
         importance = self.importance(run, normaliser)
-        if config.stop == "gain":
+        if config.ranking.rule == "gain":
             ranked = importance.clamp_min(-1e30).masked_fill(~keep, -math.inf)
             order = ranked.argsort(dim=-1, descending=True, stable=True)
-            listed = torch.arange(len(run.reach)) < keep.sum(-1, keepdim=True)
+            listed = self.kv_head.arange(len(run.reach)) < keep.sum(-1, keepdim=True)
             return pack(run, keep, order[listed], log_weight, normaliser)
         bar = importance.new_tensor(math.log(config.threshold))
         if config.has_samples:
-            segment = torch.arange(segments.start, segments.stop)[:, None]
+            segment = self.kv_head.arange(segments.start, segments.stop)[:, None]
             keep = keep & (importance >= bar + draws(self.positions[span(run.reach)], segment).log()[:, None])
             log_weight = (bar - importance[keep]).clamp_min(0)
         else:
@@ -139,38 +144,39 @@ class Ranking:
         return pack(run, keep, keep.nonzero()[:, -1], log_weight, normaliser)
 
     def run(self, segments: range) -> Run:
-        """What the segments of a run may visit."""
+        """The segments of a run, with the keys that they may visit."""
         reach = self.reach(segments)
-        history = self.geometry.history(self.positions[span(reach)], self.group.spans[span(segments)])
-        if self.group.valid is not None:
-            history = history & self.group.valid[span(reach)]
-        return Run(segments, reach, history, self.seen(segments, reach) if self.group.visibility.varies else None)
+        history = self.geometry.history(self.positions[span(reach)], self.kv_head.spans[span(segments)])
+        if self.kv_head.valid is not None:
+            history = history & self.kv_head.valid[span(reach)]
+        seen = self.seen(segments, reach) if self.kv_head.visibility.rows_differ else None
+        return Run(segments, reach, history, seen)
 
     def parts(self, run: Run) -> Iterator[Run]:
-        """The run, with so many of its keys at a time as scores are held at once."""
-        width = max(BLOCK, self.held // (len(run.segments) * self.rows))
+        """Parts of the run, each with all segments and as many keys as `scores_at_once` allows."""
+        width = max(BLOCK, self.scores_at_once // (len(run.segments) * self.rows))
         for first in range(0, max(1, len(run.reach)), width):
             keys = slice(first, first + width)
             seen = None if run.seen is None else run.seen[..., keys]
             yield Run(run.segments, run.reach[keys], run.history[:, keys], seen)
 
     def seen(self, segments: range, reach: range) -> torch.Tensor:
-        """Which keys in reach each guide sees [segments, heads or 1, n, keys]."""
+        """The keys in reach that each guide sees [segments, heads or 1, n, keys], boolean."""
         heads, per_segment = self.guides.shape[1:3]
-        row = torch.arange(segments.start * per_segment, segments.stop * per_segment) * self.config.pool
+        row = self.kv_head.arange(segments.start * per_segment, segments.stop * per_segment) * self.config.ranking.pool
         row = row.view(-1, 1, per_segment, 1)
-        seen = self.group.seen(torch.arange(heads)[:, None, None], row, self.positions[span(reach)])
+        seen = self.kv_head.seen(self.kv_head.arange(heads)[:, None, None], row, self.positions[span(reach)])
         return (seen & self.real[span(segments), None, :, None]).expand(-1, -1, -1, len(reach))
 
     def by_list(self, x: torch.Tensor) -> torch.Tensor:
-        """What holds for heads and guides [segments, heads or 1, n, keys], by list [segments, lists, guides, keys]."""
-        return x.expand(-1, self.guides.shape[1], -1, -1).unflatten(1, (self.group.lists, -1)).flatten(2, 3)
+        """Values of heads and guides [segments, heads or 1, n, keys], by list [segments, lists, guides, keys]."""
+        return x.expand(-1, self.guides.shape[1], -1, -1).unflatten(1, (self.kv_head.lists, -1)).flatten(2, 3)
 
     def normaliser(self, run: Run) -> torch.Tensor:
         """Each guide's log-sum-exp [segments, heads or 1, n]."""
         part = span(run.segments)
-        normaliser = torch.logaddexp(self.near[part], self.far(run)).clamp_min(-_NEVER)
-        return normaliser.masked_fill(~self.real[part, None], _NEVER)
+        normaliser = torch.logaddexp(self.near[part], self.far(run)).clamp_min(-_NO_SHARE)
+        return normaliser.masked_fill(~self.real[part, None], _NO_SHARE)
 
     def importance(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
         """The log of the importance of the keys in reach [segments, lists, keys]."""
@@ -185,19 +191,17 @@ class Ranking:
         if run.seen is not None:
             surprisal.masked_fill_(~run.seen, math.inf)
         surprisal = self.by_list(surprisal)
-        importance = torch.full((), -math.inf)
-        if config.max_weight:
+        if config.ranking.combine == "max":
             least = least_by_bits(surprisal, 2) if self.comparable else surprisal.amin(2)
-            importance = math.log(config.max_weight) - least.to(normaliser.dtype)
-        if config.mean_weight:
-            guides_of_list = real.sum(1) * (guides.shape[1] // self.group.lists)
+            importance = -least.to(normaliser.dtype)
+        else:
+            guides_of_list = real.sum(1) * (guides.shape[1] // self.kv_head.lists)
             mean = surprisal.neg().logsumexp(2).to(normaliser.dtype)
-            mean = mean - guides_of_list.to(mean.dtype).log()[:, None, None]
-            importance = torch.maximum(importance, mean + math.log(config.mean_weight))
-        if config.measure == "output":
-            importance = importance + self.group.log_distances[span(run.reach)]
+            importance = mean - guides_of_list.to(mean.dtype).log()[:, None, None]
+        if config.ranking.measure == "output":
+            importance = importance + self.kv_head.log_distances[span(run.reach)]
         importance = importance.masked_fill(importance.isnan(), math.inf)
-        importance[..., : max(0, config.first_keys - run.reach.start)] = math.inf
+        importance[..., : max(0, config.ranking.first_keys - run.reach.start)] = math.inf
         return importance
 
     def surprisal(self, guides: torch.Tensor, normaliser: torch.Tensor, reach: range) -> torch.Tensor:
@@ -206,10 +210,10 @@ class Ranking:
         The normaliser enters the product as two more channels of the guides, its high and its low part; with a soft
         cap, it comes after.
         """
-        softcap = self.group.softcap
+        softcap = self.kv_head.softcap
         if not softcap:
-            guides[..., -_MORE] = normaliser
-            guides[..., 1 - _MORE] = normaliser - guides[..., -_MORE]
+            guides[..., -_EXTRA_CHANNELS] = normaliser
+            guides[..., 1 - _EXTRA_CHANNELS] = normaliser - guides[..., -_EXTRA_CHANNELS]
         rows = guides.flatten(0, 2)
         product = self.buffer[: len(rows) * len(reach)].view(len(rows), len(reach))
         torch.mm(rows, self.key[span(reach)].T, out=product)
@@ -218,12 +222,12 @@ class Ranking:
 
     def far(self, run: Run) -> torch.Tensor:
         """Each guide's log-sum-exp over its history [segments, heads, guides], from one key in `sample` of it."""
-        guides = self.whole_guides[span(run.segments)]
+        guides = self.all_channel_guides[span(run.segments)]
         chosen = slice(*(int((self.drawn < end).sum()) for end in (run.reach.start, run.reach.stop)))
         place = self.drawn[chosen] - run.reach.start
         weight = self.drawn_weight[chosen].masked_fill(~run.history[:, place], -math.inf)
         logits = guides.flatten(0, 2) @ self.drawn_key[chosen].T
-        logits = soft_cap(logits, self.group.softcap).view(*guides.shape[:3], -1).add_(weight[:, None, None])
+        logits = soft_cap(logits, self.kv_head.softcap).view(*guides.shape[:3], -1).add_(weight[:, None, None])
         if run.seen is not None:
             logits.masked_fill_(~run.seen[..., place], -math.inf)
         return log_sum_exp(logits).to(self.near.dtype)

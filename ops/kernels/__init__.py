@@ -1,1 +1,2 @@
-"""The Triton implementation: one kernel a module, `launch` runs them in order."""
+"""The Triton implementation: a kernel and its launcher a module; `pipeline` runs them in order, `lists` says what
+they hand on."""

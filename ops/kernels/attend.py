@@ -1,11 +1,16 @@
-"""Attention of tiles: the dense span, the listed keys by index until they no longer matter, and block means."""
+"""Attention of tiles: the dense span, and the listed keys by index."""
 
-# mypy: ignore-errors
 from __future__ import annotations
+
+import math
 
 import triton
 import triton.language as tl
+from torch.library import wrap_triton
 
+from ..result import AttentionResult
+from ..rule.sampling import MAX_WEIGHT_FACTOR
+from .arguments import Arguments, padded
 from .helpers import (
     KEY_BLOCK,
     LN_2,
@@ -20,48 +25,61 @@ from .helpers import (
     see,
     span,
 )
+from .lists import Lists
+from .tiling import MAX_ROWS, attend_tiling, shared_memory
 
-MOST_MASS = tl.constexpr(2.0**64)
+MAX_MASS = tl.constexpr(2.0**64)
 """Sums of weights up to which values of 2**63 leave room in float32."""
-MOST_MASS_IN_HALF = tl.constexpr(2.0**15)
-"""Sums of weights each of which half precision has room for."""
-STEPS_IN_HALF = tl.constexpr(5)
-"""How much larger half precision takes a fixed maximum, in units of log 2: it has room for weights up to 2**15."""
+MAX_MASS_FLOAT16 = tl.constexpr(2.0**15)
+"""Sums of weights each of which float16 has room for."""
+FLOAT16_HEADROOM = tl.constexpr(5)
+"""How much larger a fixed maximum is taken in float16, in units of log 2: weights up to 2**15 fit."""
+
+
+def attend(arguments: Arguments, lists: Lists, segments: range, result: AttentionResult) -> None:
+    """Attend the tiles of a run of segments, and write their part of the result."""
+    query, key, value, config, geometry = (
+        arguments.query, arguments.key, arguments.value, arguments.config, arguments.geometry
+    )  # fmt: skip
+    heads_per_list = arguments.group_size // arguments.lists
+    heads = max(1, min(heads_per_list, MAX_ROWS // config.ranking.tile))
+    parts = arguments.lists * -(-heads_per_list // heads)
+    # Every row has a maximum after the keys that need a mask.
+    is_fixed = not arguments.visibility.rows_differ
+    widest, shared = max(key.shape[-1], value.shape[-1]), shared_memory(key.device)
+    tiling = attend_tiling(widest, key.element_size(), heads * config.ranking.tile, is_fixed, shared)
+    per_segment = config.ranking.segment // config.ranking.tile
+    tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
+    wrap_triton(attend_kernel)[(tiles, parts, arguments.batch_kv_heads)](
+        query, key, value, *arguments.masks,
+        lists.index, lists.count, lists.log_weights, lists.guide_lse, *result,
+        *query.stride()[:3], *key.stride()[:2], *value.stride()[:2], *arguments.mask_strides,
+        *result.output.stride()[:3],
+        **arguments.shared,
+        KEY_STRIDE=key.stride(2), VALUE_STRIDE=value.stride(2),
+        D=key.shape[-1], BLOCK_D=padded(key.shape[-1]), DV=value.shape[-1], BLOCK_DV=padded(value.shape[-1]),
+        first_segment=segments.start, segments=len(segments), tiles=geometry.tiles, capacity=lists.capacity,
+        log2_max_weight=math.log2(MAX_WEIGHT_FACTOR * max(config.threshold, 1e-30)),
+        FIXED=is_fixed, BOUNDED=config.bounds_weights(key.shape[-1]), SAMPLED=config.has_samples,
+        TILE=config.ranking.tile, GROUP_SIZE=arguments.group_size, LISTS_PER_KV_HEAD=arguments.lists, HEADS=heads,
+        **tiling.arguments,
+    )  # fmt: skip
 
 
 @triton.jit
 def _add(
-    maximum,
-    mass,
-    total,
-    rows,
-    key,
-    value,
-    index,
-    inside,
-    seen,
-    bias,
-    most,
-    unit,
-    softcap,
-    KEY_STRIDE: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr,
-    FIXED: tl.constexpr,
-    VARIES: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    maximum, mass, total, rows, key, value, index, inside, seen, bias, limit, unit, softcap,
+    KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, FIXED: tl.constexpr, ROWS_DIFFER: tl.constexpr,
+    SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Add the keys and values at `index` [N] that are `inside` to the online softmax of the rows that see them.
 
-    `inside` and `seen` are None where every row sees every key, `bias` [N] where there is none, `most` [M] where it may
-    raise logits without a bound. All of them are in steps of `unit`, a step of log 2, which saves a multiplication.
+    `inside` and `seen` are None where every row sees every key, `bias` [N] where there is none, `limit` [M] where it
+    may raise logits without a bound. All of them are in steps of `unit`, a step of log 2, which saves a multiplication.
     With FIXED the maximum stays what it is: weights may exceed 1, and nothing is rescaled.
     """
-    if VARIES:
+    if ROWS_DIFFER:
         # What a key holds that no row sees does not matter.
         inside = tl.max(seen.to(tl.int32), 0) > 0
     keys = load_rows(key, index, inside, KEY_STRIDE, D, BLOCK_D)
@@ -69,8 +87,8 @@ def _add(
     logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION)
     if SOFTCAP:
         logits = cap(logits, softcap)
-    if bias is not None and most is not None:
-        highest = tl.maximum(logits, most[:, None], propagate_nan=tl.PropagateNan.ALL)
+    if bias is not None and limit is not None:
+        highest = tl.maximum(logits, limit[:, None], propagate_nan=tl.PropagateNan.ALL)
         logits = tl.minimum(logits + bias[None, :], highest, propagate_nan=tl.PropagateNan.ALL)
     elif bias is not None:
         logits += bias[None, :]
@@ -89,8 +107,8 @@ def _add(
 
 
 @triton.jit
-def _begin(
-    rows, places, tensors, lists, terms, most, low, end, first, listed, unit, softcap,
+def _masked_prologue(
+    rows, places, tensors, lists, terms, limit, low, end, first, listed, unit, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr,
     WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr, SAMPLED: tl.constexpr, SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -99,8 +117,8 @@ def _begin(
     """The online softmax of what needs a mask: of the keys from `low` to `end`, and of the list from `first` on."""
     head, position, real = places
     key, value, padding = tensors
-    index, weights = lists
-    varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
+    index, log_weights = lists
+    rows_differ: tl.constexpr = WINDOW or DOCUMENTS or MASK
     lane = tl.arange(0, BLOCK_N)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
@@ -114,170 +132,94 @@ def _begin(
         chosen = tl.where(is_dense, column, tl.load(index + column, mask=of_list, other=0))
         bias = None
         if SAMPLED:
-            bias = tl.load(weights + column, mask=of_list, other=0.0).to(tl.float32) / unit
+            bias = tl.load(log_weights + column, mask=of_list, other=0.0).to(tl.float32) / unit
         inside = load_padding(padding, chosen, inside, HAS_PADDING)
         seen = see(terms, head, position, real, chosen, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
         maximum, mass, total = _add(
-            maximum, mass, total, rows, key, value, chosen, inside, seen, bias, most,
-            unit, softcap, KEY_STRIDE, VALUE_STRIDE, False, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
-        )  # fmt: skip
-    return maximum, mass, total
-
-
-@triton.jit
-def _add_means(
-    maximum, mass, total, rows, means, skipped, blocks, unit, softcap,
-    FIXED: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the means of the first blocks, each for as many keys as were `skipped`."""
-    mean_key, mean_value = means
-    lane = tl.arange(0, BLOCK_N)
-    for start in tl.range(0, blocks, BLOCK_N, num_stages=3):
-        # Past the last block the bias is -inf. Loads without a mask are fewer, and leave registers free.
-        bias = tl.load(skipped + start + lane) * (1 / unit)
-        column = tl.minimum(start + lane, blocks - 1)
-        maximum, mass, total = _add(
-            maximum, mass, total, rows, mean_key, mean_value, column, None, None, bias, None,
-            unit, softcap, D, DV, FIXED, False, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+            maximum, mass, total, rows, key, value, chosen, inside, seen, bias, limit,
+            unit, softcap, KEY_STRIDE, VALUE_STRIDE, False, rows_differ, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
     return maximum, mass, total
 
 
 @triton.jit
 def _places(
-    tile, first_head, end_head, first_head_of_group, queries, HEADS: tl.constexpr, TILE: tl.constexpr,
+    tile, first_head, end_head, first_head_of_kv_head, queries, HEADS: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The heads and positions of the rows of a tile [BLOCK_M], and which of them are real."""
     row = tl.arange(0, BLOCK_M)
     head, position = first_head + row // TILE, tile * TILE + row % TILE
     real = (row < HEADS * TILE) & (head < end_head) & (position < queries)
-    return (first_head_of_group + head).to(tl.int64), position, real
+    return (first_head_of_kv_head + head).to(tl.int64), position, real
 
 
 @triton.jit
 def attend_kernel(
-    query,
-    key,
-    value,
-    padding,
-    query_documents,
-    key_documents,
-    mask,
-    index,
-    count,
-    skipped,
-    weights,
-    guide_lse,
-    mean_key,
-    mean_value,
-    output,
-    lse,
-    visited,
-    query_stride_b,
-    query_stride_h,
-    query_stride_n,
-    key_stride_b,
-    key_stride_h,
-    value_stride_b,
-    value_stride_h,
-    padding_stride_b,
-    query_documents_stride_b,
-    key_documents_stride_b,
-    mask_stride_b,
-    mask_stride_h,
-    mask_stride_n,
-    mask_stride_k,
-    output_stride_b,
-    output_stride_h,
-    output_stride_n,
-    groups,
-    queries,
-    keys,
-    first_segment,
-    segments,
-    ranked_segments,
-    tiles,
-    offset,
-    window,
-    near_keys,
-    capacity,
-    blocks,
-    skipped_stride,
-    threshold,
-    log2_most,
-    guides_per_head,
-    scale,
-    softcap,
-    SEGMENT: tl.constexpr,
-    TILE: tl.constexpr,
-    GROUP: tl.constexpr,
-    LISTS: tl.constexpr,
-    HEADS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
-    MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_MEANS: tl.constexpr,
-    SAMPLED: tl.constexpr,
-    POOL: tl.constexpr,
-    GUIDE_HEADS: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    FIXED: tl.constexpr,
-    STOP_BY_GAIN: tl.constexpr,
-    CHUNK: tl.constexpr,
-    KEY_STRIDE: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Attend one tile: TILE positions of HEADS heads that share a list.
+    query, key, value, padding, query_documents, key_documents, mask,
+    index, count, log_weights, guide_lse,
+    output, lse, visited,
+    query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, value_stride_b, value_stride_h,
+    padding_stride_b, query_documents_stride_b, key_documents_stride_b,
+    mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
+    output_stride_b, output_stride_h, output_stride_n,
+    kv_heads, queries, keys, first_segment, segments, ranked_segments, tiles, offset, window, near_keys,
+    capacity, log2_max_weight, guides_per_head, scale, softcap,
+    SEGMENT: tl.constexpr, TILE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr, HEADS: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr, SAMPLED: tl.constexpr, BOUNDED: tl.constexpr, FIXED: tl.constexpr,
+    POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend one tile, TILE positions of HEADS query heads that share one of the `Lists`.
 
-    Lists as `select_kernel` writes them. Program (tile, latest first; part of the group's heads;
-    batch entry and group).
+    Some keys come first: those that need a mask, at the end of the dense span and of the list. FIXED is for calls in
+    which every row sees all other keys. The maximum that each row has by then stays fixed for the rest: any origin of
+    the exponents gives the same softmax, so the long loop neither reduces over keys nor rescales the accumulators,
+    which takes about as long as its products and keeps blocks small. Only where far larger logits come later, and
+    weights approach what the dtype can hold, the tile is attended again with a running maximum.
+
+    Program (tile, last first; part of the query heads of a KV head; batch entry and KV head).
     """
-    scale, threshold, log2_most = float32(scale), float32(threshold), float32(log2_most)
+    # 1. Addresses: the rows of the tile, their keys and values, the list and its limits.
+    scale, log2_max_weight = float32(scale), float32(log2_max_weight)
     unit = tl.maximum(scale, 1e-30)
     softcap = float32(softcap) / unit
     tiles_per_segment: tl.constexpr = SEGMENT // TILE
-    parts_per_list: tl.constexpr = (GROUP // LISTS + HEADS - 1) // HEADS
+    parts_per_list: tl.constexpr = (GROUP_SIZE // LISTS_PER_KV_HEAD + HEADS - 1) // HEADS
     tile = first_segment * tiles_per_segment + tl.num_programs(0) - 1 - tl.program_id(0)
     segment = tile // tiles_per_segment
-    batch = (tl.program_id(2) // groups).to(tl.int64)
-    group = (tl.program_id(2) % groups).to(tl.int64)
+    batch = (tl.program_id(2) // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(2) % kv_heads).to(tl.int64)
     which = tl.program_id(1) // parts_per_list
-    place = (tl.program_id(2) * LISTS + which) * segments + segment - first_segment
-    end_head = (which + 1) * (GROUP // LISTS)
+    place = (tl.program_id(2) * LISTS_PER_KV_HEAD + which) * segments + segment - first_segment
+    end_head = (which + 1) * (GROUP_SIZE // LISTS_PER_KV_HEAD)
 
-    first_head = which * (GROUP // LISTS) + tl.program_id(1) % parts_per_list * HEADS
-    head, position, real = _places(tile, first_head, end_head, group * GROUP, queries, HEADS, TILE, BLOCK_M)
+    first_head = which * (GROUP_SIZE // LISTS_PER_KV_HEAD) + tl.program_id(1) % parts_per_list * HEADS
+    head, position, real = _places(tile, first_head, end_head, kv_head * GROUP_SIZE, queries, HEADS, TILE, BLOCK_M)
     channels = tl.arange(0, BLOCK_D)
     pointers = query + batch * query_stride_b + head[:, None] * query_stride_h
     pointers += position.to(tl.int64)[:, None] * query_stride_n + channels[None, :]
     rows = tl.load(pointers, mask=real[:, None] & (channels < D)[None, :], other=0.0)
-    key += batch * key_stride_b + group * key_stride_h
-    value += batch * value_stride_b + group * value_stride_h
+    key += batch * key_stride_b + kv_head * key_stride_h
+    value += batch * value_stride_b + kv_head * value_stride_h
     padding += batch * padding_stride_b
     terms = mask_terms(
         batch, offset, window, query_documents, query_documents_stride_b, key_documents, key_documents_stride_b,
         mask, mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
     )  # fmt: skip
 
-    most = None
+    limit = None
     if BOUNDED:
-        guide_head = (batch * groups + group) * GUIDE_HEADS + (head - group * GROUP if GUIDE_HEADS > 1 else 0)
-        most = tl.load(guide_lse + guide_head * guides_per_head + position // POOL, mask=real, other=0.0) + log2_most
-        most = tl.where(most == most, most / unit, float("inf"))
+        guide_head = (batch * kv_heads + kv_head) * GUIDE_HEADS
+        guide_head += head - kv_head * GROUP_SIZE if GUIDE_HEADS > 1 else 0
+        guide = guide_lse + guide_head * guides_per_head + position // POOL
+        limit = tl.load(guide, mask=real, other=0.0) + log2_max_weight
+        limit = tl.where(limit == limit, limit / unit, float("inf"))
     lane = tl.arange(0, BLOCK_N)
-    varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
+    rows_differ: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
     _, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     end = high
@@ -285,101 +227,64 @@ def attend_kernel(
         end = tl.maximum(low, clip(tl.minimum((tile + 1) * TILE, queries) + offset, keys))
     listed = tl.load(count + place)
     index += place.to(tl.int64) * capacity
-    weights += place.to(tl.int64) * capacity
-    # What needs a mask comes first, and some key does: the end of the dense span, and of the list.
+    log_weights += place.to(tl.int64) * capacity
+
+    # 2. Masked prologue: the end of the dense span, and of the list; at least one key, so that rows have a maximum.
     open_end = low
     if FIXED and not HAS_PADDING:
         seen_by_all = tl.minimum(end - 1, tile * TILE + offset + 1) if CAUSAL else end - 1
         open_end += tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
-    whole = listed if STOP_BY_GAIN else tl.maximum(listed - 1, 0) // BLOCK_N * BLOCK_N
-    places, tensors, lists = (head, position, real), (key, value, padding), (index, weights)
-    maximum, mass, total = _begin(
-        rows, places, tensors, lists, terms, most, open_end, end, whole, listed, unit, softcap,
+    whole = tl.maximum(listed - 1, 0) // BLOCK_N * BLOCK_N
+    places, tensors, lists = (head, position, real), (key, value, padding), (index, log_weights)
+    maximum, mass, total = _masked_prologue(
+        rows, places, tensors, lists, terms, limit, open_end, end, whole, listed, unit, softcap,
         KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
 
     if FIXED and rows.dtype == tl.float16:
-        maximum += STEPS_IN_HALF / unit
-        mass *= 0.5**STEPS_IN_HALF
-        total *= 0.5**STEPS_IN_HALF
+        maximum += FLOAT16_HEADROOM / unit
+        mass *= 0.5**FLOAT16_HEADROOM
+        total *= 0.5**FLOAT16_HEADROOM
 
-    if STOP_BY_GAIN:
-        done = 0
-        while done < listed:
-            stop = tl.minimum(done + CHUNK, listed)
-            maximum_before, mass_before = maximum, mass
-            for start in range(done, stop, BLOCK_N):
-                column = start + lane
-                inside = column < stop
-                chosen = tl.load(index + column, mask=inside, other=0)
-                seen = see(terms, head, position, real, chosen, inside, False, WINDOW, DOCUMENTS, MASK)
-                maximum, mass, total = _add(
-                    maximum, mass, total, rows, key, value, chosen, inside, seen, None, None,
-                    unit, softcap, KEY_STRIDE, VALUE_STRIDE, False, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV,
-                    PRECISION,
-                )  # fmt: skip
-            before = mass_before * tl.exp2((maximum_before - finite_or_zero(maximum)) * unit)
-            small = (mass - before) < threshold * before
-            goes_on = tl.sum((real & (small == 0)).to(tl.int32), 0) > 0
-            done, listed = stop, tl.where(goes_on, listed, stop)
-    else:
-        for start in range(low - open_end, whole, BLOCK_N):
-            column = start + lane
-            chosen = tl.where(start < 0, open_end + column, tl.load(index + column, mask=column >= 0, other=0))
-            bias = None
-            if SAMPLED:
-                bias = tl.load(weights + column, mask=column >= 0, other=0.0).to(tl.float32) * (1 / unit)
-            seen = None
-            if varies:
-                everywhere = lane < BLOCK_N
-                seen = see(terms, head, position, real, chosen, everywhere, False, WINDOW, DOCUMENTS, MASK)
-            maximum, mass, total = _add(
-                maximum, mass, total, rows, key, value, chosen, None, seen, bias, most,
-                unit, softcap, KEY_STRIDE, VALUE_STRIDE, FIXED, varies, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
-            )  # fmt: skip
-
-    seen_keys = round_up(end - low, KEY_BLOCK) + round_up(listed, KEY_BLOCK)
-    if HAS_MEANS:
-        mean_blocks = low // KEY_BLOCK
-        seen_blocks = mean_blocks
-        if not CAUSAL:
-            seen_blocks += (keys - high + KEY_BLOCK - 1) // KEY_BLOCK
-            mean_blocks = tl.where(seen_blocks > 0, blocks, 0)
-        seen_keys += round_up(seen_blocks, KEY_BLOCK)
-        skipped += place.to(tl.int64) * skipped_stride
-        mean_place = (batch * groups + group) * blocks
-        means = (mean_key + mean_place * D, mean_value + mean_place * DV)
-        maximum, mass, total = _add_means(
-            maximum, mass, total, rows, means, skipped, mean_blocks, unit, softcap,
-            FIXED, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+    # 3. Unmasked loop: what is left of the dense span at places below 0, then of the list.
+    for start in range(low - open_end, whole, BLOCK_N):
+        column = start + lane
+        chosen = tl.where(start < 0, open_end + column, tl.load(index + column, mask=column >= 0, other=0))
+        bias = None
+        if SAMPLED:
+            bias = tl.load(log_weights + column, mask=column >= 0, other=0.0).to(tl.float32) * (1 / unit)
+        seen = None
+        if rows_differ:
+            everywhere = lane < BLOCK_N
+            seen = see(terms, head, position, real, chosen, everywhere, False, WINDOW, DOCUMENTS, MASK)
+        maximum, mass, total = _add(
+            maximum, mass, total, rows, key, value, chosen, None, seen, bias, limit,
+            unit, softcap, KEY_STRIDE, VALUE_STRIDE, FIXED, rows_differ, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
 
+    # 4. Overflow retry: with a running maximum, where far larger logits came later than the fixed one.
+    seen_keys = round_up(end - low, KEY_BLOCK) + round_up(listed, KEY_BLOCK)
     if FIXED:
-        # Where far larger logits came later than the maximum was fixed, all is done again.
-        most_mass: tl.constexpr = MOST_MASS_IN_HALF if rows.dtype == tl.float16 else MOST_MASS
-        lost = (mass > most_mass) | ((maximum == float("-inf")) & (mass > 0))
+        max_mass: tl.constexpr = MAX_MASS_FLOAT16 if rows.dtype == tl.float16 else MAX_MASS
+        lost = (mass > max_mass) | ((maximum == float("-inf")) & (mass > 0))
         if tl.max(lost.to(tl.int32), 0) > 0:
-            maximum, mass, total = _begin(
-                rows, places, tensors, lists, terms, most, low, end, 0, listed, unit, softcap,
+            maximum, mass, total = _masked_prologue(
+                rows, places, tensors, lists, terms, limit, low, end, 0, listed, unit, softcap,
                 KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
                 D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
-            if HAS_MEANS:
-                maximum, mass, total = _add_means(
-                    maximum, mass, total, rows, means, skipped, mean_blocks, unit, softcap,
-                    False, SOFTCAP, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-                )  # fmt: skip
 
+    # 5. Epilogue: output, log-sum-exp and visited pairs.
     # Held across the loops, these would take registers from them; what is added is 0, but the compiler does not know.
     tile += tl.minimum(seen_keys, 0)
-    head, position, real = _places(tile, first_head, end_head, group * GROUP, queries, HEADS, TILE, BLOCK_M)
+    head, position, real = _places(tile, first_head, end_head, kv_head * GROUP_SIZE, queries, HEADS, TILE, BLOCK_M)
     total = total / tl.where(mass == 0, 1.0, mass)[:, None]
     wide = tl.arange(0, BLOCK_DV)
     pointers = output + batch * output_stride_b + head[:, None] * output_stride_h
     pointers += position.to(tl.int64)[:, None] * output_stride_n + wide[None, :]
     tl.store(pointers, total.to(output.dtype.element_ty), mask=real[:, None] & (wide < DV)[None, :])
-    head_place = batch * groups * GROUP + head
+    head_place = batch * kv_heads * GROUP_SIZE + head
     tl.store(lse + head_place * queries + position, (maximum * unit + tl.log2(mass)) * LN_2, mask=real)
     rows_in_tile = tl.minimum(queries - tile * TILE, TILE)
     pairs = (seen_keys * rows_in_tile).to(tl.int64)

@@ -1,6 +1,5 @@
 """Guides, pooled from queries in one pass over them."""
 
-# mypy: ignore-errors
 from __future__ import annotations
 
 import torch
@@ -9,52 +8,40 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from ..config import S2OConfig
-from .call import channels
+from .arguments import padded
 from .helpers import load_rows
 
 _ROWS = 16
 
 
 def pool_guides(query: torch.Tensor, config: S2OConfig) -> torch.Tensor:
-    """`ops.guides.pool_guides`, rounded once: query [B, Hkv, G, L, D], guides [B, Hkv, G or 1, ceil(L / pool), D]."""
-    batch, groups, group, length, size = query.shape
-    together = group if config.guides == "group" else 1
-    if config.pool == together == 1:
+    """`rule.guides.pool_guides`, rounded once: query [B, Hkv, G, L, D], guides [B, Hkv, G or 1, ceil(L / pool), D]."""
+    batch, kv_heads, group_size, length, size = query.shape
+    together = group_size if config.ranking.guides == "kv_head" else 1
+    if config.ranking.pool == together == 1:
         return query
-    heads, per_head = group // together, -(-length // config.pool)
-    guides = query.new_empty(batch, groups, heads, per_head, size)
-    wrap_triton(pool_kernel)[(-(-per_head // _ROWS), heads, batch * groups)](
+    heads, per_head = group_size // together, -(-length // config.ranking.pool)
+    guides = query.new_empty(batch, kv_heads, heads, per_head, size)
+    wrap_triton(pool_kernel)[(-(-per_head // _ROWS), heads, batch * kv_heads)](
         query, guides,
-        *query.stride()[:4], groups, length, per_head,
-        POOL=config.pool, TOGETHER=together,
-        D=size, BLOCK_D=channels(size), BLOCK_N=_ROWS, num_warps=4, num_stages=1,
+        *query.stride()[:4], kv_heads, length, per_head,
+        POOL=config.ranking.pool, TOGETHER=together,
+        D=size, BLOCK_D=padded(size), BLOCK_N=_ROWS, num_warps=4, num_stages=1,
     )  # fmt: skip
     return guides
 
 
 @triton.jit
 def pool_kernel(
-    query,
-    guides,
-    stride_b,
-    stride_g,
-    stride_h,
-    stride_n,
-    groups,
-    queries,
-    per_head,
-    POOL: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Write means over POOL queries (fewer at a ragged end) of TOGETHER heads: guides [B, groups, heads, guides, D].
+    query, guides, stride_b, stride_kv, stride_h, stride_n, kv_heads, queries, per_head,
+    POOL: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write means over POOL queries (fewer at a ragged end) of TOGETHER heads: guides [B, Hkv, guide heads, guides, D].
 
-    Program (block of guides; head; batch entry and group).
+    Program (block of guides; head; batch entry and KV head).
     """
-    batch, group = (tl.program_id(2) // groups).to(tl.int64), (tl.program_id(2) % groups).to(tl.int64)
-    query += batch * stride_b + group * stride_g + tl.program_id(1).to(tl.int64) * TOGETHER * stride_h
+    batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
+    query += batch * stride_b + kv_head * stride_kv + tl.program_id(1).to(tl.int64) * TOGETHER * stride_h
     guide = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for _ in range(TOGETHER):

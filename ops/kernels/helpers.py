@@ -1,12 +1,11 @@
-"""What the kernels share: spans, masks, loads of rows by index, and logits, which are in units of log 2."""
+"""Functions that kernels share: spans, masks, gathers of rows, and logits, which are in units of log 2."""
 
-# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .. import sampling
+from ..rule import sampling
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -14,11 +13,12 @@ FLOAT8_REACH = tl.constexpr(14.0)
 """Largest number in float8 operands: sums over 256 products stay within half precision."""
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 KEY_BLOCK = tl.constexpr(64)
-MEANS_AT_ONCE = tl.constexpr(128)
-"""Block means that attention adds at once, at most; counts of the keys they stand for come in multiples of it."""
-FLAGS = tl.constexpr(16)
-"""Keys whose flags are the bits of one number."""
-BEYOND = tl.constexpr(2**31 - 1)
+FIRST_KEYS = tl.constexpr(1)
+"""Keys at the start that are always visited."""
+FLAGS_PER_WORD = tl.constexpr(16)
+"""Keys whose flags are the bits of one int16."""
+NO_KEY = tl.constexpr(2**31 - 1)
+"""A position past all keys."""
 KEY_STEP = tl.constexpr(sampling.KEY_STEP)
 SEGMENT_STEP = tl.constexpr(sampling.SEGMENT_STEP)
 
@@ -42,17 +42,9 @@ def clip(key, keys):
 
 @triton.jit
 def span(
-    segment,
-    queries,
-    keys,
-    offset,
-    window,
-    near_keys,
-    ranked_segments,
-    SEGMENT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
+    segment, queries, keys, offset, window, near_keys, ranked_segments,
+    SEGMENT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
     """`Geometry.span`: where a segment's history starts, and its dense span [low, high); of one segment or of many."""
     first = segment * SEGMENT
     end = tl.minimum(first + SEGMENT, queries)
@@ -74,7 +66,7 @@ def place_list(
     first_segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The segment of a program (segment, list of all batch entries and groups), its list, and where its keys lie.
+    """The segment of a program (segment, list of all batch entries and KV heads), its list, and where its keys lie.
 
     Those are from a first one to an end; without a causal mask the dense span's are among them, never to be listed.
     """
@@ -87,19 +79,9 @@ def place_list(
 
 @triton.jit
 def mask_terms(
-    batch,
-    offset,
-    window,
-    query_documents,
-    query_documents_stride_b,
-    key_documents,
-    key_documents_stride_b,
-    mask,
-    mask_stride_b,
-    mask_stride_h,
-    mask_stride_n,
-    mask_stride_k,
-):
+    batch, offset, window, query_documents, query_documents_stride_b, key_documents, key_documents_stride_b,
+    mask, mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
+):  # fmt: skip
     """The terms that `see` reads, of one batch entry."""
     query_documents += batch * query_documents_stride_b
     key_documents += batch * key_documents_stride_b
@@ -109,17 +91,9 @@ def mask_terms(
 
 @triton.jit
 def see(
-    terms,
-    head,
-    row,
-    real,
-    column,
-    inside,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
+    terms, head, row, real, column, inside, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
     MASK: tl.constexpr,
-):
+):  # fmt: skip
     """`Visibility.seen` but for padding: the keys `column` [N] `inside` that `real` rows [M] see, [M or 1, N].
 
     `terms` are the offset, the window, the documents of queries and keys, the mask and its strides over heads, queries
@@ -129,7 +103,7 @@ def see(
     seen = inside[None, :]
     if CAUSAL:
         # One comparison for both.
-        seen = tl.where(inside, column, BEYOND)[None, :] <= row[:, None] + offset
+        seen = tl.where(inside, column, NO_KEY)[None, :] <= row[:, None] + offset
     if WINDOW:
         seen = seen & (column[None, :] > row[:, None] + (offset - window))
     if DOCUMENTS:
@@ -174,7 +148,7 @@ def load_guides(guides, head, guide, real, stride_h, stride_n, D: tl.constexpr, 
 
 @triton.jit
 def unit_scale(scale, ranges, place, places, QUANTISED: tl.constexpr):
-    """What turns products of guides and keys into logits, for a batch entry and group at `place` of `places`."""
+    """The factor that turns products into logits, for the batch entry and KV head at `place` of `places`."""
     scale = float32(scale)
     if QUANTISED:
         scale *= tl.load(ranges + place) / FLOAT8_REACH * (tl.load(ranges + places + place) / FLOAT8_REACH)

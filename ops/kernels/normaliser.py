@@ -1,13 +1,18 @@
 """The log-sum-exp of each guide, estimated from its dense span and a sample of its history."""
 
-# mypy: ignore-errors
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch.library import wrap_triton
 
+from .arguments import Arguments
 from .helpers import (
-    BEYOND,
+    FIRST_KEYS,
+    NO_KEY,
     dot_logits,
     finite_or_zero,
     float32,
@@ -20,11 +25,34 @@ from .helpers import (
     span,
     unit_scale,
 )
+from .quantise import Operands
+from .tiling import normaliser_tiling
+
+
+def normalisers(arguments: Arguments, operands: Operands) -> torch.Tensor:
+    """The log-sum-exp of each guide [B, Hkv, guide heads, guides], float32, in units of log 2.
+
+    Of all segments at once: those of a run are too few to fill a GPU.
+    """
+    config, guides, key, segments = arguments.config, operands.guides, operands.key, arguments.geometry.segments
+    lse = torch.empty(guides.shape[:-1], dtype=torch.float32, device=guides.device)
+    total = guides.shape[2] * (config.ranking.segment // config.ranking.pool)
+    tiling = normaliser_tiling(key.shape[-1], key.element_size(), total)
+    together = tiling.segments(total)
+    grid = (-(-segments // together), -(-total * together // tiling.rows), arguments.batch_kv_heads)
+    wrap_triton(normaliser_kernel)[grid](
+        guides, operands.ranges, key, *arguments.masks, lse,
+        *guides.stride()[:4], *key.stride()[:3], *arguments.mask_strides,
+        first_segment=0, segments=segments, sample=config.ranking.sample, log2_sample=math.log2(config.ranking.sample),
+        SEGMENTS=together,
+        **arguments.shared, **operands.arguments, **tiling.arguments,
+    )  # fmt: skip
+    return lse
 
 
 @triton.jit
 def _is_history(column, history, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Which of the keys `column` [N] are in the histories of rows [M, N]."""
+    """Membership of the keys `column` [N] in the histories of rows: [M, N] boolean."""
     begin, low, high, end = history
     is_history = column[None, :] < end
     if WINDOW:
@@ -44,74 +72,31 @@ def _add(maximum, mass, logits):
 
 @triton.jit
 def normaliser_kernel(
-    guides,
-    ranges,
-    key,
-    padding,
-    query_documents,
-    key_documents,
-    mask,
-    lse,
-    guides_stride_b,
-    guides_stride_g,
-    guides_stride_h,
-    guides_stride_n,
-    key_stride_b,
-    key_stride_h,
-    key_stride_n,
-    padding_stride_b,
-    query_documents_stride_b,
-    key_documents_stride_b,
-    mask_stride_b,
-    mask_stride_h,
-    mask_stride_n,
-    mask_stride_k,
-    groups,
-    queries,
-    keys,
-    guides_per_head,
-    first_segment,
-    segments,
-    ranked_segments,
-    offset,
-    window,
-    near_keys,
-    first_keys,
-    sample,
-    log2_sample,
-    scale,
-    softcap,
-    SEGMENT: tl.constexpr,
-    POOL: tl.constexpr,
-    GUIDE_HEADS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
-    MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    QUANTISED: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Write lse [B, groups, heads, guides], in units of log 2, for the guides of segments of one KV group.
+    guides, ranges, key, padding, query_documents, key_documents, mask, lse,
+    guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
+    padding_stride_b, query_documents_stride_b, key_documents_stride_b,
+    mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
+    kv_heads, queries, keys, guides_per_head, first_segment, segments, ranked_segments, offset, window, near_keys,
+    sample, log2_sample, scale, softcap,
+    SEGMENT: tl.constexpr, POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
+    SOFTCAP: tl.constexpr, SEGMENTS: tl.constexpr, QUANTISED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write log-sum-exps [B, Hkv, guide heads, guides], in units of log 2, of the guides of some segments.
 
-    Program (SEGMENTS consecutive segments, last first; block of the guides of each over all heads; batch entry and
-    group).
+    Program (SEGMENTS consecutive segments, last first; block of the guides of each over all heads; batch entry and KV
+    head).
     """
     softcap, log2_sample = float32(softcap), float32(log2_sample)
     scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
-    batch = (tl.program_id(2) // groups).to(tl.int64)
-    group = (tl.program_id(2) % groups).to(tl.int64)
+    batch = (tl.program_id(2) // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(2) % kv_heads).to(tl.int64)
     per_segment: tl.constexpr = SEGMENT // POOL
     rows_per_segment: tl.constexpr = BLOCK_M // SEGMENTS
-    guides += batch * guides_stride_b + group * guides_stride_g
-    first_guide = (batch * groups + group) * GUIDE_HEADS * guides_per_head
-    key += batch * key_stride_b + group * key_stride_h
+    guides += batch * guides_stride_b + kv_head * guides_stride_kv
+    first_guide = (batch * kv_heads + kv_head) * GUIDE_HEADS * guides_per_head
+    key += batch * key_stride_b + kv_head * key_stride_h
     padding += batch * padding_stride_b
     terms = mask_terms(
         batch, offset, window, query_documents, query_documents_stride_b, key_documents, key_documents_stride_b,
@@ -125,7 +110,7 @@ def normaliser_kernel(
     head, guide, real = place_guides(segment, slot, guides_per_head, GUIDE_HEADS, per_segment)
     rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
     real = real & (segment < first_segment + segments)
-    query_head, position = group * GUIDE_HEADS + head, guide * POOL
+    query_head, position = kv_head * GUIDE_HEADS + head, guide * POOL
     begin, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     is_ranked = (segment < ranked_segments) & real
     end = tl.where(is_ranked, low if CAUSAL else keys, begin)
@@ -134,32 +119,32 @@ def normaliser_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     history = (begin[:, None], low[:, None], high[:, None], end[:, None])
-    varies: tl.constexpr = WINDOW or DOCUMENTS or MASK
+    rows_differ: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
     # The keys before this are in the history of every row, with nothing to mask.
-    whole = 0 if varies or HAS_PADDING or not CAUSAL else tl.min(tl.where(real, end, keys), 0)
+    whole = 0 if rows_differ or HAS_PADDING or not CAUSAL else tl.min(tl.where(real, end, keys), 0)
     middle = sample // 2
-    drawn = tl.maximum(first // sample, (tl.minimum(first_keys, last) + sample - 1 - middle) // sample)
+    drawn = tl.maximum(first // sample, (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample)
     for start in range(drawn * sample + middle, last, BLOCK_N * sample):
         column = start + tl.arange(0, BLOCK_N) * sample
         inside = load_padding(padding, column, column < last, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
         if HAS_PADDING:
-            column = tl.where(inside, column, BEYOND)
+            column = tl.where(inside, column, NO_KEY)
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION) + log2_sample
         if start + BLOCK_N * sample > whole:
             seen = _is_history(column, history, CAUSAL, WINDOW)
-            if varies:
+            if rows_differ:
                 seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
             logits = tl.where(seen, logits, float("-inf"))
         maximum, mass = _add(maximum, mass, logits)
 
-    for start in range(first, tl.minimum(first_keys, last), BLOCK_N):
+    for start in range(first, tl.minimum(FIRST_KEYS, last), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        inside = load_padding(padding, column, (column < first_keys) & (column < last), HAS_PADDING)
+        inside = load_padding(padding, column, (column < FIRST_KEYS) & (column < last), HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        seen = _is_history(tl.where(inside, column, BEYOND), history, CAUSAL, WINDOW)
-        if varies:
+        seen = _is_history(tl.where(inside, column, NO_KEY), history, CAUSAL, WINDOW)
+        if rows_differ:
             seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
         maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))

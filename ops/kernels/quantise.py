@@ -1,17 +1,15 @@
 """Guides and keys in float8, for ranking on GPUs whose tensor cores multiply it twice as fast."""
 
-# mypy: ignore-errors
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-from ..config import S2OConfig
-from .call import channels as padded
+from .arguments import padded
 from .helpers import FLOAT8_REACH, load_rows
 
 FLOAT8 = torch.float8_e4m3fn
@@ -20,17 +18,29 @@ NAN = tl.constexpr(0x7FC00000)
 """Of float32, as bits."""
 _ROWS = 128
 _LEAST_CHANNELS = 32
-"""Fewer are not multiplied in float8."""
+"""The fewest channels that are multiplied in float8."""
 _SAMPLE = 256
-"""About how many keys the origin of all is the mean of."""
+"""The keys whose mean is the origin of all, about."""
 
 
 class Operands(NamedTuple):
-    """What is multiplied to rank keys; `ranges` [2, B, Hkv] is how far guides and keys reach, read for float8 only."""
+    """The factors of the products that rank keys.
+
+    Attributes:
+        guides: [B, Hkv, guide heads, guides, D].
+        key: [B, Hkv, Lk, D].
+        ranges: [2, B, Hkv] float32, the largest magnitudes of guides and of keys; read for float8 only.
+    """
 
     guides: torch.Tensor
     key: torch.Tensor
     ranges: torch.Tensor
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As arguments of a launch, beside the tensors and their strides."""
+        size = self.key.shape[-1]
+        return {"D": size, "BLOCK_D": padded(size), "QUANTISED": self.are_quantised}
 
     @property
     def are_quantised(self) -> bool:
@@ -46,13 +56,13 @@ def ranking_operands(guides: torch.Tensor, key: torch.Tensor, softcap: float) ->
 def operands_of_channels(
     guides: torch.Tensor, key: torch.Tensor, softcap: float, channels: torch.Tensor
 ) -> tuple[Operands, Operands]:
-    """`ranking_operands` of all channels, and of those that are picked for each KV group [B, Hkv, channels] int32."""
+    """`ranking_operands` of all channels, and of those that are picked for each KV head [B, Hkv, channels] int32."""
     if ranks_in_float8(guides, softcap) and channels.shape[-1] >= _LEAST_CHANNELS:
-        whole, few = quantise(guides, key, channels)
-        return whole, few
+        all_channels, subset = quantise(guides, key, channels)
+        return all_channels, subset
     picked = channels.long()[:, :, None]
-    few = Operands(guides.take_along_dim(picked[:, :, None], -1), key.take_along_dim(picked, -1), guides)
-    return ranking_operands(guides, key, softcap), few
+    subset = Operands(guides.take_along_dim(picked[:, :, None], -1), key.take_along_dim(picked, -1), guides)
+    return ranking_operands(guides, key, softcap), subset
 
 
 def ranks_in_float8(guides: torch.Tensor, softcap: float) -> bool:
@@ -62,9 +72,9 @@ def ranks_in_float8(guides: torch.Tensor, softcap: float) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(guides.device) >= (8, 9)
 
 
-def sums_in_half(operands: Operands, config: S2OConfig) -> bool:
+def sums_in_half(operands: Operands, takes_mean: bool) -> bool:
     """Whether their products are summed in half precision, whose maxima take half the instructions (sm_90)."""
-    if not operands.are_quantised or config.mean_weight > 0:
+    if not operands.are_quantised or takes_mean:
         return False
     return torch.cuda.get_device_capability(operands.key.device)[0] == 9
 
@@ -81,19 +91,19 @@ def quantise(guides: torch.Tensor, key: torch.Tensor, channels: torch.Tensor | N
         key: [B, Hkv, Lk, D].
         channels: [B, Hkv, picked] int32, of which there are operands too; None for none of these.
     """
-    batch, groups, heads, per_head, size = guides.shape
+    batch, kv_heads, heads, per_head, size = guides.shape
     total, keys = heads * per_head, key.shape[2]
     origin = key[:, :, :: -(-keys // _SAMPLE)].mean(2)
-    ranges = torch.zeros(2, batch, groups, dtype=torch.float32, device=key.device)
+    ranges = torch.zeros(2, batch, kv_heads, dtype=torch.float32, device=key.device)
     sizes = (size,) if channels is None else (size, channels.shape[-1])
-    results = [torch.empty(batch, groups, total + keys, width, dtype=FLOAT8, device=key.device) for width in sizes]
-    grid = (heads * -(-per_head // _ROWS) + -(-keys // _ROWS), batch * groups)
-    operands = (guides, key, origin, *guides.stride()[:4], *key.stride()[:3], groups, heads, per_head, keys)
+    results = [torch.empty(batch, kv_heads, total + keys, width, dtype=FLOAT8, device=key.device) for width in sizes]
+    grid = (heads * -(-per_head // _ROWS) + -(-keys // _ROWS), batch * kv_heads)
+    operands = (guides, key, origin, *guides.stride()[:4], *key.stride()[:3], kv_heads, heads, per_head, keys)
     options = {"D": size, "BLOCK_D": padded(size), "BLOCK_N": _ROWS, "num_warps": 4, "num_stages": 1}
     wrap_triton(reach_kernel)[grid](ranges, *operands, **options)
     wrap_triton(quantise_kernel)[grid](
         ranges, results[0], results[-1], ranges if channels is None else channels, *operands,
-        PICKED=0 if channels is None else sizes[1], BLOCK_P=padded(sizes[-1]), **options,
+        PICKED=0 if channels is None else sizes[-1], BLOCK_P=padded(sizes[-1]), **options,
     )  # fmt: skip
     return tuple(Operands(x[:, :, :total].unflatten(2, (heads, per_head)), x[:, :, total:], ranges) for x in results)
 
@@ -109,30 +119,17 @@ def _place(heads, per_head, keys, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _load(
-    guides,
-    key,
-    origin,
-    guides_stride_b,
-    guides_stride_g,
-    guides_stride_h,
-    guides_stride_n,
-    key_stride_b,
-    key_stride_h,
-    key_stride_n,
-    groups,
-    heads,
-    place,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """The guides, or keys from `origin` [B, groups, D], at a `_place`: float32, zeros where there are none."""
+    guides, key, origin, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
+    key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The guides, or keys from `origin` [B, Hkv, D], at a `_place`: float32, zeros where there are none."""
     head, row, real = place
-    batch, group = (tl.program_id(1) // groups).to(tl.int64), (tl.program_id(1) % groups).to(tl.int64)
+    batch, kv_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     if head < heads:
-        guides += batch * guides_stride_b + group * guides_stride_g + head.to(tl.int64) * guides_stride_h
+        guides += batch * guides_stride_b + kv_head * guides_stride_kv + head.to(tl.int64) * guides_stride_h
         rows = load_rows(guides, row, real, guides_stride_n, D, BLOCK_D).to(tl.float32)
     else:
-        key += batch * key_stride_b + group * key_stride_h
+        key += batch * key_stride_b + kv_head * key_stride_h
         channel = tl.arange(0, BLOCK_D)
         centre = tl.load(origin + tl.program_id(1) * D + channel, mask=channel < D, other=0.0).to(tl.float32)
         rows = load_rows(key, row, real, key_stride_n, D, BLOCK_D).to(tl.float32)
@@ -142,33 +139,18 @@ def _load(
 
 @triton.jit
 def reach_kernel(
-    ranges,
-    guides,
-    key,
-    origin,
-    guides_stride_b,
-    guides_stride_g,
-    guides_stride_h,
-    guides_stride_n,
-    key_stride_b,
-    key_stride_h,
-    key_stride_n,
-    groups,
-    heads,
-    per_head,
-    keys,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Raise `ranges` [2, B, groups] to the largest magnitudes of guides and of keys from `origin`, NaN for infinity.
+    ranges, guides, key, origin,
+    guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
+    kv_heads, heads, per_head, keys, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Raise `ranges` [2, B, Hkv] to the largest magnitudes of guides and of keys from `origin`, NaN for infinity.
 
-    Program (block of guides or of keys; batch entry and group).
+    Program (block of guides or of keys; batch entry and KV head).
     """
     place = _place(heads, per_head, keys, BLOCK_N)
     rows = _load(
-        guides, key, origin, guides_stride_b, guides_stride_g, guides_stride_h, guides_stride_n,
-        key_stride_b, key_stride_h, key_stride_n, groups, heads, place, D, BLOCK_D,
+        guides, key, origin, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
+        key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, D, BLOCK_D,
     )  # fmt: skip
     # Magnitudes have the order of their bits, with infinity and NaN above all.
     furthest = tl.max(tl.max(tl.abs(rows).to(tl.int32, bitcast=True), 1), 0)
@@ -179,34 +161,15 @@ def reach_kernel(
 
 @triton.jit
 def quantise_kernel(
-    ranges,
-    result,
-    of_picked,
-    picked,
-    guides,
-    key,
-    origin,
-    guides_stride_b,
-    guides_stride_g,
-    guides_stride_h,
-    guides_stride_n,
-    key_stride_b,
-    key_stride_h,
-    key_stride_n,
-    groups,
-    heads,
-    per_head,
-    keys,
-    PICKED: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Write guides of all heads, then keys from `origin`, in units of range / FLOAT8_REACH: [B, groups, rows, D].
+    ranges, result, of_picked, picked, guides, key, origin,
+    guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
+    kv_heads, heads, per_head, keys,
+    PICKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write guides of all heads, then keys from `origin`, in units of range / FLOAT8_REACH: [B, Hkv, rows, D].
 
-    The same of the channels `picked` [B, groups, PICKED]: `of_picked` [B, groups, rows, PICKED], where PICKED is not 0.
-    Program (block of guides or of keys; batch entry and group).
+    The same of the channels `picked` [B, Hkv, PICKED]: `of_picked` [B, Hkv, rows, PICKED], where PICKED is not 0.
+    Program (block of guides or of keys; batch entry and KV head).
     """
     place = _place(heads, per_head, keys, BLOCK_N)
     head, row, real = place
@@ -215,8 +178,8 @@ def quantise_kernel(
     first = tl.program_id(1).to(tl.int64) * (heads * per_head + keys) + head * per_head
     channel = tl.arange(0, BLOCK_D)
     rows = _load(
-        guides, key, origin, guides_stride_b, guides_stride_g, guides_stride_h, guides_stride_n,
-        key_stride_b, key_stride_h, key_stride_n, groups, heads, place, D, BLOCK_D,
+        guides, key, origin, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
+        key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, D, BLOCK_D,
     )  # fmt: skip
     rows = (rows * unit).to(tl.float8e4nv)
     pointers = result + (first + row)[:, None] * D + channel[None, :]

@@ -1,40 +1,41 @@
 """The keys whose importance reaches their draw, appended to one list per segment, and what they weigh."""
 
-# mypy: ignore-errors
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch.library import wrap_triton
 
+from .arguments import Arguments
 from .helpers import draws, place_list
+from .lists import Lists
 
 RUN = tl.constexpr(8)
 """Keys that a thread loads at once in half precision, and counts without asking others."""
 
 
+def sample(arguments: Arguments, importance: torch.Tensor, guide_lse: torch.Tensor, segments: range) -> Lists:
+    """The keys whose importance [B, Hkv, lists, segments, capacity] reaches their draw; their weights overwrite it."""
+    lists = Lists.to_fill(arguments, segments, importance, guide_lse)
+    wrap_triton(sample_kernel)[(len(segments), lists.count.numel() // len(segments))](
+        importance, lists.index, lists.count,
+        first_segment=segments.start, capacity=lists.capacity,
+        **arguments.spans, BLOCK_N=1024, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return lists
+
+
 @triton.jit
 def sample_kernel(
-    importance,
-    index,
-    count,
-    queries,
-    keys,
-    first_segment,
-    ranked_segments,
-    offset,
-    window,
-    near_keys,
-    capacity,
-    SEGMENT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Write one list: its keys, how many, and their weights.
+    importance, index, count,
+    queries, keys, first_segment, ranked_segments, offset, window, near_keys, capacity,
+    SEGMENT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write one of the `Lists`, by a prefix sum over the keys that are drawn.
 
-    Lists stand as `importance_kernel` leaves them: index [lists, capacity], count [lists]. What the keys of a list
-    weigh, in units of log 2, then takes the place of the first importances: a key stands in the list no later than in
-    the history, so each block overwrites only what was read. Program (segment, list of all batch entries and groups).
+    Log-weights take the place of the first importances: a key stands in the list no later than in the history, so each
+    block overwrites only what was read. Program (segment, last first; list of all batch entries and KV heads).
     """
     segment, place, begin, end = place_list(
         first_segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW

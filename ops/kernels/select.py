@@ -1,15 +1,26 @@
 """The keys whose flags are set, appended to one list per segment."""
 
-# mypy: ignore-errors
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch.library import wrap_triton
 
-from .helpers import FLAGS, KEY_BLOCK, MEANS_AT_ONCE, place_list, round_up
+from .arguments import Arguments
+from .helpers import FLAGS_PER_WORD, place_list
+from .lists import Lists
 
-WORDS = tl.constexpr(KEY_BLOCK // FLAGS)
-"""Words of flags of a block of keys."""
+
+def select(arguments: Arguments, flags: torch.Tensor, guide_lse: torch.Tensor, segments: range) -> Lists:
+    """The keys whose flags [B, Hkv, lists, segments, capacity / 16] are set."""
+    lists = Lists.to_fill(arguments, segments, flags, guide_lse)
+    wrap_triton(select_kernel)[(len(segments), lists.count.numel() // len(segments))](
+        flags, lists.index, lists.count,
+        first_segment=segments.start, capacity=lists.capacity,
+        **arguments.spans, BLOCK_N=256, num_warps=1, num_stages=2,
+    )  # fmt: skip
+    return lists
 
 
 @triton.jit
@@ -24,53 +35,31 @@ def _count(word):
 @triton.jit
 def _load(flags, column, begin, end):
     """The flags of the keys from `column` on; none past the history."""
-    return tl.load(flags + (column - begin) // FLAGS, mask=column < end, other=0).to(tl.int32) & 0xFFFF
+    return tl.load(flags + (column - begin) // FLAGS_PER_WORD, mask=column < end, other=0).to(tl.int32) & 0xFFFF
 
 
 @triton.jit
 def select_kernel(
-    flags,
-    index,
-    count,
-    skipped,
-    queries,
-    keys,
-    first_segment,
-    ranked_segments,
-    offset,
-    window,
-    near_keys,
-    capacity,
-    skipped_stride,
-    SEGMENT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_MEANS: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Write one list: its keys, how many, and with HAS_MEANS the log2 of how many keys of each block are not in it.
+    flags, index, count,
+    queries, keys, first_segment, ranked_segments, offset, window, near_keys, capacity,
+    SEGMENT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write the index and the count of one of the `Lists`, by a prefix sum over its flags.
 
-    Flags as `importance_kernel` leaves them, index [lists, capacity], count [lists], skipped [lists, blocks] float32,
-    whose rows are as long as a multiple of `MEANS_AT_ONCE`: -inf follows the history up to a multiple.
-    Program (segment, list of all batch entries and groups).
+    Program (segment, last first; list of all batch entries and KV heads).
     """
     _, place, begin, end = place_list(
         first_segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW
     )
-    lists = (tl.num_programs(0) * tl.num_programs(1)).to(tl.int64)
-    left = flags + (lists + place) * (capacity // FLAGS)
-    flags += place * (capacity // FLAGS)
+    flags += place * (capacity // FLAGS_PER_WORD)
     index += place * capacity
     listed = 0
     lane = tl.arange(0, BLOCK_N)
     # Few warps wait for what they load, so each block is loaded while the one before is at work.
-    ahead = _load(flags, begin + lane * FLAGS, begin, end)
-    stop = round_up(end, MEANS_AT_ONCE * KEY_BLOCK) if HAS_MEANS else end
-    skipped += place * skipped_stride
-    for start in range(begin, stop, BLOCK_N * FLAGS):
-        column, word = start + lane * FLAGS, ahead
-        ahead = _load(flags, column + BLOCK_N * FLAGS, begin, end)
+    ahead = _load(flags, begin + lane * FLAGS_PER_WORD, begin, end)
+    for start in range(begin, end, BLOCK_N * FLAGS_PER_WORD):
+        column, word = start + lane * FLAGS_PER_WORD, ahead
+        ahead = _load(flags, column + BLOCK_N * FLAGS_PER_WORD, begin, end)
         number = _count(word)
         position = listed + tl.cumsum(number, 0) - number
         for _ in range(tl.max(number, 0)):
@@ -80,9 +69,4 @@ def select_kernel(
             word &= word - 1
             position += 1
         listed += tl.sum(number, 0)
-        if HAS_MEANS:
-            others = _count(_load(left, column, begin, end)) if HAS_LEFT else tl.where(column < end, FLAGS - number, 0)
-            others = tl.sum(tl.reshape(others, [BLOCK_N // WORDS, WORDS]), 1).to(tl.float32)
-            block = start // KEY_BLOCK + tl.arange(0, BLOCK_N // WORDS)
-            tl.store(skipped + block, tl.log2(others))
     tl.store(count + place, listed)

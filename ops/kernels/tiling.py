@@ -1,4 +1,4 @@
-"""How large the blocks of each kernel are, by what fits into a multiprocessor's shared memory."""
+"""The block sizes of each kernel, by what fits into a multiprocessor's shared memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ MAX_ROWS = 128
 """Rows of queries that a kernel handles at once."""
 SHARED_MEMORY = 96 * 1024
 """Bytes that operands may take while they wait for their turn; every GPU that is supported has as many."""
-HELD = 32 * 1024
-"""Bytes of guides that a program holds while it goes through its keys."""
+MAX_GUIDE_BYTES = 32 * 1024
+"""Bytes of guides that stay with a program while it goes through its keys."""
 
 
 @functools.cache
@@ -37,7 +37,7 @@ class Tiling(NamedTuple):
         return {"BLOCK_M": self.rows, "BLOCK_N": self.keys, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def segments(self, guides: int) -> int:
-        """Segments, of so many guides each, whose guides are multiplied at once."""
+        """The number of segments of `guides` each that are multiplied at once."""
         return self.rows // rows_per_list(guides, self.rows)
 
 
@@ -50,7 +50,7 @@ def ranking_tiling(channels: int, itemsize: int) -> Tiling:
 
 @functools.cache
 def normaliser_tiling(channels: int, itemsize: int, guides: int) -> Tiling:
-    """Of `normaliser_kernel`, for so many guides of a segment: few of them need small blocks to fill the GPU."""
+    """Of `normaliser_kernel`, for `guides` of a segment: few of them need small blocks to fill the GPU."""
     tiling = ranking_tiling(channels, itemsize)
     return Tiling(64, 128, 4, 3) if itemsize == 1 and channels <= 128 and guides <= 64 else tiling
 
@@ -60,17 +60,17 @@ class ImportanceTiling(NamedTuple):
 
     guides: Tiling
     rest: int
-    holds: bool
+    resident: bool
 
     @property
     def arguments(self) -> dict[str, int | bool]:
         """As arguments of a launch."""
-        return {**self.guides.arguments, "BLOCK_REST": self.rest, "HOLDS": self.holds}
+        return {**self.guides.arguments, "BLOCK_REST": self.rest, "GUIDES_RESIDENT": self.resident}
 
 
 @functools.cache
 def importance_tiling(channels: int, itemsize: int, guides: int, half: bool) -> ImportanceTiling:
-    """For so many guides of a list; `half` says that products are summed in half precision."""
+    """Of `importance_kernel`, for `guides` of a list; `half` says that products are summed in half precision."""
     tiling = ranking_tiling(channels, itemsize)
     left = guides % tiling.rows
     rest = max(16, next_power_of_2(left)) if left and guides > tiling.rows else 0
@@ -79,7 +79,7 @@ def importance_tiling(channels: int, itemsize: int, guides: int, half: bool) -> 
     if guides <= tiling.rows:
         return ImportanceTiling(tiling, 0, True)
     total = (guides // tiling.rows * tiling.rows + rest) * channels * itemsize
-    if total <= HELD:
+    if total <= MAX_GUIDE_BYTES:
         return ImportanceTiling(tiling, rest, True)
     stage = total + tiling.keys * channels * itemsize
     stages = max(1, min(tiling.num_stages, SHARED_MEMORY // stage))

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ..demo.progress import Progress
+from .._console import Progress
 from ..ops import S2OConfig
 from ..passes import Decision
 from ..writing import check_writable
 from .file import Calibration, CalibrationError, Site, one_sentence
 from .identity import Identity
 from .search import find_threshold
-from .sites import Measurement, SiteCall, call_sites
+from .sites import Measurement, SiteInputs, visit_sites
 
 MARGIN = 0.4
 """The share of the budget that the inputs may use up: on texts of another kind errors were up to 3.7 times as large."""
@@ -48,7 +48,7 @@ def calibrate(
         output: The JSON file to write, for ``options={"calibration": output}``; None for none.
         config: The other settings of the operator, by default ``S2OConfig()``; all but `threshold` and `min_length`,
             which do not matter here, are kept in the file.
-        progress: Whether to show a progress bar on stderr.
+        progress: Whether to show a progress bar on stderr, if rich is installed.
 
     Returns:
         What was chosen.
@@ -72,7 +72,7 @@ def calibrate(
         with one_sentence(output):
             check_writable(output)
     config = S2OConfig.of(config)
-    settings = {name: value for name, value in config.arguments().items() if name not in ("threshold", "min_length")}
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("threshold", "min_length")}
     search = _Search(error_budget, config)
     with Progress(progress).step("Calibrating") as update:
         for item in arguments:
@@ -122,7 +122,7 @@ class _Search:
     ) -> None:
         """Call the model once, and look for a threshold in each call of a site."""
 
-        def visit(call: SiteCall) -> None:
+        def visit(call: SiteInputs) -> None:
             self._visit(call)
             self.lengths[-1] = max(self.lengths[-1], call.query.shape[2])
             self.calls += 1
@@ -130,9 +130,9 @@ class _Search:
 
         self.decisions = []
         self.lengths.append(0)
-        call_sites(model, arguments, self.config, visit, self.decisions.extend)
+        visit_sites(model, arguments, self.config, visit, self.decisions.extend)
 
-    def _visit(self, call: SiteCall) -> None:
+    def _visit(self, call: SiteInputs) -> None:
         """Lower the threshold of a site as far as this call needs it."""
         known = self._found.get(call.site)
         if call.site in self._found and known is None:

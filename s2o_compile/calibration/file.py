@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._console import as_text
 from ..ops import S2OConfig
+from ..ops.old_names import sentence_on_old_name
 from ..writing import write_text
 from .identity import Identity
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-FORMAT = "s2o calibration, version 1"
+FORMAT = "s2o calibration, version 2"
 
 
 class CalibrationError(ValueError):
@@ -51,7 +53,7 @@ class Calibration:
         model: Which model they are for.
         error_budget: The relative squared error that each call of a site may have.
         lengths: The number of queries of each input that it was measured on.
-        settings: The fields of `S2OConfig` that it was measured with, without `threshold` and `min_length`.
+        settings: The options that it was measured with, `last_queries` and the fields of `ranking`.
         torch: The version of PyTorch.
         sites: By the names that reports and profiles give them.
     """
@@ -78,11 +80,14 @@ class Calibration:
             raise CalibrationError(f"calibration {str(path)!r} is not a text file") from error
         try:
             found = json.loads(text)
+            _refuse_old_names(path, found["settings"])
             _require(found.pop("format") == FORMAT)
             found["model"] = Identity(**found["model"])
             found["sites"] = {name: Site(**site) for name, site in found["sites"].items()}
             calibration = cls(**found)
             calibration._check()
+        except CalibrationError:
+            raise
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise CalibrationError(
                 f"calibration {str(path)!r} must be a file that s2o_compile.calibrate wrote ({FORMAT})"
@@ -137,8 +142,6 @@ class Calibration:
         return table
 
     def __str__(self) -> str:
-        from ..passes.report import as_text
-
         return as_text(self)
 
 
@@ -149,6 +152,12 @@ def one_sentence(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise CalibrationError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def _refuse_old_names(path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    sentence = sentence_on_old_name(settings, ())
+    if sentence is not None:
+        raise CalibrationError(f"calibration {str(path)!r} must be made again: in it, {sentence}")
 
 
 def _require(holds: bool) -> None:

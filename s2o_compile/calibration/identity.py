@@ -11,8 +11,8 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
+from ..passes.graph.torch_internals import input_sources
 from ..passes.report import module_path
-from ..passes.torch_internals import input_sources
 
 _SAMPLED = 256
 

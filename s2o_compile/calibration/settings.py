@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from ..ops import S2OConfig
-from ..ops.choice import DENSE_AT_ANY_LENGTH
+from ..ops.dispatch import DENSE_AT_ANY_LENGTH
 from ..passes import Refused
 from .file import Calibration, CalibrationError, Site
 from .identity import Identity, graph_weights
@@ -88,14 +88,19 @@ def _rule(config: S2OConfig, calibration: Calibration) -> S2OConfig:
     Raises:
         CalibrationError: The user asked for others, with which the thresholds would not keep the budget.
     """
-    default = S2OConfig()
-    for name, value in calibration.settings.items():
-        given = getattr(config, name)
-        if given not in (getattr(default, name), value):
+    measured = S2OConfig.from_options(calibration.settings)
+    default, wanted = _by_name(S2OConfig()), _by_name(measured)
+    for name, given in _by_name(config).items():
+        if given not in (default[name], wanted[name]):
             raise CalibrationError(
-                f"{name} must be {value!r}, as in the calibration {str(config.calibration)!r}, not {given!r}"
+                f"{name} must be {wanted[name]!r}, as in the calibration {str(config.calibration)!r}, not {given!r}"
             )
-    return dataclasses.replace(config, calibration=None, **calibration.settings)
+    return dataclasses.replace(config, calibration=None, last_queries=measured.last_queries, ranking=measured.ranking)
+
+
+def _by_name(config: S2OConfig) -> dict[str, Any]:
+    """The settings that a calibration fixes."""
+    return {"last_queries": config.last_queries, **dataclasses.asdict(config.ranking)}
 
 
 def _with_threshold(rule: S2OConfig, site: Site) -> S2OConfig:

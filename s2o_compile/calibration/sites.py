@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..analysis import call_once, replace_operator
-from ..ops import AttentionResult, S2OConfig
-from ..ops.choice import DENSE_AT_ANY_LENGTH
+from .._explain import call_once, replace_operator
+from ..ops import AttentionResult, Ranking, S2OConfig
 from ..ops.density import density, ranking_share, share_in_all_channels
+from ..ops.dispatch import DENSE_AT_ANY_LENGTH
 from ..passes import Decision, rewrite
 from ..passes.safety import Safeguard
 
@@ -34,7 +34,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class SiteCall:
+class SiteInputs:
     """A call of the operator at a site.
 
     Attributes:
@@ -72,23 +72,25 @@ class SiteCall:
         """Visited pairs over those that a dense kernel visits, by sequence and head: [B, Hq]."""
         options, lengths = self.options, (self.query.shape[2], self.key.shape[2])
         mask = options["is_causal"], options["causal_offset"]
-        return density(result.visited, *lengths, *mask, options["tile"], options.get("window"))
+        return density(
+            result.visited, *lengths, *mask, Ranking.from_json(options["settings"]).tile, options.get("window")
+        )
 
     def ranking_share(self, config: S2OConfig) -> float:
         """What ranking the keys costs, over what dense attention costs."""
         size, group = self.query.shape[3], self.query.shape[1] // self.key.shape[1]
-        whole = dataclasses.replace(config, channels=None)
+        whole = config.with_ranking(channels=None)
         few, all_channels = (ranking_share(rule, size, self.value.shape[3], group) for rule in (config, whole))
         scale = self.options.get("scale")
         in_all = share_in_all_channels(self.query, self.key, size**-0.5 if scale is None else scale, config)
         return few + (all_channels - few) * in_all
 
 
-def call_sites(
+def visit_sites(
     model: torch.nn.Module,
     arguments: Mapping[str, Any] | tuple[Any, ...],
     config: S2OConfig,
-    handle: Callable[[SiteCall], None],
+    handle: Callable[[SiteInputs], None],
     found: Callable[[list[Decision]], None],
 ) -> None:
     """Call a model once, under ``torch.no_grad()``; all its attention runs dense, and none is too short to count.
@@ -103,7 +105,7 @@ def call_sites(
 
     def implementation(decision: Decision) -> Callable[..., torch.Tensor]:
         def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-            call = SiteCall(decision.name, query, key, value, options)
+            call = SiteInputs(decision.name, query, key, value, options)
             handle(call)
             return call.dense
 

@@ -8,8 +8,6 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from .app import app
-
 BENCHMARKS = {
     "calibration": "calibration",
     "frontier": "frontier",
@@ -19,23 +17,24 @@ BENCHMARKS = {
     "speed": "speed.__main__",
 }
 """The modules of `benchmarks` that a command runs the `main` of, by the command's name."""
+COMMANDS = BENCHMARKS | {"compare": "compare"}
+"""The same, with what is done with results."""
 
 
 class _Benchmarks(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(BENCHMARKS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in BENCHMARKS:
+        if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"s2o_compile.benchmarks.{BENCHMARKS[cmd_name]}")
+        module = importlib.import_module(f"s2o_compile.benchmarks.{COMMANDS[cmd_name]}")
         benchmark = typer.Typer(add_completion=False)
         benchmark.command(cmd_name)(module.main)
         return typer.main.get_command(benchmark)
 
 
 bench = typer.Typer(cls=_Benchmarks, name="bench")
-app.add_typer(bench)
 
 
 @bench.callback()

@@ -8,12 +8,10 @@ from typing import Annotated
 
 import typer
 
-from .app import app
-from .errors import UsageError
-from .options import Device, Document, DType, Fields, Json, Length, Model, check_file, make_folder, read_config
+from .._console import UsageError
+from ..testbed.options import Device, Document, DType, Fields, Json, Length, Model, check_file, make_folder, read_config
 
 
-@app.command()
 def calibrate(
     model: Model = None,
     error_budget: Annotated[
@@ -33,9 +31,9 @@ def calibrate(
 
     from .. import S2OConfig
     from .. import calibrate as calibrate_model
-    from ..demo.measure import prefill_inputs
-    from ..demo.prepare import prepare_prefills
-    from ..demo.progress import Progress
+    from .._console import Progress
+    from ..testbed.predict import prefill_inputs
+    from ..testbed.prepare import prepare_prefills
 
     config = read_config(None, None, option or [])
     try:

@@ -8,14 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .app import app
-from .options import Device, Document, DType, Fields, Json, Length, MinLength, Threshold, make_folder, read_config
+from ..testbed.options import (
+    Device,
+    Document,
+    DType,
+    Fields,
+    Json,
+    Length,
+    MinLength,
+    Threshold,
+    make_folder,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from ..demo import Results
 
 
-@app.command()
 def demo(
     length: Length = 8192,
     document: Document = None,
@@ -34,7 +43,8 @@ def demo(
     json_only: Json = False,
 ) -> None:
     """Prefill a long document with dense and with sparse attention and compare time and answers."""
-    from ..demo import Progress, Settings, run_demo
+    from .._console import Progress
+    from ..demo import Settings, run_demo
 
     config = read_config(threshold, min_length, option or [])
     settings = Settings(length, document, model, config, device, dtype, repeats, seed)

@@ -7,17 +7,15 @@ import json
 
 import typer
 
-from .app import app
-from .options import Json
+from ..testbed.options import Json
 
 
-@app.command()
 def doctor(json_only: Json = False) -> None:
     """Show versions and devices, and what would run sparse here; the exit code is 1 where something is in the way."""
     from rich.console import Console
     from rich.table import Column, Table
 
-    from ..demo.progress import Progress
+    from .._console import Progress
 
     with Progress().step("Examining"):
         from ..doctor import examine

@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .app import app
-from .options import Device, Document, DType, Fields, Json, Length, MinLength, Model, Threshold, read_config
+from ..testbed.options import Device, Document, DType, Fields, Json, Length, MinLength, Model, Threshold, read_config
 
 
-@app.command()
 def explain(
     model: Model = None,
     length: Length = 8192,
@@ -27,8 +25,8 @@ def explain(
     """Prefill a document once and report each attention site: sparse or dense, what its mask says, and why."""
     from rich.console import Console
 
-    from ..demo import Progress
-    from ..demo.explain import explain_model
+    from .._console import Progress
+    from ..testbed.explain import explain_model
 
     config = read_config(threshold, min_length, option or [])
     report = explain_model(model, length, document, config, device, dtype, measure, Progress())

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .app import app
-from .errors import UsageError
-from .options import (
+from .._console import UsageError
+from ..testbed.options import (
     Device,
     Document,
     DType,
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from ..view import View
 
 
-@app.command()
 def view(
     model: Model = None,
     layer: Annotated[int, typer.Option(min=0, help="The layer to look at from near.")] = 0,
@@ -44,10 +42,10 @@ def view(
     json_only: Json = False,
 ) -> None:
     """Prefill a document and draw what sparse attention does to each head, and to one of them from near."""
-    from ..demo import Progress
-    from ..demo.measure import prefill_inputs
-    from ..demo.model import model_name
-    from ..demo.prepare import prepare_prefill
+    from .._console import Progress
+    from ..testbed.model import model_name
+    from ..testbed.predict import prefill_inputs
+    from ..testbed.prepare import prepare_prefill
     from ..view import ViewError, visualize
 
     config, progress = read_config(threshold, None, option or []), Progress()

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..heat_map import heat_map
+from ..plots import heat_map
 from ..writing import replacing, write_text
 from .results import Lookups, Results
 

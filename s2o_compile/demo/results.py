@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..passes.report import Report
-from .document import Document
-from .measure import Prediction
+from ..testbed.document import Document
+from ..testbed.predict import Prediction
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,15 @@ from pathlib import Path
 
 import torch
 
-import s2o_compile
-from s2o_compile import S2OConfig
-
-from ..ops.choice import SLOW_CPU, default_min_length, is_slow
-from .document import LEAST_LENGTH, Document, build_document, check_document, read_texts
-from .errors import DemoError
-from .explain import explain_prefill
-from .measure import Prefill, alternate
-from .memory import check_memory
-from .model import check_length, choose_device, choose_dtype, load_model, model_name
-from .progress import Progress
+from .._console import Progress, UsageError
+from ..backend import s2o
+from ..ops import S2OConfig
+from ..ops.dispatch import SLOW_CPU, default_min_length, is_slow
+from ..testbed.document import LEAST_LENGTH, Document, build_document, check_document, read_texts
+from ..testbed.explain import explain_prefill
+from ..testbed.memory import check_memory
+from ..testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
+from ..testbed.predict import Prefill, alternate
 from .results import Results, compare, read_sites
 
 REPEATS = {"cpu": 1, "cuda": 5}
@@ -56,13 +54,13 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
     """Run the demo.
 
     Raises:
-        DemoError: Something that the user can change is in the way.
+        UsageError: Something that the user can change is in the way.
     """
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     repeats = REPEATS[device.type] if settings.repeats is None else settings.repeats
     if repeats < 1:
-        raise DemoError(f"--repeats must be at least 1, not {repeats}.")
+        raise UsageError(f"--repeats must be at least 1, not {repeats}.")
     check_document(settings.document, settings.length)
     with progress.step("Loading the model"):
         model, tokenizer = load_model(settings.model, device, dtype)
@@ -74,14 +72,14 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
 
     prefills = {
         "dense": Prefill(model, settings.dense_backend),
-        "s2o": Prefill(model, s2o_compile.s2o.with_config(config)),
+        "s2o": Prefill(model, s2o.with_config(config)),
     }
     warm_up = build_document(tokenizer, read_texts(settings.document), LEAST_LENGTH)
     compile_seconds = {kind: _compile(kind, prefill, warm_up, progress) for kind, prefill in prefills.items()}
     with progress.step("Prefill") as update:
         runs = alternate(prefills, document, repeats, lambda kind: update(f"Prefill, {kind}"))
     report = explain_prefill(model, document, config, True, "Counting the work of each head", progress)
-    dense, s2o = runs["dense"][0], runs["s2o"][0]
+    dense, sparse = runs["dense"][0], runs["s2o"][0]
     return Results(
         model=name,
         device=_describe(device),
@@ -92,9 +90,9 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
         compile_seconds=compile_seconds,
         perplexity={kind: kinds[0].perplexity(document.scored) for kind, kinds in runs.items()},
         scored=len(document.scored),
-        agreement=s2o.agreement(dense, document.scored),
-        middle=compare(document, dense, s2o, document.middle),
-        end=compare(document, dense, s2o, document.end),
+        agreement=sparse.agreement(dense, document.scored),
+        middle=compare(document, dense, sparse, document.middle),
+        end=compare(document, dense, sparse, document.end),
         sites=read_sites(report),
     )
 

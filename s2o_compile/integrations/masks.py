@@ -18,7 +18,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from ..ops.choice import choose_sparse
+from ..ops.dispatch import choose_sparse
 from ..ops.visibility import Visibility
 from .lazy_mask import LazyMask
 from .settings import settings_of

@@ -9,13 +9,18 @@ import torch
 
 from ..calibration.file import CalibrationError
 from ..calibration.settings import module_settings
-from ..ops import S2OConfig
-from ..ops.config import SETTINGS
+from ..ops import Ranking, S2OConfig
+from ..ops.old_names import sentence_on_old_name
 
 IMPLEMENTATION = "s2o"
 """The name of the attention implementation, and the attribute of a model's configuration that holds its settings."""
 _OWN = "s2o_settings"
 """The attribute of a module that a calibration gives settings of its own."""
+_FIELDS = ("threshold", "min_length", "last_queries", "settings", "calibration")
+_WRITTEN = (
+    f"the attribute s2o of a model's configuration must be a dictionary of {', '.join(_FIELDS)}, "
+    "as s2o_compile.configure writes it"
+)
 
 
 def configure(model: torch.nn.Module, config: S2OConfig) -> None:
@@ -60,7 +65,7 @@ def configure(model: torch.nn.Module, config: S2OConfig) -> None:
 
 
 def fields_of(module: torch.nn.Module) -> dict[str, Any]:
-    """The operator's fields for a layer of transformers, unchecked: Dynamo may read them.
+    """The operator's settings for a layer of transformers, unchecked: Dynamo may read them.
 
     Raises:
         CalibrationError: The model has a calibration that gives the layer none.
@@ -81,13 +86,20 @@ def settings_of(config: Any) -> S2OConfig:
     """The settings in a configuration of transformers.
 
     Raises:
-        TypeError: A field has the wrong type.
-        ValueError: A field is unknown or has a value that is not allowed.
+        TypeError: They are no dictionary, or one of them has the wrong type.
+        ValueError: One of them is unknown or has a value that is not allowed.
     """
-    return _checked(**(getattr(config, IMPLEMENTATION, None) or {}))
+    fields = getattr(config, IMPLEMENTATION, None) or {}
+    if not isinstance(fields, dict) or any(isinstance(value, (dict, list)) for value in fields.values()):
+        raise TypeError(f"{_WRITTEN}, not {fields!r}")
+    return _checked(**{str(name): value for name, value in fields.items()})
 
 
-@functools.lru_cache(maxsize=SETTINGS, typed=True)
+@functools.lru_cache(maxsize=None, typed=True)
 def _checked(**fields: Any) -> S2OConfig:
     """The settings of these fields, checked once: each layer asks for them in each forward pass."""
-    return S2OConfig.from_options(fields)
+    unknown = {name: value for name, value in fields.items() if name not in _FIELDS}
+    if unknown:
+        raise ValueError(sentence_on_old_name(unknown, ()) or f"{_WRITTEN}, not {', '.join(unknown)}")
+    options = {name: value for name, value in fields.items() if name != "settings"}
+    return S2OConfig.from_options(options | {"ranking": Ranking.from_json(fields.get("settings", ""))})

@@ -10,8 +10,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import output_capturing
 from transformers.utils.import_utils import is_tracing
 
-from ..ops.choice import choose_sparse
 from ..ops.dense import positive_scale
+from ..ops.dispatch import choose_sparse
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from ..ops.visibility import Visibility
 from .lazy_mask import LazyMask

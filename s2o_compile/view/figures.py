@@ -9,8 +9,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from ..heat_map import heat_map
 from ..ops.geometry import BLOCK
+from ..plots import heat_map
 from .head import Curve, Map
 from .results import View
 

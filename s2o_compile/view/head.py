@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..calls import Call
 from ..ops import S2OConfig
 from ..ops.geometry import BLOCK
+from ..sdpa_intercept import SdpaInputs
 from .visits import Visit, visits
 
 POINTS = 200
@@ -73,7 +73,7 @@ class HeadView:
     curves: list[Curve]
 
 
-def view_head(call: Call, head: int, config: S2OConfig) -> HeadView:
+def view_head(call: SdpaInputs, head: int, config: S2OConfig) -> HeadView:
     """Look at one head of a call, in float32 on a CPU.
 
     Args:
@@ -85,7 +85,7 @@ def view_head(call: Call, head: int, config: S2OConfig) -> HeadView:
     rows, keys = query.shape[2], key.shape[2]
     of_head, of_group = query[0, head].float(), key[0, head * key.shape[1] // query.shape[1]].float()
     by_position, by_importance = _Blocks(rows, keys), _Blocks(rows, keys)
-    chosen = _quarters(-(-rows // config.segment))
+    chosen = _quarters(-(-rows // config.ranking.segment))
     curves = []
     for visit in visits(query, key, value, head, call.is_causal, call.scale, config):
         row = torch.arange(visit.rows.start, visit.rows.stop)

@@ -95,6 +95,7 @@ def page(view: View, pictures: dict[str, Figure]) -> str:
     """The report as HTML; its script element ``data`` holds the figures as JSON."""
     images = {name: _image(figure, _CAPTIONS[name]) for name, figure in pictures.items()}
     data = view.as_dict()
+    settings = view.config | view.config["ranking"]
     head = f"Layer {view.head.layer}, head {view.head.head}"
     rows = [
         (label, f"{data[name]:.3g}", f"{data['head'][name]:.3g}")
@@ -106,7 +107,7 @@ def page(view: View, pictures: dict[str, Figure]) -> str:
         heads=images["density"] + images["error"],
         head=head,
         near=images["by-position"] + images["by-importance"] + images["mass"],
-        settings=_table((name, str(value)) for name, value in view.config.items()),
+        settings=_table((name, str(value)) for name, value in settings.items() if name != "ranking"),
         data=json.dumps(data).translate(_ESCAPES),
     )
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..ops import S2OConfig
-from ..ops.cpu.attend import Attention
-from ..ops.cpu.group import Group
-from ..ops.cpu.rank import Lists, Ranking
+from ..ops.cpu import SegmentTrace, trace_head
 from ..ops.geometry import Geometry
 from ..ops.visibility import Visibility
 
@@ -48,7 +46,7 @@ def visits(
     scale: float,
     config: S2OConfig,
 ) -> Iterator[Visit]:
-    """Attend the KV group of one head as the operator does, and tell what each segment visits.
+    """Attend the KV head of one query head as the operator does, and yield what each segment visits.
 
     Args:
         query: [1, Hq, Lq, D], on a CPU.
@@ -61,52 +59,30 @@ def visits(
     """
     visibility = Visibility(is_causal).simplified(query.shape[2], key.shape[2])
     geometry = Geometry.of(query, key, visibility, config)
-    index, member = divmod(head, query.shape[1] // key.shape[1])
-    group = Group.of(query, key, value, visibility, 0, index, geometry, scale, 0.0, config)
-    attention = Attention(group)
-    ranking = Ranking(group, attention.guide_lse())
-    for segments in ranking.runs():
-        lists = ranking.lists(segments)
-        before = attention.keys[:, member].clone()
-        attention.visit(lists)
-        walked = attention.keys[:, member] - before
-        run = ranking.run(segments)
-        importance = ranking.importance(run, ranking.normaliser(run))
-        which = member if config.lists == "head" else 0
-        for place, segment in enumerate(segments):
-            yield _visit(geometry, config, segment, _listed(lists, place, which), importance[place, which], walked)
+    for trace in trace_head(query, key, value, head, visibility, scale, config):
+        yield _visit(geometry, config, trace)
     nothing = torch.zeros(0, dtype=torch.int64)
     for segment in range(geometry.ranked_segments, geometry.segments):
-        yield _visit(geometry, config, segment, nothing, torch.zeros(geometry.keys), torch.zeros(geometry.tiles))
+        unranked = SegmentTrace(segment, nothing, torch.zeros(geometry.keys), torch.zeros(geometry.tiles))
+        yield _visit(geometry, config, unranked)
 
 
-def _listed(lists: Lists, place: int, which: int) -> torch.Tensor:
-    start, count = int(lists.start[place, which]), int(lists.count[place, which])
-    return lists.keys[start : start + count]
-
-
-def _visit(
-    geometry: Geometry,
-    config: S2OConfig,
-    segment: int,
-    listed: torch.Tensor,
-    importance: torch.Tensor,
-    walked: torch.Tensor,
-) -> Visit:
-    """The visit of one segment, from its list of keys and how many of the list each tile of the call walked."""
+def _visit(geometry: Geometry, config: S2OConfig, trace: SegmentTrace) -> Visit:
+    """The visit of one segment."""
+    segment, listed = trace.segment, trace.listed
     span = geometry.span(segment)
     positions = torch.arange(geometry.keys)
     history = geometry.history(positions, torch.tensor([span]))[0].nonzero()[:, 0]
-    importance, order = importance[history].sort(descending=True, stable=True)
-    rows = range(segment * config.segment, min((segment + 1) * config.segment, geometry.queries))
+    importance, order = trace.importance[history].sort(descending=True, stable=True)
+    rows = range(segment * config.ranking.segment, min((segment + 1) * config.ranking.segment, geometry.queries))
     visited = torch.zeros(len(rows), geometry.keys, dtype=torch.bool)
     furthest = 0
-    for tile in range(rows.start // config.tile, -(-rows.stop // config.tile)):
-        of_tile = visited[tile * config.tile - rows.start :][: config.tile]
+    for tile in range(rows.start // config.ranking.tile, -(-rows.stop // config.ranking.tile)):
+        of_tile = visited[tile * config.ranking.tile - rows.start :][: config.ranking.tile]
         of_tile[:, span.low : geometry.tile_end(tile, span.high)] = True
-        of_tile[:, listed[: int(walked[tile])]] = True
-        furthest = max(furthest, min(len(listed), int(walked[tile])))
-    if config.stop == "importance":
+        of_tile[:, listed[: int(trace.visited[tile])]] = True
+        furthest = max(furthest, min(len(listed), int(trace.visited[tile])))
+    if config.ranking.rule != "gain":
         bar = math.log(config.threshold) if config.threshold else -math.inf
         furthest = int((importance >= bar).sum())
     dense = span.high - span.low

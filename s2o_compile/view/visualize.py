@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..calls import AttentionCalls, Call
-from ..functional import attention
+from .._attention import attention
 from ..ops import S2OConfig
 from ..ops.density import density
+from ..sdpa_intercept import SdpaInputs, SdpaIntercept
 from .errors import ViewError
 from .head import HeadView, view_head
 from .results import LayerFigures, View
@@ -63,12 +63,12 @@ def visualize(
             raise ViewError(f"{argument} must be at least 0, not {value}")
     inner = getattr(model, "_orig_mod", model)
     visitor = _Visitor(layer, head, _sparse(S2OConfig.of(config)), progress)
-    with torch.no_grad(), AttentionCalls(visitor) as calls:
+    with torch.no_grad(), SdpaIntercept(visitor) as calls:
         inner(*args, **kwargs)
     if visitor.head_view is None:
         raise ViewError(f"layer must be below {calls.count}, the calls of SDPA that the model makes, not {layer}")
     view = View(
-        name or type(inner).__name__, visitor.queries, visitor.config.arguments(), visitor.layers, visitor.head_view
+        name or type(inner).__name__, visitor.queries, visitor.config.to_dict(), visitor.layers, visitor.head_view
     )
     pictures = figures(view)
     if output is not None:
@@ -81,7 +81,7 @@ def visualize(
 def _sparse(config: S2OConfig) -> S2OConfig:
     """The settings by which all calls run sparse, whatever their length."""
     try:
-        return S2OConfig(**config.arguments() | {"min_length": 0})
+        return dataclasses.replace(config.resolved(), min_length=0)
     except ValueError as error:
         raise ViewError(str(error)) from error
 
@@ -95,7 +95,7 @@ class _Visitor:
         self.layers: list[LayerFigures] = []
         self.head_view: HeadView | None = None
 
-    def __call__(self, call: Call) -> torch.Tensor:
+    def __call__(self, call: SdpaInputs) -> torch.Tensor:
         """Look at a call and give its dense output."""
         if not call.is_plain or call.query.shape[0] != 1:
             raise ViewError(f"layer {call.index} cannot be viewed: it attends to several sequences, or has a mask")
@@ -112,7 +112,7 @@ class _Visitor:
         return dense
 
 
-def compare(call: Call, dense: torch.Tensor, config: S2OConfig) -> LayerFigures:
+def compare(call: SdpaInputs, dense: torch.Tensor, config: S2OConfig) -> LayerFigures:
     """Density and error of the operator in place of one call of SDPA, whose output is `dense`."""
     sparse = attention(
         call.query, call.key, call.value, call.is_causal, scale=call.scale, config=config, return_stats=True
@@ -120,6 +120,6 @@ def compare(call: Call, dense: torch.Tensor, config: S2OConfig) -> LayerFigures:
     if dense.dtype != torch.float32:
         tensors = {name: getattr(call, name).float() for name in ("query", "key", "value")}
         dense = dataclasses.replace(call, **tensors).dense()
-    share = density(sparse.visited, call.query.shape[2], call.key.shape[2], call.is_causal, 0, config.tile)
+    share = density(sparse.visited, call.query.shape[2], call.key.shape[2], call.is_causal, 0, config.ranking.tile)
     wrong = (sparse.output - dense).square().sum((2, 3)) / dense.square().sum((2, 3))
     return LayerFigures(share[0].tolist(), wrong[0].tolist())

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.calibration import DENSE, GRID, HeldOut, calibrate_each, measure_texts, one_threshold, rows
 from s2o_compile import S2OConfig, attention
-from s2o_compile.calibration.sites import Measurement, SiteCall, call_sites
+from s2o_compile.calibration.sites import Measurement, SiteInputs, visit_sites
 
 from ..passes.models import tiny, tokens
 
@@ -64,10 +64,10 @@ def test_calls_of_texts() -> None:
 
     direct: list[float] = []
 
-    def handle(call: SiteCall) -> None:
+    def handle(call: SiteInputs) -> None:
         config = S2OConfig(error_budget=BUDGET, min_length=0)
         output = attention(call.query, call.key, call.value, is_causal=True, config=config)
         direct.append(float((output - call.dense).square().sum() / call.dense.square().sum()))
 
-    call_sites(model, unseen, S2OConfig(), handle, lambda decisions: None)
+    visit_sites(model, unseen, S2OConfig(), handle, lambda decisions: None)
     assert [call.rules["budget alone"][0].error for call in calls[2:]] == pytest.approx(direct, rel=1e-3)

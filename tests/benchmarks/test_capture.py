@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from benchmarks.capture import capture, describe
 from benchmarks.captured import Layer, load_layer, save_layer
-from s2o_compile.calls import AttentionCalls, Call
-from s2o_compile.cli.errors import UsageError
+from s2o_compile._console import UsageError
+from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
 
 from ..passes.models import padding, tiny, tokens
 
@@ -51,12 +51,12 @@ def test_the_model_goes_on_as_before() -> None:
     model, ids = tiny("llama"), tokens(40, batch=1)
     outputs: list[torch.Tensor] = []
 
-    def dense(call: Call) -> torch.Tensor:
+    def dense(call: SdpaInputs) -> torch.Tensor:
         return call.dense()
 
     with torch.no_grad():
         outputs.append(model(ids).logits)
-        with AttentionCalls(dense):
+        with SdpaIntercept(dense):
             outputs.append(model(ids).logits)
     assert torch.equal(*outputs)
 

@@ -15,7 +15,7 @@ from benchmarks import capture, generation
 from benchmarks.command import run
 from benchmarks.zoo import __main__ as zoo
 from s2o_compile import cli
-from s2o_compile.cli.options import check_file
+from s2o_compile.testbed.options import check_file
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_the_zoo_gives_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     with pytest.raises(SystemExit) as stop:
         run(zoo.main)
     assert stop.value.code == 0
-    assert {row["architecture"] for row in json.loads(capsys.readouterr().out)} == {"vit"}
+    assert {row["architecture"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"vit"}
 
 
 @pytest.mark.parametrize("command", ["calibrate", "view"])

@@ -17,8 +17,8 @@ from benchmarks.frontier_report import Point, work_at
 from benchmarks.inputs import Structure
 from benchmarks.judge import Judge, Score
 from benchmarks.methods import METHODS, operator_scores, ranking_flops, rule_scores
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.ops import S2OConfig
+from s2o_compile._console import UsageError
+from s2o_compile.ops import Ranking, S2OConfig
 
 
 def layer(length: int = 700, heads: int = 4, groups: int = 2) -> Layer:
@@ -80,16 +80,18 @@ def test_sampled_rows_are_rows_of_the_whole() -> None:
     torch.testing.assert_close(outputs[1], outputs[0][some.judged])
 
 
-@pytest.mark.parametrize("config", [S2OConfig(), S2OConfig(pool=8, guides="group", sample=1), S2OConfig.paper()])
+@pytest.mark.parametrize(
+    "config", [S2OConfig(), S2OConfig(ranking=Ranking(pool=8, guides="kv_head", sample=1)), S2OConfig.paper()]
+)
 def test_ranking_flops_count_guides_times_history(config: S2OConfig) -> None:
     some, count = layer(1100), 0.0
-    for first in range(0, 1100, config.segment):
-        history = max(0, first - config.near_keys) // 64 * 64
-        guides = len(range(first, min(first + config.segment, 1100), config.pool))
+    for first in range(0, 1100, config.ranking.segment):
+        history = max(0, first - config.ranking.near_keys) // 64 * 64
+        guides = len(range(first, min(first + config.ranking.segment, 1100), config.ranking.pool))
         count += guides * history
     assert ranking_flops(some, dataclasses.replace(config, threshold=0)) == 0
-    heads = 2 if config.guides == "group" else 4
-    assert ranking_flops(some, config) == pytest.approx(2 * 32 * heads * count * (1 + 1 / config.sample))
+    heads = 2 if config.ranking.guides == "kv_head" else 4
+    assert ranking_flops(some, config) == pytest.approx(2 * 32 * heads * count * (1 + 1 / config.ranking.sample))
 
 
 def test_the_operator_trades_error_for_work() -> None:
@@ -120,9 +122,9 @@ def test_unknown_methods_and_options_are_named() -> None:
         choose(None, ["pools=4"], None)
     with pytest.raises(UsageError, match="threshold must be a number from 0 to below 1, not 2"):
         choose(None, ["pool=4"], [2])
-    chosen = choose(["PBS-Attn"], ["pool=4 tail=none"], [1e-3])
-    assert list(chosen) == ["PBS-Attn", "s2o, pool=4 tail=none"]
-    assert chosen["s2o, pool=4 tail=none"].settings == (1e-3,)
+    chosen = choose(["PBS-Attn"], ["pool=4 rule=dropped"], [1e-3])
+    assert list(chosen) == ["PBS-Attn", "s2o, pool=4 rule=dropped"]
+    assert chosen["s2o, pool=4 rule=dropped"].settings == (1e-3,)
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,14 +135,15 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count("SAMPLED: one strip of 128 rows in 2") == 2
     saved = json.loads((tmp_path / "out" / "frontier.json").read_text())
-    assert saved["rows"].startswith("SAMPLED")
-    assert {point["method"] for point in saved["points"]} == set(names)
-    assert len(saved["points"]) == sum(len(METHODS[name].settings) for name in names)
+    points = [row for row in saved["rows"] if "setting" in row]
+    assert saved["settings"]["rows"].startswith("SAMPLED")
+    assert {point["method"] for point in points} == set(names)
+    assert len(points) == sum(len(METHODS[name].settings) for name in names)
     fields = {field.name for field in dataclasses.fields(Score)}
-    assert all(set(point["score"]) == fields | {"work"} for point in saved["points"])
-    assert [one["method"] for one in saved["equal_error"]] == [name for name in METHODS if name in names]
+    assert all(set(point) >= fields | {"work"} for point in points)
+    assert [one["method"] for one in saved["rows"] if "target" in one] == [name for name in METHODS if name in names]
     main([path], ["StreamingLLM"], [], None, [0.01], 2, 640, "cpu", None, True)
-    assert json.loads(capsys.readouterr().out)["rows"] == saved["rows"]
+    assert json.loads(capsys.readouterr().out)["settings"]["rows"] == saved["settings"]["rows"]
     assert all(
         (tmp_path / "out" / f"frontier-{against}.png").stat().st_size > 10_000 for against in ("work", "density")
     )

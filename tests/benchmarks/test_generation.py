@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.generation import CACHES, FIRST, WAYS, Row, choose_ways, compare, generate, measure
-from s2o_compile.cli.errors import UsageError
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
 
 from ..passes.models import tiny, tokens

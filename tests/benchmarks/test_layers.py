@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks.layers import compare
-from s2o_compile.calls import AttentionCalls, Call
-from s2o_compile.cli.errors import UsageError
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
+from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
 
 from ..passes.models import padding, tiny, tokens
 
@@ -16,14 +16,14 @@ from ..passes.models import padding, tiny, tokens
 def test_calls_of_a_model_are_measured_and_left_as_they_are() -> None:
     model, ids, rows = tiny("llama"), tokens(200, batch=1), []
 
-    def measure(call: Call) -> torch.Tensor:
+    def measure(call: SdpaInputs) -> torch.Tensor:
         dense, row = compare(call, S2OConfig(min_length=0, threshold=0), 1)
         rows.append(row)
         return dense
 
     with torch.no_grad():
         want = model(ids).logits
-        with AttentionCalls(measure):
+        with SdpaIntercept(measure):
             assert torch.equal(model(ids).logits, want)
     assert len(rows) == 2
     for row in rows:
@@ -32,8 +32,8 @@ def test_calls_of_a_model_are_measured_and_left_as_they_are() -> None:
 
 
 def test_masks_are_not_compared() -> None:
-    def measure(call: Call) -> torch.Tensor:
+    def measure(call: SdpaInputs) -> torch.Tensor:
         return compare(call, S2OConfig(min_length=0), 1)[0]
 
-    with torch.no_grad(), AttentionCalls(measure), pytest.raises(UsageError, match="mask or dropout is not compared"):
+    with torch.no_grad(), SdpaIntercept(measure), pytest.raises(UsageError, match="mask or dropout is not compared"):
         tiny("llama")(tokens(40), attention_mask=padding(40, "left"))

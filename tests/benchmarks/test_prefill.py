@@ -16,7 +16,7 @@ from benchmarks.prefill.budget import visited_density, with_density
 from benchmarks.prefill.measure import Row, attention_share, compiled, first_token, measure, preferring
 from benchmarks.prefill.models import RANDOM_LLAMA, Subject, llama, load, random_model
 from benchmarks.prefill.report import as_dict, describe, table
-from s2o_compile.demo.errors import DemoError
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
 
 CPU = torch.device("cpu")
@@ -119,5 +119,5 @@ def test_reports() -> None:
 
 def test_weights_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.prefill.models.free_bytes", lambda device: 2**30)
-    with pytest.raises(DemoError, match=r"The weights of 32 layers take 29.9 GiB and 1.0 GiB are free"):
+    with pytest.raises(UsageError, match=r"The weights of 32 layers take 29.9 GiB and 1.0 GiB are free"):
         load(RANDOM_LLAMA, 32, CPU, torch.float32)

@@ -27,10 +27,9 @@ from benchmarks.quality.report import as_dict, count_lookups, summarise, tables
 from benchmarks.quality.run import Outcome, read_case
 from benchmarks.quality.tasks import CONSTANTS, TASKS, VALUES
 from benchmarks.quality.yarn import stretch
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.demo.document import MIDDLE
-from s2o_compile.demo.errors import DemoError
-from s2o_compile.ops import S2OConfig
+from s2o_compile._console import UsageError
+from s2o_compile.ops import Ranking, S2OConfig
+from s2o_compile.testbed.document import MIDDLE
 
 from ..examples import examples
 from ..passes.models import VOCABULARY, tiny
@@ -138,7 +137,7 @@ class TestCases:
             build_case(Characters(), "multikey", 300, 0, Settings())
         path = tmp_path / "text"
         path.write_text("short " * 20)
-        with pytest.raises(DemoError, match="only 120 tokens of text left and --length 5000 needs"):
+        with pytest.raises(UsageError, match="only 120 tokens of text left and --length 5000 needs"):
             build_case(Characters(), "niah", 5000, 0, Settings(text=path))
 
 
@@ -218,7 +217,9 @@ class TestRun:
             assert other.loss == pytest.approx(dense.loss, rel=1e-5) and other.agreed == dense.agreed
 
     def test_sparse_attention_is_what_is_measured(self) -> None:
-        dense, sparse = outcomes({"s2o": operator(S2OConfig(min_length=0, threshold=0.5, tail="none"))})
+        dense, sparse = outcomes(
+            {"s2o": operator(S2OConfig(min_length=0, threshold=0.5, ranking=Ranking(rule="dropped")))}
+        )
         assert dense.loss != sparse.loss
         assert 0 < sparse.density < 0.5 < dense.density == 1 and sparse.ranking > 0.3
 
@@ -303,9 +304,11 @@ class TestReport:
         assert not (tmp_path / "none.png").exists()
 
     def test_plain_data(self) -> None:
-        data = json.loads(json.dumps(as_dict([outcome("dense", 100, [True, False])], {"model": "m"})))
-        assert data["facts"] == {"model": "m"} and data["summaries"][0]["work"] == pytest.approx(0.3)
-        assert {one["place"] for one in data["lookups"]} == set(PLACES) and len(data["outcomes"]) == 1
+        found = [outcome("dense", 100, [True, False])]
+        data = json.loads(json.dumps(as_dict(found, {"model": "m"}, torch.device("cpu"))))
+        summary, *lookups = data["rows"]
+        assert data["settings"] == {"model": "m"} and summary["work"] == pytest.approx(0.3)
+        assert {one["place"] for one in lookups} == set(PLACES) and len(data["outcomes"]) == 1
 
 
 def run(**changes: Any) -> None:
@@ -323,12 +326,13 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     printed = " ".join(capsys.readouterr().out.split())
     assert "1,600 tokens: work, and perplexity" in printed and "s2o, pool=4 threshold=0.01" in printed
     saved = json.loads((tmp_path / "out" / "quality.json").read_text())
-    assert [one["method"] for one in saved["summaries"]] == ["dense", "FlexPrefill", "s2o, pool=4 threshold=0.01"]
-    assert len(saved["outcomes"]) == 6 and saved["facts"]["documents"]["depths"] == 2
+    summaries = [row for row in saved["rows"] if "work" in row]
+    assert [one["method"] for one in summaries] == ["dense", "FlexPrefill", "s2o, pool=4 threshold=0.01"]
+    assert len(saved["outcomes"]) == 6 and saved["settings"]["documents"]["depths"] == 2
     assert (tmp_path / "out" / "quality.png").stat().st_size > 10_000
     run(method=["StreamingLLM"], task=["niah"], yarn=2.0, length=[1700, 1600], depths=1, as_json=True)
     printed = json.loads(capsys.readouterr().out)
-    assert [one["length"] for one in printed["summaries"]] == [1600, 1600, 1700, 1700]
+    assert [row["length"] for row in printed["rows"] if "work" in row] == [1600, 1600, 1700, 1700]
 
 
 @pytest.mark.parametrize(
@@ -347,5 +351,5 @@ def test_what_is_wrong_is_one_sentence(options: dict[str, Any], message: str) ->
 
 def test_too_many_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "load_model", lambda *_: (model(), Characters(VOCABULARY)))
-    with pytest.raises(DemoError, match="at most 4,096 positions"):
+    with pytest.raises(UsageError, match="at most 4,096 positions"):
         run(length=[1600, 9000])

@@ -18,9 +18,9 @@ from benchmarks.speed.contenders import DENSE, PRESETS
 from benchmarks.speed.measure import Case, Row, diffuseness, measure, parts, relative_error
 from benchmarks.speed.report import COLUMNS, as_dict, save_plot, table
 from benchmarks.timing import kernel_seconds, median_and_spread
-from s2o_compile.cli.errors import UsageError
-from s2o_compile.functional import attention
-from s2o_compile.ops import S2OConfig
+from s2o_compile._attention import attention
+from s2o_compile._console import UsageError
+from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.ops.density import density
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def whole_density(structure: Structure, diffuse: float, is_causal: bool, config:
     tensors = structure.query(diffuse), structure.key, structure.value
     result = attention(*tensors, is_causal, config=config, return_stats=True)
     length = structure.length
-    return float(density(result.visited, length, length, is_causal, 0, config.tile).mean())
+    return float(density(result.visited, length, length, is_causal, 0, config.ranking.tile).mean())
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def whole_density(structure: Structure, diffuse: float, is_causal: bool, config:
         ("default", 0.15, True),
         ("default", 0.25, False),
         ("pool 4", 0.2, True),
-        ("pool=8 guides=group max_weight=0 mean_weight=1 tail=means threshold=2e-4", 0.2, True),
+        ("pool=8 guides=kv_head combine=mean rule=means threshold=2e-4", 0.2, True),
     ],
 )
 def test_inputs_have_the_density_asked_for(setting: str, wanted: float, is_causal: bool) -> None:
@@ -86,7 +86,7 @@ def test_find_ends_where_the_wanted_is_out_of_reach(wanted: float, end: float) -
 
 
 def case(length: int = 300, **changes: object) -> Case:
-    settings = {"default": S2OConfig(min_length=0), "pool=4": S2OConfig(min_length=0, pool=4)}
+    settings = {"default": S2OConfig(min_length=0), "pool=4": S2OConfig(min_length=0, ranking=Ranking(pool=4))}
     plain = Case("smollm2", length, 0.5, settings, ("flash", "cudnn"), 1000, CPU, torch.float32)
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -154,7 +154,10 @@ def test_reports(tmp_path: Path) -> None:
     assert {field for field, _ in COLUMNS.values()} < {field.name for field in dataclasses.fields(Row)}
     found = json.loads(json.dumps(as_dict(case(), rows, 5)))
     assert found["rows"] == [dataclasses.asdict(row) for row in rows]
-    assert found["settings"]["pool=4"]["pool"] == 4 and found["shapes"]["smollm2"]["channels"] == 64
+    assert (
+        found["settings"]["s2o"]["pool=4"]["ranking"]["pool"] == 4
+        and found["settings"]["shapes"]["smollm2"]["channels"] == 64
+    )
     save_plot(rows, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 

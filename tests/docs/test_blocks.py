@@ -20,11 +20,18 @@ pytest.importorskip("sybil")
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
+from benchmarks.pages import pages
+
 from .conftest import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = pages()
 RUN = {"python", "bash"}
 SHOWN = {"text", "{eval-rst}", "{include}", "{literalinclude}", "{toctree}"}
+
+
+def name_of(page: Path) -> str:
+    """A page's path, as its tests are called."""
+    return str(page.relative_to(ROOT)).removeprefix("docs/")
 
 
 def run_commands(example: Example) -> None:
@@ -40,7 +47,7 @@ SLOW = pytest.param(False, marks=[pytest.mark.docs_slow, pytest.mark.timeout(360
 
 
 @pytest.mark.parametrize("quick", [pytest.param(True, id="quick"), SLOW])
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 @pytest.mark.usefixtures("checkout")
 def test_blocks_run(page: Path, quick: bool) -> None:
     document = Sybil(parsers=PARSERS).parse(page)
@@ -50,7 +57,7 @@ def test_blocks_run(page: Path, quick: bool) -> None:
             example.evaluate()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_say_what_they_are(page: Path) -> None:
     """What has no language, or one that nothing runs, would not be tested."""
     text = page.read_text(encoding="utf-8")
@@ -60,7 +67,7 @@ def test_blocks_say_what_they_are(page: Path) -> None:
     assert not re.search(r"\n\n    \S", text), "an indented block"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [target for target in targets if not (page.parent / target).exists()] == []

@@ -13,16 +13,18 @@ import pytest
 pytest.importorskip("sphinx")
 pytest.importorskip("furo")
 
+from benchmarks.pages import pages
 from benchmarks.zoo.__main__ import row
 from benchmarks.zoo.architectures import ARCHITECTURES, calls
 from benchmarks.zoo.report import markdown
-from s2o_compile import S2OConfig
+from s2o_compile import Ranking, S2OConfig
 from s2o_compile.cli.app import app
 from s2o_compile.cli.bench import BENCHMARKS
 
 from .conftest import ROOT
 
-PAGES = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"zoo"}
+DOCS = ROOT / "docs"
+PAGES = {str(page.relative_to(DOCS).with_suffix(".html")) for page in pages() if DOCS in page.parents} - {"zoo.html"}
 LOADED = re.compile(r"<(?:script|img|iframe|source)\b[^>]*?\bsrc=\"([^\"]+)\"|<link\b[^>]*?\bhref=\"([^\"]+)\"")
 IMPORTED = re.compile(r"url\(\s*[\"']?(?:https?:)?//|@import\s+[\"'](?:https?:)?//")
 
@@ -37,7 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_there(site: Path) -> None:
-    assert {page.stem for page in site.glob("*.html")} >= PAGES
+    assert {str(page.relative_to(site)) for page in site.rglob("*.html")} >= PAGES
 
 
 def test_nothing_is_loaded_from_a_network(site: Path) -> None:
@@ -53,6 +55,8 @@ def test_every_option_and_command_is_there(site: Path) -> None:
     page = (site / "options.html").read_text(encoding="utf-8")
     for field in dataclasses.fields(S2OConfig):
         assert f'id="s2o_compile.S2OConfig.{field.name}"' in page
+    for field in dataclasses.fields(Ranking):
+        assert f'id="s2o_compile.Ranking.{field.name}"' in page
     for command in app.registered_commands:
         assert command.callback is not None
         assert f'id="s2o-{command.callback.__name__}"' in page

@@ -14,14 +14,14 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils import _pytree as pytree
 
-from s2o_compile.ops import S2OConfig
+from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.passes import rewrite
 
 from .program import Program
 
 SETTINGS = {
-    "exact": S2OConfig(threshold=0, min_length=0, segment=16, tile=16, near_keys=0, tail="none"),
-    "sparse": S2OConfig(threshold=0.02, min_length=0, segment=16, tile=16, near_keys=0),
+    "exact": S2OConfig(threshold=0, min_length=0, ranking=Ranking(segment=16, near_keys=0, rule="dropped")),
+    "sparse": S2OConfig(threshold=0.02, min_length=0, ranking=Ranking(segment=16, near_keys=0)),
     "default": S2OConfig(),
 }
 LEAVES = ("q", "k", "v", "qkv")
@@ -174,7 +174,7 @@ def check(program: Program) -> Verdict:
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         options: dict[str, Any] = {"backend": Rewriting(program, verdict)}
         if program.level == "inductor":
-            options = {"backend": "s2o", "options": SETTINGS[program.settings].arguments()}
+            options = {"backend": "s2o", "options": SETTINGS[program.settings].to_dict()}
         return torch.compile(function, dynamic=program.dynamic, **options)
 
     def plain(function: Callable[..., Any]) -> Callable[..., Any]:

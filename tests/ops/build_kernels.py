@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,18 +14,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.kernels import guides, launch, means, quantise, rank, strongest
+from s2o_compile.ops import Ranking, S2OConfig
+from s2o_compile.ops.kernels import attend, channels, guides, importance, normaliser, pipeline, quantise, sample, select
 from s2o_compile.ops.visibility import Visibility
 
 CAPABILITIES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may take, by compute capability."""
 OTHERS = (
-    S2OConfig(channels=32),
-    S2OConfig(channels=16, measure="output"),
-    S2OConfig(tail="means", lists="head", mean_weight=1.0),
-    S2OConfig(pool=8, guides="group", tail="none", max_weight=0.0, mean_weight=1.0),
-    S2OConfig.paper(),
+    S2OConfig(ranking=Ranking(channels=32)),
+    S2OConfig(ranking=Ranking(channels=16, measure="output")),
+    S2OConfig(ranking=Ranking(rule="dropped", lists="head")),
+    S2OConfig(ranking=Ranking(pool=8, guides="kv_head", rule="dropped", combine="mean")),
 )
 TYPES = {
     torch.float16: "*fp16",
@@ -34,6 +36,29 @@ TYPES = {
     torch.bool: "*i1",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
+
+
+def linear_reductions(ttgir: str) -> Iterator[tuple[int, dict[str, list[list[int]]]]]:
+    """The axis of each reduction of a tensor in a linear layout, and the bases of that layout."""
+    layouts = {
+        name: dict(re.findall(r"(\w+) = (\[.*?\])(?=, \w+ =|\}>)", text))
+        for name, text in re.findall(r"^(#\w+) = (#ttg\.linear<.*>)$", ttgir, re.MULTILINE)
+    }
+    for axis, name in re.findall(r'"tt\.reduce"\(.*?axis = (\d+).*?\}\) : \(tensor<[^,]*, (#\w+)>', ttgir, re.DOTALL):
+        if name in layouts:
+            yield int(axis), {part: json.loads(bases) for part, bases in layouts[name].items()}
+
+
+def is_reduced_right(axis: int, layout: dict[str, list[list[int]]]) -> bool:
+    """Whether Triton reduces a linear layout as it should.
+
+    Across warps, Triton 3.6 takes the lanes of each axis to follow one another. Where they do not, several lanes write
+    their share of a sum or a maximum to one address.
+    """
+    if not any(base[axis] for base in layout["warp"]):
+        return True
+    along = [place for base in layout["lane"] for place, step in enumerate(base) if step]
+    return len(list(itertools.groupby(along))) == len(set(along))
 
 
 class Builder:
@@ -62,6 +87,8 @@ class Builder:
         source, target = ASTSource(self.kernel, signature, constants), GPUTarget("cuda", self.capability, 32)
         compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
         assert compiled.asm["cubin"]
+        reductions = list(linear_reductions(compiled.asm["ttgir"]))
+        assert all(is_reduced_right(*reduction) for reduction in reductions), (self.kernel.__name__, reductions)
         assert compiled.metadata.shared <= CAPABILITIES[self.capability], (self.kernel.__name__, compiled.metadata)
         print(self.kernel.__name__)
 
@@ -73,24 +100,27 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     there is no float8.
     """
     Builder.capability = capability
-    for module in (launch, rank, guides, means, quantise, strongest):
+    for module in (attend, channels, guides, importance, normaliser, quantise, sample, select):
         module.wrap_triton = Builder  # type: ignore[attr-defined]
-    launch.shared_memory = lambda device: CAPABILITIES[capability]
+    attend.shared_memory = lambda device: CAPABILITIES[capability]
     query, key = torch.empty(1, 4, 300, 64, dtype=dtype), torch.empty(1, 2, 300, 64, dtype=dtype)
     many = torch.empty(1, 12, 300, 64, dtype=dtype)
     documents, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 1, 300, 300, dtype=torch.bool)
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
     has_float8 = dtype != torch.float32 and capability >= 89
     quantise.ranks_in_float8 = lambda guides, softcap: has_float8 and not softcap and guides.shape[-1] >= 32
-    rank.sums_in_half = lambda operands, config: capability == 90 and operands.are_quantised and config.mean_weight == 0
-    launch.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
+    importance.sums_in_half = lambda operands, takes_mean: (
+        capability == 90 and operands.are_quantised and not takes_mean
+    )
+    pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
     for config in OTHERS if has_float8 else ():
         padded = Visibility(True, key_padding=mask[0, 0, :1])
-        launch.sparse_attention(query, key, key, padded, 0.125, 0.0, config)
+        pipeline.sparse_attention(query, key, key, padded, 0.125, 0.0, config)
     if is_all:
-        launch.sparse_attention(many, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
+        pipeline.sparse_attention(many, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
+        pipeline.sparse_attention(many, key, key, Visibility(True, mask=mask), 0.125, 0.0, S2OConfig())
     if dtype != torch.float32 and (is_all or not has_float8):
-        launch.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig())
+        pipeline.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig())
 
 
 if __name__ == "__main__":

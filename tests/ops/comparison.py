@@ -79,21 +79,26 @@ def agreeing_tiles(got: AttentionResult, want: AttentionResult, tile: int, toler
     return (worst <= tolerance) & (got.visited == want.visited)
 
 
-def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
     """What PyTorch itself computes, in the inputs' dtype."""
     # Its GPU kernels give NaN for some unaligned strides.
     query, key, value = (x.contiguous() for x in (query, key, value))
-    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
     return output.masked_fill(~mask.any(-1, keepdim=True), 0)
 
 
 def allowed_error(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, want: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    want: torch.Tensor,
+    scale: float | None = None,
 ) -> float:
-    """Twice what SDPA errs without soft cap and sinks, which it lacks, or two roundings of what is wanted."""
-    if query.dtype == torch.float32:
-        return 1e-5
-    error = largest_difference(sdpa(query, key, value, mask), dense(query, key, value, mask))
+    """Twice what SDPA errs without soft cap and sinks, which it lacks, or a rounding of what is wanted, or 1e-5."""
+    error = largest_difference(sdpa(query, key, value, mask, scale), dense(query, key, value, mask, scale))
     rounding = torch.finfo(query.dtype).eps * largest_difference(want, torch.zeros_like(want))
     return max(2 * error, rounding, 1e-5)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from s2o_compile.ops import S2OConfig
+from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.ops.visibility import Visibility
 
 Choose = Callable[[Sequence[Any]], Any]
@@ -38,6 +38,7 @@ class Call:
     sunk: bool
     layout: str
     seed: int
+    workspace: int
     config: S2OConfig
 
     def tensors(
@@ -98,33 +99,27 @@ class Call:
         return x
 
 
-def draw_config(choose: Choose, thresholds: Sequence[float] = THRESHOLDS) -> S2OConfig:
-    """Configurations over all fields, small enough for small calls."""
-    stop = choose(["importance", "importance", "gain"])
-    guides = "head" if stop == "gain" else choose(["head", "group"])
-    lists = "head" if stop == "gain" else choose(["group", "head"]) if guides == "head" else "group"
-    segment = choose([16, 32, 64])
-    mean_weight = choose([0.0, 3.0])
+def draw_config(choose: Choose, thresholds: Sequence[float] = THRESHOLDS, by_kernels: bool = False) -> S2OConfig:
+    """Configurations over all fields, small enough for small calls; `by_kernels`, of rules that have kernels."""
+    rule = choose(["sampled", "dropped"] if by_kernels else ["sampled", "sampled", "means", "dropped", "gain", "gain"])
+    is_gain = rule == "gain"
+    guides = "head" if is_gain else choose(["head", "kv_head"])
     return S2OConfig(
         threshold=choose(thresholds),
         min_length=0,
-        segment=segment,
-        tile=choose([t for t in (16, 32, 64) if t <= segment]),
-        pool=choose([1, 2, 4, 16]),
-        guides=guides,
-        channels=None if stop == "gain" else choose([None, None, 5, 16]),
-        lists=lists,
-        measure="mass" if stop == "gain" else choose(["mass", "output"]),
-        max_weight=choose([1.0, 0.5, 0.0] if mean_weight else [1.0, 0.5]),
-        mean_weight=mean_weight,
-        sample=choose([1, 4, 16]),
-        stop=stop,
-        chunk=64,
-        first_keys=choose([0, 1, 5]),
-        near_keys=choose([0, 20, 64]),
         last_queries=choose([0, 0, 40]),
-        workspace=choose([2**30, 2**30, 2**14]),
-        tail="none" if stop == "gain" else choose(["sampled", "means", "none"]),
+        ranking=Ranking(
+            rule=rule,
+            pool=choose([1, 2, 4, 16]),
+            guides=guides,
+            channels=None if is_gain else choose([None, None, 5, 16]),
+            lists="head" if is_gain else choose(["kv_head", "head"]) if guides == "head" else "kv_head",
+            measure="mass" if is_gain else choose(["mass", "output"]),
+            combine=choose(["max", "mean"]),
+            sample=choose([1, 4, 16]),
+            segment=choose([16, 32, 64]),
+            near_keys=choose([0, 20, 64]),
+        ),
     )
 
 
@@ -162,5 +157,6 @@ def draw_call(choose: Choose, longest: int, config: S2OConfig) -> Call:
         **draw_terms(choose),
         layout=choose(["contiguous", "heads last", "strided", "channels strided"]),
         seed=choose(range(2**31)),
+        workspace=choose([2**30, 2**30, 2**14]),
         config=config,
     )

@@ -35,19 +35,20 @@ def outcomes(
         memory as there is, "error" for an error, "silent" or "loud" if the warning is missing, or should be.
     """
 
-    def attend(config: S2OConfig) -> torch.Tensor:
-        return torch.ops.s2o.attention(*tensors, is_causal=True, **config.arguments())
+    def attend(config: S2OConfig, size: int) -> torch.Tensor:
+        with memory.limited_workspace(size):
+            return torch.ops.s2o.attention(*tensors, is_causal=True, **config.arguments())
 
-    settings = {str(size): S2OConfig(min_length=0, workspace=size) for size in workspaces}
-    first = settings[str(workspaces[0])]
-    wanted = {name: attend(config) for name, config in (settings | {"dense": first.without_ranking()}).items()}
+    config = S2OConfig(min_length=0)
+    wanted = {str(size): attend(config, size) for size in workspaces}
+    wanted["dense"] = attend(config.without_ranking(), workspaces[0])
     found = []
     for room in rooms:
         with attempts() as failed, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             limit(room)
             try:
-                output = attend(first)
+                output = attend(config, workspaces[0])
             except (RuntimeError, MemoryError):
                 found.append("error")
                 continue

@@ -14,9 +14,9 @@ __all__ = ["Call", "calls", "configs"]
 
 
 @st.composite
-def configs(draw: st.DrawFn, thresholds: Sequence[float] = THRESHOLDS) -> S2OConfig:
-    """Configurations over all fields, small enough for small calls."""
-    return draw_config(lambda options: draw(st.sampled_from(options)), thresholds)
+def configs(draw: st.DrawFn, thresholds: Sequence[float] = THRESHOLDS, by_kernels: bool = False) -> S2OConfig:
+    """Configurations over all fields, small enough for small calls; `by_kernels`, of rules that have kernels."""
+    return draw_config(lambda options: draw(st.sampled_from(options)), thresholds, by_kernels)
 
 
 @st.composite

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 
-from s2o_compile.ops import AttentionResult, S2OConfig, cpu
-from s2o_compile.ops.cpu import attend, rank
-from s2o_compile.ops.reference import reference_attention
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, cpu
+from s2o_compile.ops.cpu import attend, flash, rank
+from s2o_compile.ops.memory import limited_workspace
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import allowed_error, assert_same, dense, largest_difference, seen
@@ -21,7 +22,8 @@ DOCUMENTS = (torch.arange(700) // 300)[None]
 def test_agrees_with_the_reference(call: Call) -> None:
     tensors, visibility = call.tensors(torch.float64), call.visibility()
     scale = call.channels**-0.5
-    got = cpu.sparse_attention(*tensors, visibility, scale, call.softcap, call.config)
+    with limited_workspace(call.workspace):
+        got = cpu.sparse_attention(*tensors, visibility, scale, call.softcap, call.config)
     want = reference_attention(*tensors, visibility, softcap=call.softcap, config=call.config)
     assert_same(got, want, 1e-9)
 
@@ -31,7 +33,8 @@ def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         tensors = call.tensors(dtype)
         mask = seen(*tensors[:2], call.visibility())
-        output = torch.ops.s2o.attention(*tensors, **call.arguments(), **call.config.arguments())
+        with limited_workspace(call.workspace):
+            output = torch.ops.s2o.attention(*tensors, **call.arguments(), **call.config.arguments())
         assert output.dtype == dtype
         want = dense(*tensors, mask, softcap=call.softcap, sinks=call.sinks())
         assert largest_difference(output, want) <= allowed_error(*tensors, mask, want)
@@ -65,12 +68,44 @@ def test_low_precision_ranking_finds_the_same_keys_but_for_those_at_the_threshol
 
 
 def test_works_through_many_runs_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank, "_SCORES", 2**12)
-    monkeypatch.setattr(rank, "_HELD", 2**10)
+    monkeypatch.setattr(rank, "_SCORES_OF_A_RUN", 2**12)
+    monkeypatch.setattr(rank, "_SCORES_AT_ONCE", 2**10)
     monkeypatch.setattr(attend, "_GATHERED", 2**8)
     torch.manual_seed(1)
     query, key, value = (torch.randn(1, 2, 500, 16, dtype=torch.float64) for _ in "qkv")
-    call_config = S2OConfig(threshold=1e-2, last_queries=50)
-    for visibility in (Visibility(True), Visibility(True, window=170), Visibility(False, 20, window=170)):
-        got = cpu.sparse_attention(query, key, value, visibility, 0.25, 0.0, call_config)
-        assert_same(got, reference_attention(query, key, value, visibility, config=call_config), 1e-9)
+    for config in (
+        S2OConfig(threshold=1e-2, last_queries=50),
+        S2OConfig.paper().with_ranking(segment=64, pool=64),
+    ):
+        for visibility in (Visibility(True), Visibility(True, window=170), Visibility(False, 20, window=170)):
+            with limited_workspace(2**12):
+                got = cpu.sparse_attention(query, key, value, visibility, 0.25, 0.0, config)
+            assert_same(got, reference_attention(query, key, value, visibility, config=config), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        S2OConfig.paper().with_ranking(segment=64, pool=64),
+        S2OConfig(threshold=1e-2, ranking=Ranking(rule="means")),
+        S2OConfig(threshold=1e-2, ranking=Ranking(pool=2, channels=8, lists="head", measure="output")),
+    ],
+    ids=["paper", "means", "other"],
+)
+@pytest.mark.parametrize("visibility", [Visibility(True), Visibility(True, window=100), Visibility()])
+def test_all_tensors_are_on_the_device_of_the_inputs(config: S2OConfig, visibility: Visibility) -> None:
+    """As on a GPU, for rules without kernels: a tensor on the default device would not mix with the others."""
+    torch.manual_seed(2)
+    query, key, value = (torch.randn(1, heads, 300, 16) for heads in (4, 2, 2))
+    want = cpu.sparse_attention(query, key, value, visibility, 0.25, 0.0, config)
+    with torch.device("meta"):
+        got = cpu.sparse_attention(query, key, value, visibility, 0.25, 0.0, config)
+    assert_same(got, want, 0.0)
+
+
+def test_only_a_cpu_runs_the_kernel_of_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "_fused", None)
+    query, key, value = (torch.randn(shape, device="meta") for shape in ((5, 2, 32, 16), (5, 70, 16), (5, 70, 24)))
+    output, lse = flash.attend(query, key, value, key.new_zeros(5, 1, 1, 70), 0.0, finite=True)
+    assert output.shape == (5, 2, 32, 24)
+    assert lse.shape == (5, 2, 32)

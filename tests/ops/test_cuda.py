@@ -10,26 +10,31 @@ import pytest
 import torch
 
 from s2o_compile.ops.config import S2OConfig
-from s2o_compile.ops.kernels.launch import sparse_triton
+from s2o_compile.ops.kernels.pipeline import sparse_attention, sparse_triton
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
+from .settings import config_of
 
 pytestmark = pytest.mark.gpu
 
 LENGTH, HEADS, GROUPS, CHANNELS = 2100, 4, 2, 64
-SETTINGS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "block means": {"tail": "means"},
-    "no tail": {"tail": "none"},
-    "lists per head": {"lists": "head"},
-    "pools of 4": {"pool": 4},
-    "guides per group": {"guides": "group", "pool": 8, "mean_weight": 1.0, "max_weight": 0.0},
-    "16 channels": {"channels": 16},
-    "output": {"measure": "output"},
-    "exact": {"threshold": 0.0},
-    "the paper's": S2OConfig.paper(min_length=0).arguments(),
+SETTINGS = {
+    "defaults": S2OConfig(min_length=0),
+    "no tail": config_of(min_length=0, rule="dropped"),
+    "lists per head": config_of(min_length=0, lists="head"),
+    "pools of 4": config_of(min_length=0, pool=4),
+    "guides per KV head": config_of(min_length=0, guides="kv_head", pool=8, combine="mean"),
+    "16 channels": config_of(min_length=0, channels=16),
+    "output": config_of(min_length=0, measure="output"),
+    "exact": S2OConfig(min_length=0, threshold=0.0),
 }
+BY_TORCH = {
+    "block means": config_of(min_length=0, rule="means"),
+    "the paper's": S2OConfig.paper(min_length=0),
+}
+"""What has no kernels, and waits for the GPU."""
 TERMS = ["nothing", "padding", "window", "documents", "mask", "soft cap", "sinks"]
 
 
@@ -75,9 +80,9 @@ def no_synchronisation() -> Iterator[None]:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_calls_do_not_wait(name: str, dtype: torch.dtype) -> None:
     inputs = tensors(dtype=dtype)
-    attend(inputs, **SETTINGS[name])
+    attend(inputs, **SETTINGS[name].arguments())
     with no_synchronisation():
-        attend(inputs, **SETTINGS[name])
+        attend(inputs, **SETTINGS[name].arguments())
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -101,11 +106,37 @@ def test_calls_that_run_dense_do_not_wait(name: str) -> None:
         torch.ops.s2o.attention(*inputs, is_causal=True, causal_offset=LENGTH - 1, **arguments)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*SETTINGS, *BY_TORCH])
 def test_the_same_input_gives_the_same_bits(name: str) -> None:
-    inputs = tensors()
-    first = attend(inputs, **SETTINGS[name])
-    assert torch.equal(attend([x.clone() for x in inputs], **SETTINGS[name]), first)
+    inputs, settings = tensors(), (SETTINGS | BY_TORCH)[name].arguments()
+    first = attend(inputs, **settings)
+    assert torch.equal(attend([x.clone() for x in inputs], **settings), first)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("name", BY_TORCH)
+def test_rules_without_kernels_are_those_of_a_cpu(name: str, is_causal: bool) -> None:
+    inputs = tensors(dtype=torch.float32)
+    got = torch.ops.s2o.attention_stats(*inputs, is_causal, **BY_TORCH[name].arguments())
+    on_cpu = (x.cpu().double() for x in inputs)
+    want = reference_attention(*on_cpu, Visibility(is_causal), config=BY_TORCH[name])
+    assert largest_difference(got[0].cpu(), want.output) <= 1e-3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (12, 2), (7, 1), (28, 4), (8, 8)])
+def test_a_mask_that_hides_nothing_changes_nothing(heads: int, kv_heads: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(heads)
+    query, key, value = (
+        torch.randn(1, n, 1030, 128, generator=generator, device="cuda", dtype=torch.bfloat16) * scale
+        for n, scale in ((heads, 2), (kv_heads, 1), (kv_heads, 1))
+    )
+    mask = torch.ones(1, heads, 1030, 1030, dtype=torch.bool, device="cuda")
+    plain, masked = (
+        sparse_attention(query, key, value, Visibility(True, mask=given), 128**-0.5, 0.0, S2OConfig())
+        for given in (None, mask)
+    )
+    assert torch.equal(plain.visited, masked.visited)
+    assert largest_difference(plain.output, masked.output) < 0.02
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -114,17 +145,17 @@ def test_cuda_graphs(name: str) -> None:
     places, side = tensors(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        attend(places, **SETTINGS[name])
+        attend(places, **SETTINGS[name].arguments())
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = attend(places, **SETTINGS[name])
+        output = attend(places, **SETTINGS[name].arguments())
     for seed in range(1, 4):
         inputs = tensors(seed)
         for place, x in zip(places, inputs, strict=True):
             place.copy_(x)
         graph.replay()
-        assert torch.equal(output, attend(inputs, **SETTINGS[name]))
+        assert torch.equal(output, attend(inputs, **SETTINGS[name].arguments()))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -134,8 +165,8 @@ def test_inductor(name: str) -> None:
     query, key, value = tensors(channels=128)
     query *= 0.75  # Half the channels would neglect too much of the variance of larger logits.
     want = dense(query, key, value, seen(query, key, Visibility(True)))
-    itself = (attend([query, key, value], **SETTINGS[name]) - want).norm()
-    settings = S2OConfig(**SETTINGS[name]).as_json
+    itself = (attend([query, key, value], **SETTINGS[name].arguments()) - want).norm()
+    settings = SETTINGS[name].as_json
 
     def call(*tensors: torch.Tensor) -> torch.Tensor:
         return sparse_triton(*tensors, True, 0, None, None, None, None, None, 128**-0.5, 0.0, settings)[0]

@@ -1,8 +1,9 @@
-"""The specification, and what the implementations share with it, against formulas that are written independently."""
+"""What all implementations share: as the specification has it, which repeats it, or as is spelled out here."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,42 +11,39 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2o_compile.ops import AttentionResult, S2OConfig
-from s2o_compile.ops.block_means import block_means
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, reference, reference_variants
 from s2o_compile.ops.density import dense_pairs, share_in_all_channels
 from s2o_compile.ops.geometry import Geometry
-from s2o_compile.ops.guides import pool_guides
-from s2o_compile.ops.reference import reference_attention
-from s2o_compile.ops.sampling import draws
-from s2o_compile.ops.sinks import add_sinks
-from s2o_compile.ops.softmax import OnlineSoftmax
+from s2o_compile.ops.reference_variants import reference_attention
+from s2o_compile.ops.rule.block_means import block_means
+from s2o_compile.ops.rule.channels import project
+from s2o_compile.ops.rule.guides import pool_guides
+from s2o_compile.ops.rule.output_weighting import sampled_rows, value_distances
+from s2o_compile.ops.rule.sampling import draws, most_logits
+from s2o_compile.ops.rule.sinks import add_sinks
+from s2o_compile.ops.rule.softmax import soft_cap
+from s2o_compile.ops.visibility import Visibility
 
-from . import formulas
-from .comparison import assert_same, largest_difference
-from .comparison import seen as all_seen
+from .comparison import largest_difference
 from .strategies import Call, calls, configs
 
 
-@settings(max_examples=40)
-@given(calls(longest=220))
-def test_the_specification_is_what_the_documentation_says(call: Call) -> None:
-    tensors, terms = call.tensors(torch.float64), call.visibility()
-    got = reference_attention(*tensors, terms, softcap=call.softcap, config=call.config)
-    query, key, value = (x.numpy() for x in tensors)
-    shape = (call.batch, call.heads, call.queries, call.keys)
-    seen = all_seen(*tensors[:2], terms).expand(shape).numpy()
-    valid = np.ones(shape[::3], dtype=bool) if terms.key_padding is None else terms.key_padding.numpy()
-    want = [torch.empty_like(x) for x in got]
-    for batch in range(call.batch):
-        for group in range(call.groups):
-            members = slice(group * call.group, (group + 1) * call.group)
-            rows = formulas.attend_group(
-                query[batch, members], key[batch, group], value[batch, group], seen[batch, members], terms,
-                valid[batch], call.channels**-0.5, call.softcap, formulas.followed(call.config, terms),
-            )  # fmt: skip
-            for x, y in zip(want, (rows.output, rows.lse, rows.visited), strict=True):
-                x[batch, members] = torch.from_numpy(y)
-    assert_same(got, AttentionResult(*want), 1e-8)
+def visible(terms: Visibility, batch: int, head: int, row: int, key: int) -> bool:
+    """Whether a query sees a key, one term after another."""
+    place = row + terms.causal_offset
+    if terms.is_causal and key > place:
+        return False
+    if terms.window is not None and place - key >= terms.window:
+        return False
+    if terms.key_padding is not None and not terms.key_padding[batch, key]:
+        return False
+    of_row, of_key = terms.query_documents, terms.key_documents
+    if of_row is not None and of_key is not None and of_row[batch, row] != of_key[batch, key]:
+        return False
+    if terms.mask is None:
+        return True
+    index = zip((batch, head, row, key), terms.mask.shape, strict=True)
+    return bool(terms.mask[tuple(min(place, size - 1) for place, size in index)])
 
 
 @settings(max_examples=40)
@@ -53,7 +51,7 @@ def test_the_specification_is_what_the_documentation_says(call: Call) -> None:
 def test_visibility_is_every_term_of_each_pair(call: Call) -> None:
     """By indices of any shape, as one mask, and without terms that hide nothing."""
     terms, shape = call.visibility(), (call.batch, call.heads, call.queries, call.keys)
-    want = torch.tensor([formulas.visible(terms, *place) for place in np.ndindex(shape)]).view(shape)
+    want = torch.tensor([visible(terms, *place) for place in np.ndindex(shape)]).view(shape)
     batch, head, row, key = (torch.arange(size) for size in shape)
     simplified = terms.simplified(call.queries, call.keys)
     for same in (terms, simplified):
@@ -64,12 +62,27 @@ def test_visibility_is_every_term_of_each_pair(call: Call) -> None:
     assert torch.equal(terms.seen(*place).expand(50), want[place])
 
 
+@given(calls(longest=10))
+def test_settings_are_followed_as_far_as_queries_see_the_same(call: Call) -> None:
+    """What queries see differently has no mean for them all."""
+    terms, config = call.visibility(), call.config
+    want = config
+    if call.documents or call.mask is not None:
+        want = want.with_ranking(pool=1, guides="head")
+    if config.ranking.rule == "means" and (call.documents or call.mask is not None or call.window is not None):
+        want = want.with_ranking(rule="sampled")
+    assert terms.effective_config(config) == want
+
+
 @given(calls(longest=400))
 def test_spans_and_histories(call: Call) -> None:
     """Spans are where the documentation says; history, dense span and what nobody sees are all keys, each once."""
     terms, config = call.visibility(), call.config
     geometry = Geometry.of(torch.empty(1, 1, call.queries, 8), torch.empty(1, 1, call.keys, 8), terms, config)
-    want = [formulas.span(i, call.queries, call.keys, terms, config) for i in range(geometry.segments)]
+    sizes = (config.ranking.segment, config.ranking.near_keys, call.queries, call.keys)
+    span = partial(reference_variants.span_of_last_queries, last_queries=config.last_queries)
+    span = span if config.last_queries else reference.span
+    want = [span(i, *sizes, terms) for i in range(geometry.segments)]
     assert [tuple(geometry.span(i)) for i in range(geometry.segments)] == want
     positions = torch.arange(call.keys)
     histories = geometry.history(positions, torch.tensor(want).view(-1, 3))
@@ -101,8 +114,12 @@ def test_dense_pairs_are_those_of_blocks_that_a_tile_sees(
     st.lists(st.integers(0, 2**27), min_size=1, max_size=5),
 )
 def test_draws_are_a_weyl_sequence(keys: list[int], segments: list[int]) -> None:
-    want = torch.tensor([[formulas.draw(k, s) for k in keys] for s in segments], dtype=torch.float64)
-    assert torch.equal(draws(torch.tensor(keys), torch.tensor(segments)[:, None]).double(), want)
+    golden, silver = (5**0.5 - 1) / 2, 2**0.5 - 1
+    steps = round(golden * 2**32), math.floor(silver * 2**32)
+    want = [[((k * steps[0] + s * steps[1]) % 2**32 // 2**9 + 0.5) / 2**23 for k in keys] for s in segments]
+    drawn = draws(torch.tensor(keys), torch.tensor(segments)[:, None]).double()
+    assert torch.equal(drawn, torch.tensor(want, dtype=torch.float64))
+    assert torch.equal(drawn, torch.stack([reference.draws(torch.tensor(keys), s) for s in segments]))
 
 
 def test_draws_are_uniform_and_neighbours_differ() -> None:
@@ -114,7 +131,7 @@ def test_draws_are_uniform_and_neighbours_differ() -> None:
         assert both < 0.09
 
 
-@pytest.mark.parametrize("lists", ["group", "head"])
+@pytest.mark.parametrize("lists", ["kv_head", "head"])
 @pytest.mark.parametrize(("measure", "threshold"), [("mass", 0.05), ("output", 0.4)])
 def test_the_sampled_tail_is_unbiased(lists: str, measure: str, threshold: float) -> None:
     """Over orders of the keys, which get other draws, softmax sums are dense attention's in the mean."""
@@ -125,7 +142,7 @@ def test_the_sampled_tail_is_unbiased(lists: str, measure: str, threshold: float
     )
     orders = 200
     config = S2OConfig(
-        threshold=threshold, lists=lists, measure=measure, sample=1, near_keys=0, first_keys=0, channels=None
+        threshold=threshold, ranking=Ranking(lists=lists, measure=measure, sample=1, near_keys=0, channels=None)
     )
     logits = query @ key.mT / 4
     total = logits.logsumexp(-1)
@@ -147,38 +164,33 @@ def test_the_sampled_tail_is_unbiased(lists: str, measure: str, threshold: float
     assert mass.var(0).mean() < threshold
 
 
-@given(st.integers(0, 2**31), st.lists(st.integers(0, 9), max_size=6), st.booleans())
-def test_the_online_softmax_is_the_softmax(seed: int, sizes: list[int], far: bool) -> None:
-    """Also where whole blocks are hidden, where none is added, and where logits leap."""
+@given(st.integers(0, 2**31), st.integers(0, 30), st.sampled_from([0.0, 1.5, 20.0]), st.booleans())
+def test_sinks_and_soft_caps_are_those_of_one_softmax(seed: int, keys: int, softcap: float, far: bool) -> None:
+    """Also where no key is seen, and where logits are far apart."""
     generator = torch.Generator().manual_seed(seed)
-    softmax, logits, values = OnlineSoftmax.empty(torch.empty(2, 3, 1).double(), 4), [], []
-    for size in sizes:
-        part = torch.randn(2, 3, size, generator=generator, dtype=torch.float64) * (300 if far else 1)
-        part = part.masked_fill(torch.rand(2, 3, size, generator=generator) < 0.3, -math.inf)
-        value = torch.randn(2, size, 4, generator=generator, dtype=torch.float64)
-        before = torch.cat(logits, -1).exp().sum(-1) if logits else torch.zeros(2, 3).double()
-        gain = softmax.add(part, value)
-        if not far and size:
-            usual = before > 0
-            assert largest_difference(gain[usual], (part.exp().sum(-1) / before)[usual]) < 1e-9
-        logits.append(part)
-        values.append(value)
-    mass = torch.cat([torch.full((2, 3, 1), -math.inf).double(), *logits], -1)
-    want = mass.softmax(-1).nan_to_num(0)[..., 1:] @ torch.cat([torch.empty(2, 0, 4).double(), *values], 1)
-    assert largest_difference(softmax.output(), want) < 1e-12
-    lse = mass.logsumexp(-1)
-    assert torch.equal(lse == -math.inf, softmax.lse() == -math.inf)
-    assert largest_difference(softmax.lse().exp(), lse.exp()) <= 1e-12 * float(lse.exp().max()) or far
-    sinks = torch.tensor([0.5, -math.inf, 2.0]).double()
-    result = AttentionResult(
-        softmax.output()[None].transpose(1, 2), softmax.lse()[None].mT, torch.zeros(1, 3, 1).long()
+    query, key, value = (
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((1, 3, 2, 4), (1, 1, keys, 4), (1, 1, keys, 5))
     )
+    query = query * (300 if far else 1)
+    mask = torch.rand(1, 3, 2, keys, generator=generator) < 0.6
+    logits = soft_cap(query @ key.mT, softcap)
+    assert not softcap or largest_difference(logits, softcap * torch.tanh(query @ key.mT / softcap)) < 1e-12
+    logits = logits.masked_fill(~mask, -math.inf)
+    lse = logits.logsumexp(-1)
+    result = AttentionResult(logits.softmax(-1).nan_to_num(0) @ value, lse, torch.zeros(1, 3, 1).long())
+    sinks = torch.tensor([0.5, -math.inf, 2.0]).double()
     sunk = add_sinks(result, sinks)
-    whole = torch.cat([sinks.expand(2, 3)[..., None], mass], -1)
-    share = whole.softmax(-1)[..., 2:]
-    share = torch.where(whole.amax(-1, keepdim=True) == -math.inf, 0, share)
-    everything = share @ torch.cat([torch.empty(2, 0, 4).double(), *values], 1)
-    assert largest_difference(sunk.output[0].transpose(0, 1), everything) < 1e-12
+    whole = torch.cat([sinks.expand(2, 3).T[None, ..., None], logits], -1)
+    assert largest_difference(sunk.output, whole.softmax(-1).nan_to_num(0)[..., 1:] @ value) < 1e-12
+    want = whole.logsumexp(-1)
+    assert torch.equal(sunk.lse == -math.inf, want == -math.inf)
+    assert largest_difference(sunk.lse.exp(), want.exp()) <= 1e-12 * float(want.exp().max()) or far
+    terms = Visibility(mask=mask)
+    settings = {"scale": 1.0, "softcap": softcap, "sinks": sinks, "config": S2OConfig(threshold=0)}
+    specified = reference_attention(query, key, value, terms, **settings)
+    assert largest_difference(specified.output, sunk.output) < 1e-12
+    assert torch.equal(specified.lse == -math.inf, want == -math.inf)
 
 
 @given(st.integers(1, 200), st.booleans(), st.integers(0, 2**31))
@@ -196,19 +208,67 @@ def test_block_means(keys: int, padded: bool, seed: int) -> None:
 
 @given(configs(), st.integers(1, 70), st.integers(1, 3))
 def test_guides_are_means(config: S2OConfig, length: int, heads: int) -> None:
-    query = torch.randn(2, heads, length, 8, dtype=torch.float64)
-    want = np.stack([formulas.pooled(x.numpy(), config) for x in query])
-    assert largest_difference(pool_guides(query, config), torch.from_numpy(want)) < 1e-12
+    query, seen = torch.randn(2, 1, heads, length, 8, dtype=torch.float64), torch.rand(2, 1, heads, length, 5) < 0.5
+    want, sees = reference_variants.mean_guides(query, seen, config.ranking.pool, config.ranking.guides == "kv_head")
+    assert largest_difference(pool_guides(query, config), want) < 1e-12
+    starts = range(0, length, config.ranking.pool)
+    spelled = torch.stack([query[..., i : i + config.ranking.pool, :].mean(-2) for i in starts], -2)
+    spelled = spelled.mean(2, keepdim=True) if config.ranking.guides == "kv_head" else spelled
+    assert largest_difference(want, spelled) < 1e-12
+    assert torch.equal(sees, seen[:, :, : sees.shape[2], list(starts)])
+
+
+@settings(max_examples=40)
+@given(calls(longest=220), st.sampled_from([1, 3, 8, 12, 20, 40, 100]), st.sampled_from([0.1, 0.5, 1.0]))
+def test_scores_are_those_of_the_specification(call: Call, count: int, scale: float) -> None:
+    """Their products, and how much they lack; where that is too much the specification scores all channels."""
+    query, key, value = call.tensors(torch.float64)
+    terms = call.visibility()._replace(mask=None, window=None)
+    specified = reference.call_of(query, key, value, terms, scale)
+    guides = pool_guides(specified.query, call.config)
+    valid = terms.key_padding
+    got = project(guides, specified.key[:, :, 0], count, scale, None if valid is None else valid[:, None])
+    projection = reference_variants.subspace if 2 * count < call.channels else reference.projection
+    chosen, nu = reference.channels(specified, guides, min(count, call.channels), projection)
+    lacks = got.neglects_too_much[:, :, None, None, None]
+    neglected = torch.zeros(lacks.shape) if got.neglected is None else got.neglected[:, :, None, None, None]
+    assert largest_difference(nu, neglected.masked_fill(lacks, 0)) < 1e-9
+    products = torch.where(lacks, guides @ specified.key.mT, got.guides @ got.key[:, :, None].mT)
+    assert largest_difference(guides @ chosen @ specified.key.mT, products) < 1e-9
+
+
+@settings(max_examples=40)
+@given(calls(longest=120))
+def test_distances_of_values_are_those_of_the_specification(call: Call) -> None:
+    query, key, value = call.tensors(torch.float64)
+    terms = call.visibility()
+    specified = reference.call_of(query, key, value, terms, 0.5, call.softcap)
+    rows = sampled_rows(call.queries, call.group, key.device)
+    got = value_distances(
+        specified.query[..., rows, :],
+        specified.key[:, :, 0],
+        specified.value[:, :, 0],
+        specified.seen[..., rows, :],
+        0.5,
+        call.softcap,
+    )
+    assert largest_difference(got, reference_variants.value_distances(specified)[:, :, 0, 0]) < 1e-9
+
+
+@given(st.lists(st.floats(-50, 50) | st.sampled_from([math.inf, -math.inf, math.nan])), st.floats(1e-6, 0.9))
+def test_sampled_keys_add_at_most_four_thresholds(lse: list[float], threshold: float) -> None:
+    for most, own in zip(most_logits(torch.tensor(lse, dtype=torch.float64), threshold).tolist(), lse, strict=True):
+        if math.isfinite(own):
+            assert math.isclose(math.exp(most), 4 * threshold * math.exp(own), rel_tol=1e-9)
+        else:
+            assert most == (own if own == -math.inf else math.inf)
 
 
 def test_the_share_of_groups_in_all_channels_is_counted() -> None:
     generator = torch.Generator().manual_seed(5)
     query = torch.randn(3, 4, 50, 16, generator=generator) * torch.tensor([0.3, 3.0, 0.2, 0.1])[:, None, None]
     key = torch.randn(3, 4, 60, 16, generator=generator)
-    config = S2OConfig(channels=8)
-    lacks = [
-        formulas.scores(q[None].double().numpy(), k.double().numpy(), np.ones(60, dtype=bool), 1.0, config)[1] == 0
-        for q, k in zip(query.flatten(0, 1), key.flatten(0, 1), strict=True)
-    ]
-    assert 0 < np.mean(lacks) < 1
-    assert share_in_all_channels(query, key, 1.0, config) == np.mean(lacks)
+    call = reference.call_of(query, key, key, Visibility(), scale=1.0)
+    lacks = (reference.channels(call, call.query, 8, reference.projection)[1] == 0).double().mean()
+    assert 0 < lacks < 1
+    assert share_in_all_channels(query, key, 1.0, S2OConfig(ranking=Ranking(channels=8))) == lacks

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from .build_kernels import is_reduced_right, linear_reductions
+
 PLAIN = {"normaliser_kernel", "importance_kernel", "sample_kernel", "attend_kernel"}
 WITH_FLOAT8 = {
-    "pool_kernel", "means_kernel", "select_kernel", "reach_kernel", "quantise_kernel", "moments_kernel", "choose_kernel"
+    "pool_kernel", "select_kernel", "reach_kernel", "quantise_kernel", "moments_kernel", "choose_kernel"
 }  # fmt: skip
 
 
@@ -23,3 +25,20 @@ def test_kernels_compile_for_gpus(dtype: str, capability: int, calls: str) -> No
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert set(run.stdout.split()) == PLAIN | (WITH_FLOAT8 if dtype == "bfloat16" else set())
+
+
+def test_reductions_that_triton_gets_wrong_are_seen() -> None:
+    """A layout as Triton 3.6 chose it, whose sums over the last axis an H200 got wrong; and one with lanes in order."""
+    wrong = "lane = [[0, 0, 1], [0, 1, 0], [0, 0, 2]], warp = [[0, 0, 4], [0, 0, 8]]"
+    right = "lane = [[0, 0, 1], [0, 0, 2], [0, 1, 0]], warp = [[0, 0, 4], [0, 0, 8]]"
+    for layout, axes in ((wrong, {2}), (right, set())):
+        reductions = "\n".join(
+            f"""%1 = "tt.reduce"(%0) <{{axis = {axis} : i32}}> ({{
+                tt.reduce.return %2 : f16 loc(#loc1)
+            }}) : (tensor<64x2x16xf16, #linear>) -> tensor<64x2xf16> loc(#loc1)"""
+            for axis in (0, 2)
+        )
+        ttgir = f"#linear = #ttg.linear<{{register = [[1, 0, 0]], {layout}, block = []}}>\n{reductions}"
+        found = list(linear_reductions(ttgir))
+        assert [axis for axis, _ in found] == [0, 2]
+        assert {axis for axis, bases in found if not is_reduced_right(axis, bases)} == axes

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 
-from s2o_compile.ops import AttentionResult, S2OConfig
-from s2o_compile.ops.kernels import launch, quantise, rank
-from s2o_compile.ops.reference import reference_attention
-from s2o_compile.ops.sinks import add_sinks
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig
+from s2o_compile.ops.kernels import importance, pipeline, quantise
+from s2o_compile.ops.memory import limited_workspace
+from s2o_compile.ops.reference_variants import reference_attention
+from s2o_compile.ops.rule.sinks import add_sinks
 from s2o_compile.ops.visibility import Visibility
 
 from ..examples import examples
@@ -40,7 +41,8 @@ PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 def run(call: Call, tensors: tuple[torch.Tensor, ...]) -> AttentionResult:
     """What the operator makes of the kernels' result."""
     visibility, sinks = call.visibility(DEVICE), call.sinks(DEVICE)
-    result = launch.sparse_attention(*tensors, visibility, call.channels**-0.5, call.softcap, call.config)
+    with limited_workspace(call.workspace):
+        result = pipeline.sparse_attention(*tensors, visibility, call.channels**-0.5, call.softcap, call.config)
     return result if sinks is None else add_sinks(result, sinks)
 
 
@@ -49,7 +51,7 @@ def test_agrees_with_the_reference() -> None:
     undecided = []
 
     @settings(max_examples=EXAMPLES, phases=PHASES)
-    @given(calls(longest=LONGEST))
+    @given(calls(longest=LONGEST, settings=configs(by_kernels=True)))
     def agrees(call: Call) -> None:
         undecided.append(compare(call))
 
@@ -79,7 +81,7 @@ def compare(call: Call) -> float:
     tensors, terms = call.tensors(torch.float32, DEVICE), call.visibility(DEVICE)
 
     specified = specification(*tensors, terms, call.config, softcap=call.softcap, sinks=call.sinks(DEVICE))
-    return share_at_the_threshold(run(call, tensors), specified, call.config.threshold, call.config.tile, 1e-4)
+    return share_at_the_threshold(run(call, tensors), specified, call.config.threshold, call.config.ranking.tile, 1e-4)
 
 
 @pytest.mark.parametrize("keys, undecided", [(100, 0), (120, 1), (128, 0)])
@@ -88,8 +90,8 @@ def test_keys_at_the_threshold_are_visited_or_not(keys: int, undecided: int) -> 
     query, key = torch.zeros(1, 1, 32, 16, device=DEVICE), torch.ones(1, 1, 128, 16, device=DEVICE)
     value, terms = torch.randn(1, 1, 128, 16, device=DEVICE), Visibility(mask=torch.arange(128, device=DEVICE) < 120)
     terms = terms._replace(mask=terms.mask[None, None, None])
-    config = S2OConfig(threshold=1 / keys, tail="none", sample=1, near_keys=0, first_keys=0)
-    got = launch.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
+    config = S2OConfig(threshold=1 / keys, ranking=Ranking(rule="dropped", sample=1, near_keys=0))
+    got = pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
     share = share_at_the_threshold(got, specification(query, key, value, terms, config), config.threshold, 32, 1e-4)
     assert share <= undecided
 
@@ -97,8 +99,11 @@ def test_keys_at_the_threshold_are_visited_or_not(keys: int, undecided: int) -> 
 @pytest.mark.parametrize("harm", ["output", "lse", "visited", "all", "nan"])
 def test_a_tile_that_is_wrong_is_found(harm: str) -> None:
     torch.manual_seed(12)
-    tensors, config = torch.randn(3, 1, 2, 130, 16, device=DEVICE), S2OConfig(threshold=0.02, near_keys=0)
-    got = launch.sparse_attention(*tensors, Visibility(True), 0.25, 0.0, config)
+    tensors, config = (
+        torch.randn(3, 1, 2, 130, 16, device=DEVICE),
+        S2OConfig(threshold=0.02, ranking=Ranking(near_keys=0)),
+    )
+    got = pipeline.sparse_attention(*tensors, Visibility(True), 0.25, 0.0, config)
     specified = specification(*tensors, Visibility(True), config)
     assert share_at_the_threshold(got, specified, config.threshold, 32, 1e-4) == 0
     if harm in ("output", "all", "nan"):
@@ -112,7 +117,7 @@ def test_a_tile_that_is_wrong_is_found(harm: str) -> None:
 
 
 @settings(max_examples=EXAMPLES // 2, phases=PHASES)
-@given(calls(longest=LONGEST, settings=configs(thresholds=(0.0,))))
+@given(calls(longest=LONGEST, settings=configs(thresholds=(0.0,), by_kernels=True)))
 def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
     for dtype in DTYPES:
         tensors = call.tensors(dtype, DEVICE)
@@ -128,8 +133,8 @@ def test_head_dimensions(channels: int, value_channels: int, dtype: torch.dtype)
     query = torch.randn(1, 2, 90, channels, device=DEVICE, dtype=dtype)
     key = torch.randn(1, 1, 100, channels, device=DEVICE, dtype=dtype)
     value = torch.randn(1, 1, 100, value_channels, device=DEVICE, dtype=dtype)
-    config = S2OConfig(threshold=0, near_keys=0, last_queries=0)
-    got = launch.sparse_attention(query, key, value, Visibility(True, 10), channels**-0.5, 0.0, config).output
+    config = S2OConfig(threshold=0, ranking=Ranking(near_keys=0))
+    got = pipeline.sparse_attention(query, key, value, Visibility(True, 10), channels**-0.5, 0.0, config).output
     mask = torch.ones(90, 100, dtype=torch.bool, device=DEVICE).tril(10)
     want = dense(query, key, value, mask)
     allowed = 1e-5 if dtype == torch.float32 else 2 * largest_difference(sdpa(query, key, value, mask), want)
@@ -137,17 +142,15 @@ def test_head_dimensions(channels: int, value_channels: int, dtype: torch.dtype)
 
 
 def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank, "CHUNK", 128)
+    monkeypatch.setattr(importance, "CHUNK", 128)
     torch.manual_seed(3)
     query, key, value = (torch.randn(1, 2, 200, 16, device=DEVICE) for _ in "qkv")
-    for config in (
-        S2OConfig(threshold=1e-2, near_keys=0, last_queries=20, workspace=2**12),
-        S2OConfig.paper(segment=64, tile=32, pool=64, workspace=2**12),
-    ):
-        for visibility in (Visibility(True), Visibility(True, window=100)):
-            got = launch.sparse_attention(query, key, value, visibility, 0.25, 0.0, config)
-            want = reference_attention(query.double(), key.double(), value.double(), visibility, config=config)
-            assert_same(got, want, 1e-4)
+    config = S2OConfig(threshold=1e-2, last_queries=20, ranking=Ranking(near_keys=0))
+    for visibility in (Visibility(True), Visibility(True, window=100)):
+        with limited_workspace(2**12):
+            got = pipeline.sparse_attention(query, key, value, visibility, 0.25, 0.0, config)
+        want = reference_attention(query.double(), key.double(), value.double(), visibility, config=config)
+        assert_same(got, want, 1e-4)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -162,24 +165,25 @@ def test_more_batch_entries_than_a_launch_has_programs(shared: bool, monkeypatch
         query_documents=None if shared else documents // 2,
         key_documents=None if shared else documents // 2,
     )
-    config = S2OConfig(threshold=0.02, near_keys=0)
-    want = launch.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
-    monkeypatch.setattr(launch, "MOST_PROGRAMS", 2)
-    assert_same(launch.sparse_attention(query, key, value, terms, 0.25, 0.0, config), want, 0.0)
+    config = S2OConfig(threshold=0.02, ranking=Ranking(near_keys=0))
+    want = pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
+    monkeypatch.setattr(pipeline, "MAX_PROGRAMS", 2)
+    assert_same(pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config), want, 0.0)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tail", ["sampled", "means"])
-def test_many_batch_entries(tail: str) -> None:
+def test_many_batch_entries() -> None:
     """Such as the windows of an image: a launch has no more than 65,535 programs along most axes."""
     query, key, value = (torch.randn(35_000, 2, 40, 16, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
-    got = torch.ops.s2o.attention(query, key, value, min_length=0, threshold=0.0, tail=tail)
+    got = torch.ops.s2o.attention(query, key, value, min_length=0, threshold=0.0)
     want = sdpa(query, key, value, torch.ones(40, 40, dtype=torch.bool, device="cuda"))
     assert largest_difference(got, want) < 0.05
 
 
 @pytest.mark.parametrize("half, heads, groups", [(False, 2, 2), (True, 2, 2), (True, 6, 1)])
-@pytest.mark.parametrize("config", [S2OConfig(threshold=1e-2), S2OConfig(threshold=1e-2, pool=2, lists="head")])
+@pytest.mark.parametrize(
+    "config", [S2OConfig(threshold=1e-2), S2OConfig(threshold=1e-2, ranking=Ranking(pool=2, lists="head"))]
+)
 def test_ranking_in_float8_errs_no_more(
     config: S2OConfig, half: bool, heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,14 +195,14 @@ def test_ranking_in_float8_errs_no_more(
     length = 300 if DEVICE == "cuda" else 200
     bias = 30 * (torch.arange(32, device=DEVICE) % 8 == 0)
     query, key, value = (torch.randn(1, n, length, 32, device=DEVICE) * 2 for n in (heads, groups, groups))
-    monkeypatch.setattr(rank, "sums_in_half", lambda operands, config: half and operands.are_quantised)
+    monkeypatch.setattr(importance, "sums_in_half", lambda operands, takes_mean: half and operands.are_quantised)
     tensors = [x.half() for x in (query, key + bias, value)]
     mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()
     want = dense(*tensors, mask)
     visited, error = [], []
     for is_float8 in (False, True):
         monkeypatch.setattr(quantise, "ranks_in_float8", lambda guides, softcap, answer=is_float8: answer)
-        result = launch.sparse_attention(*tensors, Visibility(True), 32**-0.5, 0.0, config)
+        result = pipeline.sparse_attention(*tensors, Visibility(True), 32**-0.5, 0.0, config)
         visited.append(result.visited.sum().item())
         error.append((result.output.double() - want).square().sum().item())
     assert visited[1] == pytest.approx(visited[0], rel=0.05)
@@ -210,7 +214,8 @@ def test_ranking_in_float8_errs_no_more(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "config", [S2OConfig(threshold=1e-3), S2OConfig(threshold=1e-3, pool=4, lists="head"), S2OConfig.paper()]
+    "config",
+    [S2OConfig(threshold=1e-3), S2OConfig(threshold=1e-3, ranking=Ranking(pool=4, lists="head")), S2OConfig.paper()],
 )
 def test_long_calls(dtype: torch.dtype, config: S2OConfig) -> None:
     """At lengths that the reference does not reach: threshold 0 is dense, a threshold errs little."""
@@ -259,34 +264,32 @@ def test_compiled(dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("tail, threshold", [("none", 0.0), ("none", 1e-2), ("means", 1e-2), ("sampled", 1e-2)])
+@pytest.mark.parametrize("rule, threshold", [("dropped", 0.0), ("dropped", 1e-2), ("sampled", 1e-2)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gap", [25, 100])
 def test_far_larger_logits_late_in_a_list(
-    gap: int, dtype: torch.dtype, tail: str, threshold: float, is_causal: bool
+    gap: int, dtype: torch.dtype, rule: str, threshold: float, is_causal: bool
 ) -> None:
     """Weights in units of the first logits would overflow in the dtype: but for one block, logits are near `-gap`."""
     torch.manual_seed(4)
     query, key, value = (torch.randn(1, 1, 320, 16, device=DEVICE, dtype=dtype) for _ in "qkv")
     query[..., 0], key[..., 0] = gap / 5, -20
     key[:, :, 64:128, 0] = 0
-    config = S2OConfig(threshold=threshold, near_keys=0, last_queries=0, first_keys=0, tail=tail)
-    got = launch.sparse_attention(query, key, value, Visibility(is_causal), 0.25, 0.0, config).output
+    config = S2OConfig(threshold=threshold, ranking=Ranking(near_keys=0, rule=rule))
+    got = pipeline.sparse_attention(query, key, value, Visibility(is_causal), 0.25, 0.0, config).output
     mask = torch.ones(320, 320, dtype=torch.bool, device=DEVICE)
     want = dense(query, key, value, mask.tril() if is_causal else mask)
     assert largest_difference(got, want) <= (1e-4 if dtype == torch.float32 else 0.02)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize(
-    "which, tail", [("query", "none"), *((x, y) for x in ("key", "value") for y in ("sampled", "means"))]
-)
-def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which: str, tail: str) -> None:
+@pytest.mark.parametrize("which, rule", [("query", "dropped"), ("key", "sampled"), ("value", "sampled")])
+def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which: str, rule: str) -> None:
     torch.manual_seed(7)
     tensors = {name: torch.randn(1, 2, 190, 16, device=DEVICE) for name in ("query", "key", "value")}
-    config = S2OConfig(threshold=1e-2, near_keys=0, last_queries=0, lists="head", tail=tail)
+    config = S2OConfig(threshold=1e-2, ranking=Ranking(near_keys=0, lists="head", rule=rule))
     tensors[which][0, 1, 90, 3] = bad
-    output = launch.sparse_attention(*tensors.values(), Visibility(True), 0.25, 0.0, config).output
+    output = pipeline.sparse_attention(*tensors.values(), Visibility(True), 0.25, 0.0, config).output
     assert output[0, 0].isfinite().all()
     tile_end = 96
     assert output[0, 1, :64].isfinite().all()
@@ -295,17 +298,17 @@ def test_bad_numbers_spread_no_further_than_in_dense_attention(bad: float, which
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("threshold, tail", [(0.0, "sampled"), (1e-2, "sampled"), (1e-2, "means")])
+@pytest.mark.parametrize("threshold, rule", [(0.0, "sampled"), (1e-2, "sampled"), (1e-2, "dropped")])
 @pytest.mark.parametrize("term", ["mask", "padding"])
-def test_what_hidden_keys_hold_does_not_matter(term: str, threshold: float, tail: str, bad: float) -> None:
+def test_what_hidden_keys_hold_does_not_matter(term: str, threshold: float, rule: str, bad: float) -> None:
     torch.manual_seed(8)
     query, key, value = (torch.randn(1, 2, 120, 16, device=DEVICE) for _ in "qkv")
     visible = torch.rand(1, 120, device=DEVICE) < 0.5
     terms = Visibility(mask=visible[None, None]) if term == "mask" else Visibility(key_padding=visible)
-    config = S2OConfig(threshold=threshold, tail=tail, channels=8, measure="output", near_keys=0)
+    config = S2OConfig(threshold=threshold, ranking=Ranking(rule=rule, channels=8, measure="output", near_keys=0))
     if term == "mask":
-        config = replace(config, channels=None)  # What a mask hides has its say in which channels are strongest.
-    want = launch.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
+        config = config.with_ranking(channels=None)  # What a mask hides has its say in which channels are strongest.
+    want = pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
     key[:, :, ~visible[0]], value[:, :, ~visible[0]] = bad, bad
-    got = launch.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
+    got = pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
     assert_same(got, want, 0.0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops import AttentionResult, S2OConfig, memory
 from s2o_compile.ops.memory import fit_into_memory
 
 from .starve import outcomes
@@ -54,3 +55,21 @@ def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)):
         fit_into_memory(attend, S2OConfig())
     assert calls == [S2OConfig()]
+
+
+@pytest.mark.parametrize("text", ["", "1GB", "0", "-5", "1e9", "2**30", "١"])
+def test_a_workspace_that_is_no_number_of_bytes_is_one_sentence(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("S2O_WORKSPACE", text)
+    sentence = f"the environment variable S2O_WORKSPACE must be a whole number of bytes above 0, not {text!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        torch.ops.s2o.attention(*torch.randn(3, 1, 1, 100, 16), min_length=0)
+
+
+def test_the_workspace_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("S2O_WORKSPACE", raising=False)
+    assert memory.workspace() == 2**30
+    monkeypatch.setenv("S2O_WORKSPACE", "4096")
+    assert memory.workspace() == 4096
+    with memory.limited_workspace(2**20):
+        assert memory.workspace() == 2**20
+    assert memory.workspace() == 4096

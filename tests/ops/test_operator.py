@@ -1,4 +1,4 @@
-"""The registered operator: schema, validation, the choice of path, and what it does at the edges."""
+"""The registered operator: schema, validation, the dispatch of path, and what it does at the edges."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.integrations import settings
-from s2o_compile.ops import AttentionResult, S2OConfig, choice, config
-from s2o_compile.ops.kernels import launch
-from s2o_compile.ops.operator import _configured
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, config, dispatch
+from s2o_compile.ops.kernels import pipeline
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense, largest_difference, seen
@@ -78,7 +77,7 @@ def test_opcheck(operator: Any, min_length: int | None) -> None:
 
 
 def test_opcheck_of_the_inner_operator() -> None:
-    settings = '{"threshold": 0.001, "tile": 32}'
+    settings = S2OConfig(threshold=0.001).as_json
     torch.library.opcheck(torch.ops.s2o.sparse.default, (*inputs(100), True, 0, *[None] * 5, 0.2, 0.0, "", settings))
     visibility = Visibility(*(all_terms(100)[name] for name in Visibility._fields))
     visibility = visibility._replace(mask=visibility.mask[None, None])
@@ -236,7 +235,7 @@ def test_a_thousand_settings_stay_cached() -> None:
             torch.ops.s2o.attention_stats(query, query, query, threshold=threshold, min_length=10**6)
             settings.settings_of(Configuration(threshold))
 
-    caches = [_configured, S2OConfig.from_json, config.replaced, settings._checked]
+    caches = [S2OConfig.from_arguments, S2OConfig.from_json, config.replaced, settings._checked]
     attend_with_each()
     before = [cache.cache_info() for cache in caches]
     attend_with_each()
@@ -348,7 +347,13 @@ def test_what_hidden_keys_hold_does_not_matter(term: str, bad: float, softcap: f
         "documents": {"query_documents": documents, "key_documents": documents},
         "mask": {"mask": positions[:, None] // 90 == positions // 90},
     }[term]
-    arguments = {**terms, "softcap": softcap, "min_length": 0, "threshold": 0.0, "near_keys": 0}
+    arguments = {
+        **terms,
+        "softcap": softcap,
+        "min_length": 0,
+        "threshold": 0.0,
+        "settings": Ranking(near_keys=0).as_json,
+    }
     want = torch.ops.s2o.attention(query, key, value, **arguments)
     key[:, :, :50], value[:, :, :50] = bad, bad
     got = torch.ops.s2o.attention(query, key, value, **arguments)
@@ -356,9 +361,9 @@ def test_what_hidden_keys_hold_does_not_matter(term: str, bad: float, softcap: f
 
 
 @pytest.mark.parametrize("min_length", [0, 10**6])
-@pytest.mark.parametrize("config", [{}, {"pool": 4, "tail": "means"}], ids=["default", "means"])
-def test_a_window_that_hides_nothing_changes_nothing(config: dict[str, Any], min_length: int) -> None:
-    arguments = {"is_causal": True, "min_length": min_length, "threshold": 1e-2, **config}
+@pytest.mark.parametrize("ranking", [Ranking(), Ranking(pool=4, rule="means")], ids=["default", "means"])
+def test_a_window_that_hides_nothing_changes_nothing(ranking: Ranking, min_length: int) -> None:
+    arguments = {"is_causal": True, "min_length": min_length, "threshold": 1e-2, "settings": ranking.as_json}
     want = torch.ops.s2o.attention(*inputs(300), **arguments)
     for window in (300, 10**9):
         assert torch.equal(torch.ops.s2o.attention(*inputs(300), window=window, **arguments), want)
@@ -431,7 +436,9 @@ def test_autocast(min_length: int | None) -> None:
     assert largest_difference(output, want) < 0.05
 
 
-@pytest.mark.parametrize("extra", [{}, {"softcap": 2.0}, {"measure": "output"}, {"tail": "means"}, {"channels": 16}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"softcap": 2.0}, {"settings": '{"measure": "output"}'}, {"settings": '{"rule": "means"}'}]
+)
 def test_autocast_reaches_no_step_of_the_computation(extra: dict[str, Any]) -> None:
     query, key, value = (x.bfloat16() for x in inputs(300))
     arguments = {"is_causal": True, "min_length": 0, **extra}
@@ -495,19 +502,11 @@ def test_autocast_reaches_no_step_of_the_computation(extra: dict[str, Any]) -> N
         ({"sinks": torch.zeros(4).int()}, TypeError, "sinks must be floating, not int32"),
         ({"threshold": -1.0}, ValueError, "threshold must be a number from 0"),
         ({"threshold": float("nan")}, ValueError, "threshold must be a number from 0"),
-        ({"segment": 33}, ValueError, "segment must be a power of two"),
-        ({"tile": 64}, ValueError, "tile must be a power of two"),
-        ({"pool": 64}, ValueError, "pool must be a power of two"),
-        ({"lists": "row"}, ValueError, "lists must be 'group' or 'head'"),
-        ({"stop": "gain"}, ValueError, "channels must be None when stop is 'gain', not 64"),
-        ({"stop": "gain", "channels": None}, ValueError, "lists must be 'head' when stop is 'gain'"),
-        ({"measure": "value"}, ValueError, "measure must be 'mass' or 'output', not 'value'"),
-        (
-            {"stop": "gain", "channels": None, "lists": "head", "measure": "output"},
-            ValueError,
-            "measure must be 'mass' when stop is 'gain'",
-        ),
-        ({"max_weight": 0.0}, ValueError, "max_weight must be above 0"),
+        ({"settings": '{"pool": 64}'}, ValueError, r"pool must be a power of two up to segment \(32\), not 64"),
+        ({"settings": '{"pools": 4}'}, ValueError, "unknown field 'pools'; the fields of Ranking are rule, pool"),
+        ({"settings": '{"tile": 16}'}, ValueError, "tile was removed: it follows segment"),
+        ({"settings": "pool=4"}, ValueError, "settings must be '' or a JSON object of fields of Ranking, not 'pool=4'"),
+        ({"settings": "[]"}, ValueError, "settings must be '' or a JSON object of fields of Ranking"),
         ({"min_length": -1}, ValueError, "min_length must be"),
     ],
 )
@@ -522,22 +521,11 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("change", [{"threshold": "0"}, {"segment": 32.0}, {"tail": 1}, {"pool": True}])
-def test_bad_types_of_fields(change: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match=f"{next(iter(change))} must be"):
-        S2OConfig(**change)
-
-
-def test_unknown_options_list_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown option 'treshold'.*threshold, min_length"):
-        S2OConfig.from_options({"treshold": 1e-3})
-
-
 def test_choice() -> None:
     config = S2OConfig(min_length=1000, last_queries=100)
 
     def choose(queries: int, keys: int, **changes: Any) -> bool | None:
-        return choice.choose_sparse(queries, keys, torch.device("cpu"), dataclasses.replace(config, **changes))
+        return dispatch.choose_sparse(queries, keys, torch.device("cpu"), dataclasses.replace(config, **changes))
 
     assert choose(1000, 1000)
     assert not choose(999, 999)
@@ -547,21 +535,21 @@ def test_choice() -> None:
 
 
 def test_by_default_a_cpu_that_ranks_slowly_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "is_slow", lambda device: device.type == "cpu")
+    monkeypatch.setattr(dispatch, "is_slow", lambda device: device.type == "cpu")
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     length = 10**6
-    assert choice.choose_sparse(length, length, cpu, S2OConfig()) is False
-    assert choice.choose_sparse(length, length, cuda, S2OConfig())
-    assert choice.choose_sparse(length, length, cpu, S2OConfig(min_length=1000))
-    assert choice.why_dense(length, length, cpu, S2OConfig()).startswith(choice.SLOW_CPU)
-    assert choice.why_dense(40, 40, cpu, S2OConfig()).startswith("40 queries over 40 keys are too few to gain;")
-    assert choice.why_dense(length, length, cpu, S2OConfig(min_length=2 * length)).startswith("1000000 queries over")
+    assert dispatch.choose_sparse(length, length, cpu, S2OConfig()) is False
+    assert dispatch.choose_sparse(length, length, cuda, S2OConfig())
+    assert dispatch.choose_sparse(length, length, cpu, S2OConfig(min_length=1000))
+    assert dispatch.why_dense(length, length, cpu, S2OConfig()).startswith(dispatch.SLOW_CPU)
+    assert dispatch.why_dense(40, 40, cpu, S2OConfig()).startswith("40 queries over 40 keys are too few to gain;")
+    assert dispatch.why_dense(length, length, cpu, S2OConfig(min_length=2 * length)).startswith("1000000 queries over")
 
 
 @pytest.mark.parametrize("name, fast", [("amx_bf16", True), ("avx512_bf16", True), ("bf16", True), ("avx2", False)])
 def test_cpus_that_multiply_bfloat16(name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True, "amx_tile": True})
-    assert choice.has_fast_bfloat16.__wrapped__() is fast
+    assert dispatch.has_fast_bfloat16.__wrapped__() is fast
 
 
 @pytest.mark.parametrize("min_length", [0, 150])
@@ -600,12 +588,23 @@ def test_terms_compile(dynamic: bool, min_length: int) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("packaging", [False, True])
-def test_only_packages_see_the_kernels(packaging: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "packaging, settings",
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"settings": Ranking(rule="means").as_json}),
+        (True, S2OConfig.paper().arguments()),
+    ],
+)
+def test_only_packages_see_the_kernels(
+    packaging: bool, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernels = Mock(side_effect=lambda query, key, value, *rest: AttentionResult.empty(query, value, 32))
-    monkeypatch.setattr(launch, "sparse_triton", kernels)
+    monkeypatch.setattr(pipeline, "sparse_triton", kernels)
     with FakeTensorMode(), V.set_aot_compilation(packaging):
         args = [torch.empty(1, 2, 128, 16, device="cuda", dtype=torch.bfloat16) for _ in "qkv"]
-        graph = make_fx(lambda *args: torch.ops.s2o.attention(*args, min_length=0))(*args).graph
-    assert kernels.called == packaging
-    assert (torch.ops.s2o.sparse.default in {node.target for node in graph.nodes}) != packaging
+        graph = make_fx(lambda *args: torch.ops.s2o.attention(*args, **{**settings, "min_length": 0}))(*args).graph
+    shows_kernels = packaging and not settings
+    assert kernels.called == shows_kernels
+    assert (torch.ops.s2o.sparse.default in {node.target for node in graph.nodes}) != shows_kernels

@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2o_compile.ops import S2OConfig, guides, projection
-from s2o_compile.ops.kernels import guides as kernel_guides
+from s2o_compile.ops import Ranking, S2OConfig
+from s2o_compile.ops.kernels import guides as guides_kernel
+from s2o_compile.ops.kernels.channels import select_channels
 from s2o_compile.ops.kernels.helpers import FLOAT8_REACH
 from s2o_compile.ops.kernels.quantise import Operands, quantise
-from s2o_compile.ops.kernels.strongest import strongest_channels
+from s2o_compile.ops.rule.channels import project
+from s2o_compile.ops.rule.guides import pool_guides
 
 from ..examples import examples
 from .comparison import largest_difference
@@ -31,15 +33,15 @@ def random(*shape: int) -> torch.Tensor:
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.sampled_from([1, 3]), st.integers(1, 90)),
     channels=st.sampled_from([16, 40]),
     pool=st.sampled_from([1, 2, 8, 32]),
-    per=st.sampled_from(["head", "group"]),
+    per=st.sampled_from(["head", "kv_head"]),
     dtype=st.sampled_from([torch.float16, torch.float32]),
 )
 def test_guides_are_pooled_queries(
     sizes: tuple[int, ...], channels: int, pool: int, per: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(sum(sizes))
-    query, config = random(*sizes, channels).to(dtype), S2OConfig(pool=pool, guides=per)
-    want, got = guides.pool_guides(query.double(), config), kernel_guides.pool_guides(query, config)
+    query, config = random(*sizes, channels).to(dtype), S2OConfig(ranking=Ranking(pool=pool, guides=per))
+    want, got = pool_guides(query.double(), config), guides_kernel.pool_guides(query, config)
     assert got.dtype == dtype
     assert got.shape == want.shape
     assert largest_difference(got, want) <= 2 * torch.finfo(dtype).eps * want.abs().max()
@@ -101,8 +103,8 @@ def test_the_strongest_channels_are_those_of_the_specification(
     guides, key = random(*sizes, size).to(dtype) * spread, random(*sizes[:2], keys, size).to(dtype)
     key[0, 0, 0, 1] = torch.nan
     padding = torch.rand(sizes[0], keys, device=DEVICE) > 0.3 if pads else None
-    want = projection.project(guides, key, wanted, 0.5, None if padding is None else padding[:, None])
-    picked, neglected = strongest_channels(guides, key, padding, wanted, 0.5)
+    want = project(guides, key, wanted, 0.5, None if padding is None else padding[:, None])
+    picked, neglected = select_channels(guides, key, padding, wanted, 0.5)
     torch.testing.assert_close(neglected.double(), want.neglected, rtol=1e-3, atol=1e-7)
     got = [x.take_along_dim(picked.long()[:, :, None], -1) for x in (guides.flatten(2, 3), key)]
     counts = torch.arange(keys, device=DEVICE) > 0  # The product with zero in `project` spreads the NaN.
@@ -114,8 +116,8 @@ def test_the_strongest_channels_are_those_of_the_specification(
 def test_picked_channels_are_those_of_all_in_float8() -> None:
     guides, key = operands()
     channels = torch.stack([torch.randperm(40)[:33] for _ in range(4)]).view(2, 2, 33).int().to(DEVICE)
-    whole, few = quantise(guides, key, channels)
+    all_channels, subset = quantise(guides, key, channels)
     picked = channels.long()[:, :, None]
-    assert torch.equal(few.guides.float(), whole.guides.float().take_along_dim(picked[:, :, None], -1))
-    assert torch.equal(few.key.float(), whole.key.float().take_along_dim(picked, -1))
-    assert few.ranges is whole.ranges
+    assert torch.equal(subset.guides.float(), all_channels.guides.float().take_along_dim(picked[:, :, None], -1))
+    assert torch.equal(subset.key.float(), all_channels.key.float().take_along_dim(picked, -1))
+    assert subset.ranges is all_channels.ranges

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.reference import reference_attention
-from s2o_compile.ops.sampling import draws
+from s2o_compile.ops import Ranking, S2OConfig
+from s2o_compile.ops.reference_variants import reference_attention
+from s2o_compile.ops.rule.sampling import draws
 from s2o_compile.ops.visibility import Visibility
 
 from .comparison import dense
@@ -35,11 +35,11 @@ def flat(seed: int, length: int = 1536) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 @pytest.mark.parametrize("threshold", [0.01, 0.03, 0.1])
-@pytest.mark.parametrize("lists", ["group", "head"])
+@pytest.mark.parametrize("lists", ["kv_head", "head"])
 def test_the_threshold_bounds_the_variance(threshold: float, lists: str) -> None:
     """Mass that is sampled errs by no more than sqrt(threshold) in the root mean square, and not to one side."""
     query, key, value = flat(int(threshold * 1000))
-    config = S2OConfig(threshold=threshold, lists=lists, sample=1, first_keys=0, near_keys=0, last_queries=0)
+    config = S2OConfig(threshold=threshold, ranking=Ranking(lists=lists, sample=1, near_keys=0))
     got = reference_attention(query, key, value, Visibility(True), config=config)
     mask = torch.ones(1536, 1536, dtype=torch.bool).tril()
     logits = (query @ key.mT * 0.25).masked_fill(~mask, -torch.inf)
@@ -54,8 +54,8 @@ def test_a_sampled_tail_errs_less_than_one_left_out() -> None:
     query, key, value = flat(5)
     want = dense(query, key, value, torch.ones(1536, 1536, dtype=torch.bool).tril())
     errors = {}
-    for tail in ("sampled", "none"):
-        config = S2OConfig(threshold=0.03, tail=tail, near_keys=0, last_queries=0)
+    for rule in ("sampled", "dropped"):
+        config = S2OConfig(threshold=0.03, ranking=Ranking(rule=rule, near_keys=0))
         result = reference_attention(query, key, value, Visibility(True), config=config)
-        errors[tail] = float((result.output - want).square().sum())
-    assert errors["sampled"] < 0.2 * errors["none"]
+        errors[rule] = float((result.output - want).square().sum())
+    assert errors["sampled"] < 0.2 * errors["dropped"]

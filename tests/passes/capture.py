@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from s2o_compile.ops import S2OConfig
+from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.passes import Decision, rewrite
 
-EXACT = S2OConfig(min_length=0, threshold=0, segment=16, tile=16, near_keys=0, last_queries=0, tail="none")
+EXACT = S2OConfig(min_length=0, threshold=0, ranking=Ranking(segment=16, near_keys=0, rule="dropped"))
 """Takes the sparse path at any length and visits every key."""
 
 

@@ -155,7 +155,7 @@ def test_cross_attention(dynamic: bool) -> None:
 
 def test_through_inductor() -> None:
     module = Joint(rotate_pairs).eval()
-    compiled = torch.compile(module, backend="s2o", options=EXACT.arguments(), fullgraph=True)
+    compiled = torch.compile(module, backend="s2o", options=EXACT.to_dict(), fullgraph=True)
     args = inputs(*LENGTHS[0])
     with torch.no_grad():
         torch.testing.assert_close(compiled(*args), module(*args), atol=1e-5, rtol=1e-4)

@@ -220,7 +220,7 @@ def test_rows_that_are_never_empty_cost_nothing(name: str, dynamic: bool) -> Non
 
 def test_through_inductor() -> None:
     attend = hidden(SEEN["causal"][0], -1e9, "filled")
-    compiled = torch.compile(attend, backend="s2o", options=EXACT.arguments(), fullgraph=True)
+    compiled = torch.compile(attend, backend="s2o", options=EXACT.to_dict(), fullgraph=True)
     with torch.no_grad():
         for length in (LENGTH, 31, 17):
             args = inputs(length)

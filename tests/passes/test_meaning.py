@@ -15,10 +15,11 @@ from sympy.core.function import AppliedUndef
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from s2o_compile.passes.constants import as_number
-from s2o_compile.passes.emit import Emitter
-from s2o_compile.passes.mask_operations import HANDLERS
-from s2o_compile.passes.symbolic import Reader, Unreadable, as_choice, axis
+from s2o_compile.passes.mask.constants import as_number
+from s2o_compile.passes.mask.emit import Emitter
+from s2o_compile.passes.mask.expressions import Unreadable, as_choice, axis
+from s2o_compile.passes.mask.handlers import HANDLERS
+from s2o_compile.passes.mask.reader import Reader
 
 SHAPE = (2, 3, 4, 5)
 SHAPES = [SHAPE, (2, 1, 1, 5), (2, 1, 4, 1), (4, 5), (4, 1), (5,), (1,), ()]

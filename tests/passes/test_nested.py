@@ -166,7 +166,7 @@ def test_settings_of_each_compilation() -> None:
 @pytest.mark.parametrize("nested", NESTED)
 def test_through_inductor(nested: Callable[..., Any], dynamic: bool) -> None:
     function = nested(causal)
-    compiled = torch.compile(function, backend="s2o", options=EXACT.arguments(), fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(function, backend="s2o", options=EXACT.to_dict(), fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
         for queries, keys in LENGTHS[: 2 if dynamic else 1]:
             args = inputs(queries=queries, keys=keys)

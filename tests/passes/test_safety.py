@@ -13,22 +13,22 @@ from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from s2o_compile.passes import Decision, rewrite
-from s2o_compile.passes.nested import nested_graphs
+from s2o_compile.passes.graph.nested import nested_graphs
 from s2o_compile.passes.safety import RAISE_ERRORS, Safeguard
 
 from .capture import EXACT, inputs
 
 PASSES = [
-    "find.handwritten_site",
-    "rewrite.Emitter.predicate",
+    "arguments.Emitter.predicate",
+    "arguments.emit_size",
+    "match.find.handwritten_site",
+    "replace.Replacer.erase",
+    "replace.Replacer.laid_out",
     "rewrite.Prover.prove",
     "rewrite.Walker.operands",
     "rewrite.Writes.__init__",
     "rewrite.Writes.readers",
-    "rewrite._Rewriter.erase",
-    "rewrite._Rewriter.laid_out",
     "rewrite.decompose",
-    "rewrite.emit_size",
     "rewrite.find_attention",
     "rewrite.site_name",
 ]

@@ -556,7 +556,7 @@ def test_modules_that_return_their_weights(batch_first: bool) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_through_inductor(dynamic: bool) -> None:
     function = scored(lambda q, k: MASKED["filled in place"](dot(q, k)))
-    compiled = torch.compile(function, backend="s2o", options=EXACT.arguments(), fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(function, backend="s2o", options=EXACT.to_dict(), fullgraph=True, dynamic=dynamic)
     with torch.no_grad():
         for lengths in LENGTHS[: 2 if dynamic else 1]:
             args = heads_first(*lengths)

@@ -8,7 +8,7 @@ import pytest
 import sympy
 import torch
 
-from s2o_compile.passes import torch_internals
+from s2o_compile.passes.graph import torch_internals
 
 
 @pytest.mark.parametrize("name", sorted({*torch_internals.__all__} - {"namespaces"}))

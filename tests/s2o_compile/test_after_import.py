@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,12 @@ def test_a_module_that_is_not_there() -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("no_such_package")
     sys.meta_path[:] = finders
+
+
+def test_a_watched_module_keeps_its_loader(module: str) -> None:
+    after_import(module, lambda: None)
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.loader is not None
+    assert "value *= 2" in spec.loader.get_source(module), "the rest of the loader can be used before the import"
+    inner = importlib.import_module(module)
+    assert isinstance(inner.__loader__, SourceFileLoader) and inner.__spec__.loader is inner.__loader__

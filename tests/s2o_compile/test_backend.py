@@ -56,7 +56,7 @@ def sparse_calls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_by_name_and_as_an_object(backend: Any, sparse_calls: list[float]) -> None:
     args = inputs()
     with torch.no_grad():
-        options = {**EXACT.arguments(), "threshold": 0.0}
+        options = EXACT.to_dict()
         output = torch.compile(causal, backend=backend, options=options)(*args)
     torch.testing.assert_close(output, causal(*args))
     assert sparse_calls == [0.0]
@@ -106,6 +106,9 @@ def test_options_of_inductor_pass_through() -> None:
         ({"treshold": 0.1}, r"unknown option 'treshold'; the options of s2o are threshold, min_length"),
         ({"threshold": 2}, r"threshold must be a number from 0 to below 1, not 2"),
         ({"threshold": "low"}, r"threshold must be a number, not 'low'"),
+        ({"pool": 4}, r"pool is now a field of Ranking: .*options=\{'ranking': \{'pool': 4\}\}"),
+        ({"tile": 16}, r"tile was removed: it follows segment"),
+        ({"ranking": {"pools": 4}}, r"unknown field 'pools'; the fields of Ranking are rule, pool"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -17,18 +17,19 @@ from hypothesis import strategies as st
 from torch._dynamo.exc import BackendCompilerFailed
 
 import s2o_compile
-from s2o_compile import Calibration, CalibrationError, S2OConfig, calibrate, cli, explain, profile
+from s2o_compile import Calibration, CalibrationError, Ranking, S2OConfig, calibrate, cli, explain, profile
 from s2o_compile.calibration.calibrate import MARGIN
 from s2o_compile.calibration.identity import digest
 from s2o_compile.calibration.search import LARGEST, find_threshold
-from s2o_compile.calibration.sites import Measurement, SiteCall, call_sites
-from s2o_compile.demo import prepare
-from s2o_compile.demo.document import Document
+from s2o_compile.calibration.sites import Measurement, SiteInputs, visit_sites
 from s2o_compile.ops.density import ranking_share
+from s2o_compile.testbed import prepare
+from s2o_compile.testbed.document import Document
 
+from ..ops.settings import config_of
 from ..passes.models import padding, tiny, tokens
 
-RULE = S2OConfig(segment=16, tile=16, pool=16, near_keys=0)
+RULE = S2OConfig(ranking=Ranking(segment=16, pool=16, near_keys=0))
 """Ranks cheaply, so that short calls have something to save."""
 BUDGET = 0.03
 LAYERS = ("model.layers.0.self_attn", "model.layers.1.self_attn")
@@ -80,11 +81,11 @@ def test_every_call_of_every_input_is_within_the_budget(side: str | None) -> Non
     found = calibrate(model, inputs, error_budget=BUDGET, output=None, config=RULE, progress=False)
     calls: list[tuple[str, Measurement]] = []
 
-    def handle(call: SiteCall) -> None:
+    def handle(call: SiteInputs) -> None:
         calls.append((call.site, call.measure(found.sites[call.site].threshold or 0)))
 
     for arguments in inputs:
-        call_sites(model, arguments, RULE, handle, lambda decisions: None)
+        visit_sites(model, arguments, RULE, handle, lambda decisions: None)
     assert found.lengths == [250, 180] and len(calls) == 4
     for name, site in found.sites.items():
         errors = [measured.error for where, measured in calls if where == name]
@@ -108,7 +109,7 @@ def test_the_file(written: tuple[Path, torch.Tensor, Calibration]) -> None:
     content = json.loads(path.read_text())
     assert content["error_budget"] == BUDGET and content["lengths"] == [250]
     assert content["model"]["kind"] == "LlamaForCausalLM" and content["torch"] == torch.__version__
-    assert content["settings"]["pool"] == 16 and "threshold" not in content["settings"]
+    assert content["settings"]["ranking"]["pool"] == 16 and "threshold" not in content["settings"]
     assert path.stat().st_size < 2000
 
 
@@ -132,7 +133,9 @@ def test_the_same_model_elsewhere(written: tuple[Path, torch.Tensor, Calibration
     path, ids, _ = written
     model = sharp()
     assert explain(copy.deepcopy(model).bfloat16(), ids, config=use(path)).rewritten == 2
-    program = s2o_compile.export(model, (ids,), kwargs={"use_cache": False}, config=use(path, near_keys=0))
+    program = s2o_compile.export(
+        model, (ids,), kwargs={"use_cache": False}, config=use(path, ranking=Ranking(near_keys=0))
+    )
     thresholds = [node.kwargs["threshold"] for node in program.graph.nodes if "s2o.attention" in str(node.target)]
     assert thresholds == [Calibration.load(path).sites[name].threshold for name in LAYERS]
 
@@ -140,7 +143,7 @@ def test_the_same_model_elsewhere(written: tuple[Path, torch.Tensor, Calibration
 def test_other_settings_are_refused(written: tuple[Path, torch.Tensor, Calibration]) -> None:
     path, ids, _ = written
     with pytest.raises(BackendCompilerFailed, match=r"segment must be 16, as in the calibration '.*', not 64"):
-        compiled(sharp(), use(path, segment=64))(ids)
+        compiled(sharp(), use(path, ranking=Ranking(segment=64)))(ids)
 
 
 @pytest.mark.parametrize(
@@ -263,20 +266,20 @@ def test_the_search_is_not_caught_by_a_step() -> None:
         ({"pool": 4, "sample": 1}, (64 + 64) / 192 / 4),
         ({"channels": 32}, (32 + 64 / 16) / 192),
         ({"channels": 99}, (64 + 64 / 16) / 192),
-        ({"guides": "group", "pool": 8}, (64 + 64 / 16) / 192 / 8 / 3),
+        ({"guides": "kv_head", "pool": 8}, (64 + 64 / 16) / 192 / 8 / 3),
     ],
 )
 def test_the_price_of_ranking(fields: dict[str, Any], share: float) -> None:
-    assert ranking_share(S2OConfig(**fields), channels=64, value_channels=128, group=3) == pytest.approx(share)
+    assert ranking_share(config_of(**fields), channels=64, value_channels=128, group_size=3) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(("size", "groups_in_all"), [(0.5, 0), (10, 2)])
 def test_the_price_of_groups_that_are_ranked_in_all_channels(size: float, groups_in_all: int) -> None:
     torch.manual_seed(0)
     query, key = torch.randn(1, 4, 50, 64) * size, torch.randn(1, 2, 50, 64)
-    call = SiteCall("", query, key, key, {"is_causal": True})
-    few, whole = (ranking_share(S2OConfig(channels=x), 64, 64, 2) for x in (16, None))
-    assert call.ranking_share(S2OConfig(channels=16)) == few + (whole - few) * groups_in_all / 2
+    call = SiteInputs("", query, key, key, {"is_causal": True})
+    few, whole = (ranking_share(S2OConfig(ranking=Ranking(channels=x)), 64, 64, 2) for x in (16, None))
+    assert call.ranking_share(S2OConfig(ranking=Ranking(channels=16))) == few + (whole - few) * groups_in_all / 2
 
 
 def test_digests() -> None:
@@ -287,8 +290,8 @@ def test_digests() -> None:
 
 
 def test_a_budget_without_calibration() -> None:
-    config = S2OConfig(error_budget=1e-3, segment=64)
-    meant = S2OConfig(threshold=1e-3, segment=64, measure="output")
+    config = S2OConfig(error_budget=1e-3, ranking=Ranking(segment=64))
+    meant = S2OConfig(threshold=1e-3, ranking=Ranking(segment=64, measure="output"))
     assert config.arguments() == meant.arguments()
     assert "error_budget" not in config.arguments() and "calibration" not in config.arguments()
     tensors = [torch.randn(1, 2, 300, 16) for _ in range(3)]
@@ -305,7 +308,7 @@ def test_a_budget_without_calibration() -> None:
         ({"error_budget": True}, TypeError, "error_budget must be a number or None, not True"),
         ({"error_budget": 0.1, "threshold": 0.1}, ValueError, "threshold must be left out where error_budget decides"),
         ({"error_budget": 0.1, "pool": 2}, ValueError, "pool must be left out beside an error_budget"),
-        ({"error_budget": 0.1, "tail": "none"}, ValueError, "tail must be left out beside an error_budget"),
+        ({"error_budget": 0.1, "rule": "dropped"}, ValueError, "rule must be left out beside an error_budget"),
         ({"error_budget": 0.1, "calibration": "x"}, ValueError, "error_budget must be None beside a calibration"),
         ({"calibration": "x", "threshold": 0.1}, ValueError, "threshold must be left out where calibration decides"),
         ({"calibration": 3}, TypeError, "calibration must be a path or None, not 3"),
@@ -313,7 +316,7 @@ def test_a_budget_without_calibration() -> None:
 )
 def test_what_decides_the_threshold(fields: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        S2OConfig(**fields)
+        config_of(**fields)
 
 
 def test_a_calibration_needs_sites() -> None:
@@ -338,7 +341,7 @@ def test_the_command(
     monkeypatch.setattr(prepare, "build_document", lambda *arguments: texts[arguments[-1]])
     path = tmp_path / "new" / "file.json"
     options = ["--error-budget", "0.03", "--length", "200", "--texts", "2"]
-    for field in ("pool=16", "segment=16", "tile=16", "near_keys=0"):
+    for field in ("pool=16", "segment=16", "near_keys=0"):
         options += ["--option", field]
     code, out, err = run(capsys, "calibrate", "any", *options, "--output", str(path), *["--json"] * json_only)
     assert code == 0 and "Calibrating" in err

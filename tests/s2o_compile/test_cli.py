@@ -11,10 +11,10 @@ import pytest
 import torch
 import typer
 
-from s2o_compile import cli, demo, doctor
-from s2o_compile.cli import app
-from s2o_compile.demo import prepare
-from s2o_compile.demo.document import Document
+from s2o_compile import _command_line, cli, demo, doctor
+from s2o_compile._console import UsageError
+from s2o_compile.testbed import prepare
+from s2o_compile.testbed.document import Document
 
 from ..passes.models import tiny, tokens
 
@@ -41,7 +41,7 @@ def test_harmless_calls(arguments: list[str], capsys: pytest.CaptureFixture[str]
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys, s2o_compile.cli; print('torch' in sys.modules)"
+    code = "import sys, s2o_compile.cli.app; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -60,7 +60,9 @@ def test_help_does_not_import_torch() -> None:
         (["demo", "--option", "segment"], "--option takes NAME=VALUE"),
         (["demo", "--option", "segment=33"], "segment must be a power of two"),
         (["demo", "--option", "segmnt=32"], "unknown option 'segmnt'; the options of s2o are threshold"),
-        (["demo", "--option", "tail=maybe"], "tail must be 'sampled' or 'means' or 'none'"),
+        (["demo", "--option", "rule=maybe"], "rule must be 'sampled' or 'dropped' or 'means' or 'gain'"),
+        (["demo", "--option", "tail=none"], "tail is now the rule of Ranking"),
+        (["demo", "--option", "tile=16"], "tile was removed: it follows segment"),
         (["demo", "--option", "calibration=no/such/file"], "calibration 'no/such/file' cannot be read: No such file"),
         (["explain", "--option", "calibration=file"], "calibration 'file' must be a file that s2o_compile.calibrate"),
         (["demo", "--device", "tpu"], "--device must be auto, cpu or cuda"),
@@ -99,7 +101,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (demo.DemoError("Too short."), "Too short."),
+        (UsageError("Too short."), "Too short."),
         (ModuleNotFoundError("No module", name="gguf"), "needs the package gguf"),
         (MemoryError(), "not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "not enough memory"),
@@ -194,7 +196,7 @@ def test_an_interruption_is_one_line(name: str | None, capsys: pytest.CaptureFix
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as stop:
-        app.run(command, name, [])
+        _command_line.run(command, name, [])
     assert stop.value.code == 130
     assert capsys.readouterr().err == ("s2o: interrupted.\n" if name else "interrupted.\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,7 @@ VALUES = [
 
 
 def calibration() -> Calibration:
-    settings = {
-        name: value for name, value in S2OConfig().arguments().items() if name not in ("threshold", "min_length")
-    }
+    settings = {name: value for name, value in S2OConfig().to_dict().items() if name not in ("threshold", "min_length")}
     return Calibration(Identity.of(MODEL, SITES), 1e-3, [100], settings, "2.13.0", SITES)
 
 
@@ -67,6 +66,18 @@ def test_a_whole_file(tmp_path: Path) -> None:
     calibration().save(path := tmp_path / "calibration.json")
     assert Calibration.load(path) == calibration()
     assert module_settings(S2OConfig(calibration=path), MODEL)["first"].threshold == 1e-3
+
+
+def test_a_file_of_an_earlier_release_names_what_changed(tmp_path: Path) -> None:
+    content = calibration().to_dict() | {
+        "format": "s2o calibration, version 1",
+        "settings": {"segment": 32, "tile": 32},
+    }
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(content))
+    sentence = f"calibration {str(path)!r} must be made again: in it, segment is now a field of Ranking: "
+    with pytest.raises(CalibrationError, match=f"^{re.escape(sentence)}"):
+        Calibration.load(path)
 
 
 def test_other_values_in_any_place(tmp_path: Path) -> None:

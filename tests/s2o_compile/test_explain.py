@@ -71,7 +71,7 @@ def test_a_graph_that_runs_twice_is_counted_twice() -> None:
             return sdpa(q, k, v, is_causal=True)
 
     report = explain(Twice(), *inputs(), config=EXACT, measure=True)
-    pairs = dense_pairs(20, 20, True, 0, EXACT.tile) * 2
+    pairs = dense_pairs(20, 20, True, 0, EXACT.ranking.tile) * 2
     assert sum(decision.dense_pairs or 0 for decision in report.decisions) == 2 * pairs
 
 
@@ -110,5 +110,5 @@ def test_dense_attention_has_density_one(is_causal: bool, offset: int, window: i
     args = inputs(queries=100, keys=170)
     terms = {"is_causal": is_causal, "causal_offset": offset, "window": window}
     result = attention(*args, **terms, config=config, return_stats=True)
-    measured = density(result.visited, 100, 170, is_causal, offset, config.tile, window)
+    measured = density(result.visited, 100, 170, is_causal, offset, config.ranking.tile, window)
     torch.testing.assert_close(measured, torch.ones(2, 2))

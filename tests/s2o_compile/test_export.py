@@ -11,7 +11,7 @@ from torch.export import Dim
 from torch.nn.functional import scaled_dot_product_attention
 
 import s2o_compile
-from s2o_compile import S2OConfig
+from s2o_compile import Ranking, S2OConfig
 
 from ..passes.capture import EXACT
 from ..passes.models import padding, tiny, tokens
@@ -63,6 +63,23 @@ def test_masks_and_scores_are_gone(attention: str) -> None:
     assert not any(isinstance(value, torch.Tensor) and value.shape[-2:] == (40, 40) for value in values)
 
 
+class WithNumber(torch.nn.Module):
+    """Attention with a mask that is made from a number, which export stores as a tensor."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keep = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool).tril()
+        mask = torch.where(keep, torch.tensor(0.0, dtype=x.dtype), torch.finfo(x.dtype).min)
+        return scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_mask_made_from_a_number(strict: bool) -> None:
+    model, x = WithNumber(), torch.randn(1, 2, 40, 8)
+    program = s2o_compile.export(model, (x,), config=EXACT, strict=strict)
+    assert operators(program) == 1
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
 class Scaled(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (x @ x.mT * x.shape[2] ** -0.5 / 3).softmax(-1) @ x
@@ -88,6 +105,16 @@ def test_settings_are_in_the_program() -> None:
     program = s2o_compile.export(Logits(tiny("llama")), (tokens(40),), config=S2OConfig(threshold=0.25, min_length=0))
     nodes = program.graph.find_nodes(op="call_function", target=torch.ops.s2o.attention.default)
     assert [node.kwargs["threshold"] for node in nodes] == [0.25, 0.25]
+
+
+def test_settings_are_in_a_saved_program(tmp_path: Path) -> None:
+    config = S2OConfig(0.25, min_length=0, last_queries=3, ranking=Ranking(pool=4, lists="head", near_keys=0))
+    program = s2o_compile.export(Logits(tiny("llama", layers=1)), (tokens(40),), config=config)
+    torch.export.save(program, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2")
+    (node,) = loaded.graph.find_nodes(op="call_function", target=torch.ops.s2o.attention.default)
+    assert S2OConfig.from_arguments(**{name: node.kwargs[name] for name in config.arguments()}) == config
+    assert torch.equal(loaded.module()(tokens(40)), program.module()(tokens(40)))
 
 
 def test_nothing_to_rewrite() -> None:

@@ -23,6 +23,7 @@ from ..passes.models import tiny
 transformers = pytest.importorskip("transformers")
 masking = pytest.importorskip("transformers.masking_utils")
 masks = pytest.importorskip("s2o_compile.integrations.masks")
+settings_of = pytest.importorskip("s2o_compile.integrations.settings").settings_of
 
 VOCABULARY = 97
 COMMON: dict[str, Any] = {
@@ -353,6 +354,29 @@ def test_generate_compiled(cache: str, implementation: str) -> None:
     options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
     assert torch.equal(model.generate(**prompts(), **options), dense.generate(**prompts(), **options))
     assert len(captured.operators()) >= 2
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"ranking": {"pool": 4}}, "the attribute s2o of a model's configuration must be a dictionary of threshold, "),
+        ("fast", "the attribute s2o of a model's configuration must be a dictionary of threshold, "),
+        ({"error_budget": 0.1}, "the attribute s2o of a model's configuration must be a dictionary of threshold, "),
+        ({1: 2}, "the attribute s2o of a model's configuration must be a dictionary of threshold, "),
+        ({"threshold": None}, "threshold must be a number, not None"),
+        ({"min_length": 0, "segment": 32, "tile": 32}, "segment is now a field of Ranking: "),
+        ({"settings": "pool"}, "settings must be '' or a JSON object of fields of Ranking, not 'pool'"),
+    ],
+)
+def test_what_is_wrong_in_a_configuration_is_one_sentence(settings: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as raised:
+        settings_of(transformers.LlamaConfig(s2o=settings))
+    assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
+
+
+def test_a_configuration_may_leave_settings_out() -> None:
+    assert settings_of(transformers.LlamaConfig()) == S2OConfig()
+    assert settings_of(transformers.LlamaConfig(s2o={"threshold": 0.1})) == S2OConfig(0.1)
 
 
 FUNCTIONS = {

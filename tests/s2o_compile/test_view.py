@@ -15,15 +15,17 @@ import torch
 
 import s2o_compile
 from s2o_compile import S2OConfig, cli
-from s2o_compile.calls import AttentionCalls, Call
-from s2o_compile.demo import prepare
-from s2o_compile.demo.document import Document
-from s2o_compile.ops import reference
 from s2o_compile.ops.density import density
+from s2o_compile.ops.reference_variants import reference_attention
+from s2o_compile.ops.visibility import Visibility
+from s2o_compile.sdpa_intercept import SdpaInputs, SdpaIntercept
+from s2o_compile.testbed import prepare
+from s2o_compile.testbed.document import Document
 from s2o_compile.view import ViewError
 from s2o_compile.view.head import view_head
 from s2o_compile.view.visits import visits
 
+from ..ops.settings import config_of
 from ..passes.models import padding, tiny, tokens
 
 pytest.importorskip("matplotlib")
@@ -31,20 +33,20 @@ pytest.importorskip("matplotlib")
 LENGTH = 250
 ANY_LENGTH: dict[str, Any] = {"min_length": 0, "near_keys": 0}
 RULES = {
-    "default": S2OConfig(threshold=0.02, **ANY_LENGTH),
-    "per head": S2OConfig(threshold=0.01, lists="head", measure="output", last_queries=40, **ANY_LENGTH),
-    "pooled": S2OConfig(threshold=0.01, lists="head", pool=4, tail="none", **ANY_LENGTH),
-    "none": S2OConfig(threshold=0.02, tail="none", **ANY_LENGTH),
-    "dense": S2OConfig(threshold=0, **ANY_LENGTH),
-    "paper": S2OConfig.paper(0.2, segment=64, tile=32, pool=64, chunk=64, min_length=0),
+    "default": config_of(threshold=0.02, **ANY_LENGTH),
+    "per head": config_of(threshold=0.01, lists="head", measure="output", last_queries=40, **ANY_LENGTH),
+    "pooled": config_of(threshold=0.01, lists="head", pool=4, rule="dropped", **ANY_LENGTH),
+    "none": config_of(threshold=0.02, rule="dropped", **ANY_LENGTH),
+    "dense": config_of(threshold=0, **ANY_LENGTH),
+    "paper": S2OConfig.paper(threshold=0.2, min_length=0).with_ranking(segment=64, pool=64),
 }
 
 
-def attended(is_causal: bool = True) -> Call:
+def attended(is_causal: bool = True) -> SdpaInputs:
     """A call whose keys differ in importance: 4 heads over 2 KV heads."""
     torch.manual_seed(1)
     query, key, value = 2 * torch.randn(1, 4, LENGTH, 16), torch.randn(1, 2, LENGTH, 16), torch.randn(1, 2, LENGTH, 16)
-    return Call(0, query, key, value, {"is_causal": is_causal, "enable_gqa": True})
+    return SdpaInputs(0, query, key, value, {"is_causal": is_causal, "enable_gqa": True})
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -72,16 +74,16 @@ def test_softmax_over_what_is_visited_is_the_operators_output(rule: str, is_caus
 def test_keys_are_ordered_as_the_reference_ranks_them() -> None:
     call, config = attended(), RULES["none"]
     segment = 6
-    geometry = reference.Geometry.of(call.query, call.key, reference.Visibility(True), config)
-    seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, -1, -1)
-    query, key = call.query[0, 2:], call.key[0, 1]
-    scored = reference.project_group(reference.pool_guides(query, config), key, config.channels, call.scale)
-    value = call.value[0, 1]
-    site = reference.Segment(query, key, value, scored, None, seen, segment, geometry, config, call.scale, 0.0)
+    # Each key's value is its own unit vector, so that outputs are the weights of visited keys.
+    query, key = call.query[:, 2:].double(), call.key[:, 1:].double()
+    value = torch.eye(LENGTH, dtype=torch.float64)[None, None]
+    want = reference_attention(query, key, value, Visibility(True), scale=call.scale, config=config)
     visit = list(visits(call.query, call.key, call.value, 3, True, call.scale, config))[segment]
     listed = visit.order[visit.dense : visit.sure].tolist()
+    visited = want.output[0, 1, visit.rows[-1]].nonzero().flatten().tolist()
+    wanted = set(visited) - set(visit.order[: visit.dense].tolist())
     # Keys may change places where the scores that rank them are in bfloat16.
-    assert len(set(listed) ^ set(site.lists[1].tolist())) <= 2
+    assert len(set(listed) ^ wanted) <= 2
     assert len(listed) > 10
 
 
@@ -126,12 +128,12 @@ def test_the_report_says_what_the_operator_does(tmp_path: Path) -> None:
     model, ids, config = tiny("llama"), tokens(200, batch=1), RULES["default"]
     want: list[tuple[Any, Any]] = []
 
-    def record(call: Call) -> torch.Tensor:
+    def record(call: SdpaInputs) -> torch.Tensor:
         tensors = call.query, call.key, call.value
         want.append((s2o_compile.attention(*tensors, True, config=config, return_stats=True), call.dense()))
         return want[-1][1]
 
-    with torch.no_grad(), AttentionCalls(record):
+    with torch.no_grad(), SdpaIntercept(record):
         model(ids)
     done: list[int] = []
     path, folder = tmp_path / "report.html", tmp_path / "pictures"
@@ -148,7 +150,7 @@ def test_the_report_says_what_the_operator_does(tmp_path: Path) -> None:
         for head in range(4):
             wrong = (sparse.output[0, head] - dense[0, head]).norm() / dense[0, head].norm()
             assert layer["error"][head] == pytest.approx(float(wrong) ** 2, rel=1e-3)
-        assert layer["density"] == density(sparse.visited, 200, 200, True, 0, config.tile)[0].tolist()
+        assert layer["density"] == density(sparse.visited, 200, 200, True, 0, config.ranking.tile)[0].tolist()
     parser = _References()
     parser.feed(text)
     assert len(parser.found) == 5 and all(found.startswith("data:image/png;base64,") for found in parser.found)

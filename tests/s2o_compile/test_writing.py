@@ -17,10 +17,9 @@ import pytest
 import torch
 import typer
 
-from s2o_compile import CalibrationError, benchmarks, visualize, writing
+from s2o_compile import CalibrationError, _command_line, benchmarks, visualize, writing
+from s2o_compile._console import UsageError
 from s2o_compile.benchmarks import captured
-from s2o_compile.cli import app
-from s2o_compile.cli.errors import UsageError
 from s2o_compile.demo import report
 from s2o_compile.view import ViewError
 from s2o_compile.writing import WriteError, check_writable, replacing, write_text
@@ -166,6 +165,6 @@ def test_the_command_line_says_it_in_one_sentence(tmp_path: Path, capsys: pytest
         write_text(tmp_path / "file", "x" * 1000)
 
     with full_disk(), pytest.raises(SystemExit) as stop:
-        app.run(command, "s2o", [])
+        _command_line.run(command, "s2o", [])
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"s2o: {tmp_path / 'file'} cannot be written: File too large.\n"

@@ -1,0 +1,123 @@
+"""The inputs of one KV head of one batch entry, in the dtype and layout of the computation."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from ..config import S2OConfig
+from ..geometry import Geometry
+from ..rule.channels import Projected, project_kv_head
+from ..rule.guides import pool_guides
+from ..rule.output_weighting import sampled_rows, value_distances
+from ..visibility import Visibility, masked
+
+
+@dataclass(frozen=True)
+class KVHead:
+    """One KV head and its G query heads.
+
+    `query` [G, Lq, D] with the scale in it, `key` [Lk, D], `value` [Lk, Dv], `valid` [Lk] or None.
+    Rows of padding are zero. `finite` says whether the tensors are known to be finite; `spans` [segments, 3] holds
+    the segments' spans. `visibility` is that of the whole call, of which the KV head is at `batch`, from `first_head`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    valid: torch.Tensor | None
+    finite: bool
+    visibility: Visibility
+    batch: int
+    first_head: int
+    softcap: float
+    geometry: Geometry
+    spans: torch.Tensor
+    config: S2OConfig
+
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        visibility: Visibility,
+        batch: int,
+        index: int,
+        geometry: Geometry,
+        scale: float,
+        softcap: float,
+        config: S2OConfig,
+    ) -> KVHead:
+        """KV head `index` of a batch entry, from the tensors of a call."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        valid = None if visibility.key_padding is None else visibility.key_padding[batch]
+        members = query[batch].unflatten(0, (key.shape[1], -1))[index]
+        keys, values = (masked(x[batch, index].to(dtype), valid).contiguous() for x in (key, value))
+        members = (members.to(dtype) * scale).contiguous()
+        # A sum is finite only if all its terms are.
+        finite = all(math.isfinite(x.sum()) for x in (members, keys, values))
+        spans = geometry.spans(range(geometry.segments), query.device)
+        first_head = index * len(members)
+        return cls(
+            members, keys, values, valid, finite, visibility, batch, first_head, softcap, geometry, spans, config
+        )
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return len(self.query)
+
+    def arange(self, *ends: int) -> torch.Tensor:
+        """``torch.arange`` on the device of the inputs."""
+        return torch.arange(*ends, device=self.query.device)
+
+    @functools.cached_property
+    def pooled(self) -> torch.Tensor:
+        """The pooled queries [G or 1, guides, D]."""
+        return pool_guides(self.query, self.config)
+
+    @functools.cached_property
+    def guides(self) -> torch.Tensor:
+        """The pooled queries of each segment [G or 1, segments, n, D]; zeros past a ragged end."""
+        return self.by_segment(self.pooled)
+
+    @functools.cached_property
+    def scored(self) -> Projected:
+        """The factors of the scores: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
+        scored = project_kv_head(self.pooled, self.key, self.config.ranking.channels, 1.0, self.valid)
+        whole = scored.neglected is None
+        return scored._replace(guides=self.guides if whole else self.by_segment(scored.guides))
+
+    @functools.cached_property
+    def log_distances(self) -> torch.Tensor:
+        """The logs of how far values lie from the outputs, in units of these [Lk]."""
+        rows = sampled_rows(self.geometry.queries, self.heads, self.query.device)
+        head, position = self.arange(self.heads)[:, None, None], self.arange(self.geometry.keys)
+        seen = self.seen(head, rows[:, None], position)
+        return value_distances(self.query[:, rows], self.key, self.value, seen, 1.0, self.softcap).log()
+
+    @functools.cached_property
+    def real_guides(self) -> torch.Tensor:
+        """Guides of each segment that are not past a ragged end [segments, n], boolean."""
+        pooled = -(-self.geometry.queries // self.config.ranking.pool)
+        return self.by_segment(self.query.new_ones(1, pooled, 1, dtype=torch.bool))[0, :, :, 0]
+
+    def by_segment(self, guides: torch.Tensor) -> torch.Tensor:
+        """Cut guides [heads, n, D] into segments [heads, segments, n, D], filled up with zeros."""
+        size = self.config.ranking.segment // self.config.ranking.pool
+        return pad(guides, (0, 0, 0, -guides.shape[1] % size)).unflatten(1, (-1, size))
+
+    @property
+    def lists(self) -> int:
+        """Lists of keys per segment."""
+        return 1 if self.config.ranking.lists == "kv_head" else self.heads
+
+    def seen(self, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """`Visibility.seen`, for query heads of the KV head; rows past the end see what the last one sees."""
+        row = row.clamp_max(self.geometry.queries - 1)
+        return self.visibility.seen(self.batch, self.first_head + head, row, key)

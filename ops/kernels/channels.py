@@ -1,0 +1,183 @@
+"""The selection of the channels that carry most of the products of guides and keys."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import wrap_triton
+
+from ..rule.channels import counted_keys, sampling_step
+from .arguments import padded
+from .helpers import float32
+
+_PART = 1024
+"""Rows whose second moments one program sums."""
+_ROWS = 64
+_COLUMNS = 64
+"""Rows and channels of a block."""
+
+
+class ChannelSubset(NamedTuple):
+    """Channels of each KV head [B, Hkv, channels] int32, and `Projected.neglected` of them [B, Hkv] float32."""
+
+    channels: torch.Tensor
+    neglected: torch.Tensor
+
+
+def select_channels(
+    guides: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None, channels: int, scale: float
+) -> ChannelSubset:
+    """`rule.channels.project` where it picks channels, in two launches.
+
+    Args:
+        guides: [B, Hkv, guide heads, guides, D].
+        key: [B, Hkv, Lk, D].
+        padding: [B, Lk], False for keys that do not count; None for none.
+        channels: How many to pick, at least half of all.
+        scale: Factor of the logits.
+    """
+    batch, kv_heads, heads, per_head, size = guides.shape
+    steps = sampling_step(heads * per_head), sampling_step(key.shape[2])
+    rows = heads * -(-per_head // steps[0]), -(-key.shape[2] // steps[1])
+    parts = -(-max(rows) // _PART)
+    width = padded(size)
+    moments = torch.empty(batch * kv_heads, 2, parts, width, width, dtype=torch.float32, device=key.device)
+    sums = torch.empty(batch * kv_heads, parts, width, dtype=torch.float32, device=key.device)
+    energies = torch.empty(batch * kv_heads, width, dtype=torch.float32, device=key.device)
+    found = ChannelSubset(
+        torch.empty(batch, kv_heads, channels, dtype=torch.int32, device=key.device),
+        torch.empty(batch, kv_heads, dtype=torch.float32, device=key.device),
+    )
+    columns, counted = min(width, _COLUMNS), counted_keys(padding, key.shape[2])
+    wrap_triton(moments_kernel)[(parts, 2 * (width // columns), batch * kv_heads)](
+        guides, key, key if padding is None else padding, moments, sums,
+        *guides.stride()[:4], *key.stride()[:3], 0 if padding is None else padding.stride(0),
+        kv_heads, heads, per_head, key.shape[2], *steps,
+        HAS_PADDING=padding is not None, PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
+        D=size, PART=_PART, BLOCK_N=_ROWS, BLOCK_D=width, BLOCK_C=columns, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    wrap_triton(choose_kernel)[(batch * kv_heads,)](
+        moments, sums, energies, *found, sums if counted is None else counted, *rows, kv_heads, scale,
+        HAS_PADDING=padding is not None, PARTS=parts, CHANNELS=channels,
+        D=size, BLOCK_D=width, BLOCK_C=min(width, 32), num_warps=8, num_stages=1,
+    )  # fmt: skip
+    return found
+
+
+@triton.jit
+def moments_kernel(
+    guides, key, padding, moments, sums,
+    guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
+    padding_stride_b, kv_heads, heads, per_head, keys, guide_step, key_step,
+    HAS_PADDING: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, PART: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sum x x' over PART rows: moments [B * Hkv, guides or keys, parts, BLOCK_D, BLOCK_D]; and x: `sums` of keys.
+
+    Rows are every `guide_step`-th guide of each head, and every `key_step`-th key; what is not finite counts as 0.
+    Program (part; guides or keys and block of columns; batch entry and KV head).
+    """
+    part, of_keys = tl.program_id(0), tl.program_id(1) % 2
+    first_column = tl.program_id(1) // 2 * BLOCK_C
+    batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
+    guides += batch * guides_stride_b + kv_head * guides_stride_kv
+    key += batch * key_stride_b + kv_head * key_stride_h
+    padding += batch * padding_stride_b
+    per_head = (per_head + guide_step - 1) // guide_step
+    rows = tl.where(of_keys == 1, (keys + key_step - 1) // key_step, heads * per_head)
+    channel, column = tl.arange(0, BLOCK_D), first_column + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
+    of_columns = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(part * PART, tl.minimum((part + 1) * PART, rows), BLOCK_N):
+        row = start + tl.arange(0, BLOCK_N)
+        inside = row < rows
+        if of_keys == 1:
+            place = row * key_step
+            if HAS_PADDING:
+                inside = inside & (tl.load(padding + place, mask=inside, other=0) != 0)
+            x = _load_finite(key + place.to(tl.int64) * key_stride_n, inside, channel, D)
+            y = _load_finite(key + place.to(tl.int64) * key_stride_n, inside, column, D)
+        else:
+            offset = (row // per_head).to(tl.int64) * guides_stride_h
+            offset += (row % per_head).to(tl.int64) * guide_step * guides_stride_n
+            x = _load_finite(guides + offset, inside, channel, D)
+            y = _load_finite(guides + offset, inside, column, D)
+        total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)
+        of_columns += tl.sum(y.to(tl.float32), 0)
+    place = (tl.program_id(2) * 2 + of_keys).to(tl.int64) * tl.num_programs(0) + part
+    tl.store(moments + (place * BLOCK_D + channel[:, None]) * BLOCK_D + column[None, :], total)
+    if of_keys == 1:
+        tl.store(sums + (tl.program_id(2) * tl.num_programs(0) + part) * BLOCK_D + column, of_columns)
+
+
+@triton.jit
+def _load_finite(rows, inside, channel, D: tl.constexpr):
+    """The `channel`s of rows, 0 where they are not finite."""
+    x = tl.load(rows[:, None] + channel[None, :], mask=inside[:, None] & (channel < D)[None, :], other=0.0)
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def choose_kernel(
+    moments, sums, energies, channels, neglected, counted, guide_rows, key_rows, kv_heads, scale,
+    HAS_PADDING: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write the CHANNELS channels of most energy, in order, and the variance of logits that the others carry.
+
+    Energy is the product of the mean squares of guides and of keys, of which with HAS_PADDING some are `counted` [B],
+    and else all `key_rows`. `energies` [B * Hkv, BLOCK_D] hands energies and
+    then ranks from rows to columns. Program (batch entry and KV head).
+    """
+    scale = float32(scale)
+    if HAS_PADDING:
+        key_rows = tl.maximum(tl.load(counted + tl.program_id(0) // kv_heads), 1).to(tl.float32)
+    square: tl.constexpr = BLOCK_D * BLOCK_D
+    of_guides = moments + tl.program_id(0).to(tl.int64) * (2 * PARTS * square)
+    of_keys = of_guides + PARTS * square
+    sums += tl.program_id(0) * (PARTS * BLOCK_D)
+    energies += tl.program_id(0) * BLOCK_D
+    channel = tl.arange(0, BLOCK_D)
+    diagonal = channel * (BLOCK_D + 1)
+    energy = _sum(of_guides, diagonal, channel < D, square, PARTS) * _sum(of_keys, diagonal, channel < D, square, PARTS)
+    energy = tl.where((channel < D) & (energy == energy), energy, -1.0)
+    tl.store(energies + channel, energy)
+    tl.debug_barrier()
+    rank = tl.zeros([BLOCK_D], tl.int32)
+    for start in range(0, BLOCK_D, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        other = tl.load(energies + column)[None, :]
+        ahead = (other > energy[:, None]) | ((other == energy[:, None]) & (column[None, :] < channel[:, None]))
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    chosen = rank < CHANNELS
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(channels + tl.program_id(0) * CHANNELS + place, channel, mask=chosen)
+    tl.debug_barrier()
+    tl.store(energies + channel, rank.to(tl.float32))
+    tl.debug_barrier()
+
+    mean = _sum(sums, channel, channel < D, BLOCK_D, PARTS) / key_rows
+    missing = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, BLOCK_D, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        left = (tl.load(energies + column) >= CHANNELS) & (column < D)
+        of_column = _sum(sums, column, left, BLOCK_D, PARTS) / key_rows
+        left = left[None, :] & ((rank >= CHANNELS) & (channel < D))[:, None]
+        tile = channel[:, None] * BLOCK_D + column[None, :]
+        spread = _sum(of_keys, tile, left, square, PARTS) / key_rows - mean[:, None] * of_column[None, :]
+        product = _sum(of_guides, tile, left, square, PARTS) / guide_rows * spread
+        missing += tl.sum(tl.where(left, product, 0.0), 1)
+    variance = tl.sum(missing, 0) * scale * scale
+    tl.store(neglected + tl.program_id(0), tl.where(variance < 0, 0.0, variance))
+
+
+@triton.jit
+def _sum(parts, place, inside, stride: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of `parts` at a place of each of them."""
+    total = tl.zeros(place.shape, tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + part * stride + place, mask=inside, other=0.0)
+    return total

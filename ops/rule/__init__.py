@@ -1,0 +1,1 @@
+"""The rules that all implementations share, each in torch operations."""

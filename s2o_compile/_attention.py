@@ -1,0 +1,107 @@
+"""The Python front of the operator."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+
+from .ops import AttentionResult, S2OConfig
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool = ...,
+    causal_offset: int = ...,
+    key_padding: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    query_documents: torch.Tensor | None = ...,
+    key_documents: torch.Tensor | None = ...,
+    mask: torch.Tensor | None = ...,
+    softcap: float = ...,
+    sinks: torch.Tensor | None = ...,
+    config: S2OConfig | None = ...,
+    return_stats: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool = ...,
+    causal_offset: int = ...,
+    key_padding: torch.Tensor | None = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    query_documents: torch.Tensor | None = ...,
+    key_documents: torch.Tensor | None = ...,
+    mask: torch.Tensor | None = ...,
+    softcap: float = ...,
+    sinks: torch.Tensor | None = ...,
+    config: S2OConfig | None = ...,
+    *,
+    return_stats: Literal[True],
+) -> AttentionResult: ...
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool = False,
+    causal_offset: int = 0,
+    key_padding: torch.Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    query_documents: torch.Tensor | None = None,
+    key_documents: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    config: S2OConfig | None = None,
+    return_stats: bool = False,
+) -> torch.Tensor | AttentionResult:
+    """Attention that visits keys in order of importance and stops when the rest no longer matters.
+
+    A query sees a key where `is_causal`, `key_padding`, `window`, documents and `mask` all allow it. With documents
+    or a `mask`, every query is a guide (`pool` is 1); with these or a `window`, a tail of "means" is sampled.
+
+    Args:
+        query: [B, Hq, Lq, D], float16, bfloat16 or float32; D up to 256.
+        key: [B, Hkv, Lk, D], Hq a multiple of Hkv.
+        value: [B, Hkv, Lk, Dv], Dv up to 256.
+        is_causal: Whether query i sees only the keys up to i + `causal_offset`.
+        causal_offset: 0 counts from the top left, as SDPA does; Lk - Lq suits a chunk that continues a cache.
+        key_padding: [B, Lk] boolean, True for keys that may be attended; None for all.
+        scale: Factor of the logits, by default D ** -0.5.
+        window: Query i sees only keys j with i + `causal_offset` - j < `window`, at least 1; None for no window.
+            Without `is_causal` this bounds the keys from below only.
+        query_documents: [B, Lq] int32 or int64, with `key_documents`: a query sees the keys of equal id only.
+        key_documents: [B, Lk] int32 or int64.
+        mask: Boolean, broadcastable to [B, Hq, Lq, Lk], True for pairs that may attend.
+        softcap: The scaled logits become `softcap` * tanh(logits / `softcap`) (Gemma 2, arXiv 2408.00118); 0 for none.
+        sinks: [Hq], a logit per head that enters the softmax's denominator without a value (gpt-oss).
+        config: The settings, by default ``S2OConfig()``.
+        return_stats: Whether to return the log-sum-exp and the visited work as well.
+
+    Returns:
+        The output [B, Hq, Lq, Dv]; with `return_stats` an `AttentionResult` of output, lse and visited.
+
+    Raises:
+        RuntimeError: The call is inside torch's ``context_parallel``.
+        TypeError: A dtype is not supported, a tensor that sparse attention takes is a DTensor, or `config` has the
+            wrong type.
+        ValueError: Shapes, devices or a number do not fit, or a gradient is asked for.
+    """
+    operator = torch.ops.s2o.attention_stats if return_stats else torch.ops.s2o.attention
+    result = operator(
+        query, key, value, is_causal, causal_offset, key_padding, scale, window, query_documents, key_documents, mask,
+        softcap, sinks, **S2OConfig.of(config).arguments(),
+    )  # fmt: skip
+    return AttentionResult(*result) if return_stats else result
