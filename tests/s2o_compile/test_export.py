@@ -107,14 +107,16 @@ def test_settings_are_in_the_program() -> None:
     assert [node.kwargs["threshold"] for node in nodes] == [0.25, 0.25]
 
 
+@torch.no_grad()
 def test_settings_are_in_a_saved_program(tmp_path: Path) -> None:
     config = S2OConfig(0.25, min_length=0, last_queries=3, ranking=Ranking(pool=4, lists="head", near_keys=0))
-    program = s2o_compile.export(Logits(tiny("llama", layers=1)), (tokens(40),), config=config)
+    ids = tokens(40)
+    program = s2o_compile.export(Logits(tiny("llama", layers=1)), (ids,), config=config)
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2")
     (node,) = loaded.graph.find_nodes(op="call_function", target=torch.ops.s2o.attention.default)
     assert S2OConfig.from_arguments(**{name: node.kwargs[name] for name in config.arguments()}) == config
-    assert torch.equal(loaded.module()(tokens(40)), program.module()(tokens(40)))
+    assert torch.equal(loaded.module()(ids), program.module()(ids))
 
 
 def test_nothing_to_rewrite() -> None:
