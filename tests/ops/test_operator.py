@@ -122,6 +122,13 @@ def test_empty(shape: tuple[int, int, int, int], min_length: int | None) -> None
 SIZES = ["batch", "heads", "groups", "queries", "keys", "channels", "value_channels"]
 
 
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments: bool) -> torch.Tensor:
+    """SDPA, with a channel of zeros where there are no channels, for which torch 2.12 gives zeros."""
+    if not query.shape[-1]:
+        query, key = (torch.nn.functional.pad(x, (0, 1)) for x in (query, key))
+    return scaled_dot_product_attention(query, key, value, **arguments)
+
+
 @pytest.mark.parametrize("min_length", [0, None])
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("zeros", [x for n in (1, 2) for x in itertools.combinations(SIZES, n)], ids="-".join)
@@ -133,7 +140,7 @@ def test_sizes_of_zero_give_what_sdpa_gives(zeros: tuple[str, ...], is_causal: b
     # Of heads without keys SDPA is not asked: some releases divide by their number.
     want = torch.zeros(batch, heads, queries, value_channels)
     if groups:
-        want = scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=True)
+        want = sdpa(query, key, value, is_causal=is_causal, enable_gqa=True)
     arguments = {"is_causal": is_causal, "min_length": min_length, "threshold": 0.0}
     output = torch.ops.s2o.attention(query, key, value, **arguments)
     assert output.dtype == want.dtype and output.shape == want.shape
@@ -164,7 +171,7 @@ def test_sizes_of_zero_compile(zero: set[str]) -> None:
         return scaled_dot_product_attention(query, key, value)
 
     compiled = torch.compile(attend, backend="s2o", options={"threshold": 0.0, "min_length": 0}, fullgraph=True)
-    want, got = attend(query, key, value), compiled(query, key, value)
+    want, got = sdpa(query, key, value), compiled(query, key, value)
     assert got.shape == want.shape and largest_difference(got, want) < 1e-6
 
 

@@ -107,6 +107,7 @@ def test_settings_are_in_the_program() -> None:
     assert [node.kwargs["threshold"] for node in nodes] == [0.25, 0.25]
 
 
+@torch.no_grad()
 def test_settings_are_in_a_saved_program(tmp_path: Path) -> None:
     config = S2OConfig(0.25, min_length=0, last_queries=3, ranking=Ranking(pool=4, lists="head", near_keys=0))
     ids = tokens(40)
