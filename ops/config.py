@@ -105,7 +105,7 @@ class Ranking(_Settings):
 
     @property
     def first_keys(self) -> int:
-        """How many keys at the start are always visited: one, a sink in most models, which the paper has none of."""
+        """How many keys at the start are always visited: one, usually an attention sink; the paper keeps none."""
         return 0 if self.rule == "gain" else 1
 
     @functools.cached_property

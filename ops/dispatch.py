@@ -12,7 +12,7 @@ from .sizes import statically_known_true
 from .visibility import Visibility
 
 DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 32768}
-"""Fewest keys from which the default settings were measured to beat SDPA: see the README."""
+"""Fewest keys from which the defaults were measured to beat SDPA: docs/decisions/005-when-calls-run-dense.md."""
 
 DENSE_AT_ANY_LENGTH = 2**62
 """A `min_length` that no call reaches."""

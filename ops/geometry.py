@@ -2,8 +2,9 @@
 
 A segment of queries [first_row, end_row) attends the keys of its *dense span* [low, high) one by one, masked. The
 keys outside it that some of its rows may see are its *history*: [start, low), and without a causal mask also
-[high, Lk). `start` is 0, or with a window the first block that the window reaches from the first row. All of
-them are multiples of `BLOCK`, so that the history is whole blocks, unless they end at the last key. The causal mask
+[high, Lk). `start` is 0, or with a window the first block that the window reaches from the first row. `start`
+and `low` are multiples of `BLOCK`, and so is `high` without a causal mask unless it is Lk, so that the history is whole
+blocks but for its end. The causal mask
 hides none of the history from any row; the window, documents and masks may.
 """
 

@@ -1,4 +1,4 @@
-"""The workspace of calls; those that do not fit into memory are made again in less, and at last without ranking."""
+"""The workspace of calls; calls that do not fit into memory are retried with less, and finally run dense."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of release 0.1 that were moved or removed since, and what to say in their place."""
+"""Settings from before 0.2.0 that were moved or removed, and what to say in their place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GONE = {
 
 
 def sentence_on_old_name(settings: Mapping[str, Any], known: Collection[str]) -> str | None:
-    """The sentence on the first name that settings have from release 0.1 and that is not `known` now, or None."""
+    """The sentence on the first name that settings have from before 0.2.0 and that is not `known` now, or None."""
     for name, value in settings.items():
         if name not in known and name in _GONE:
             return f"{name} {_GONE[name]}"

@@ -1,26 +1,29 @@
 """The specification: sparse attention in ten minutes, in float64, as pure functions in the order of the steps.
 
 Every implementation is tested against this file, which shares nothing with them but settings, mask and result type.
-It holds the default rule; `ops.reference_variants` overrides single steps for other settings.
+It holds the default rule for heads of up to 128 channels; `ops.reference_variants` overrides single steps for wider
+heads and for other settings.
 
 The method is S2O (Early Stopping for Sparse Attention via Online Permutation, arXiv 2602.22575): the queries of a
 *segment* visit keys in order of importance, gathered through an index, and stop where the rest no longer matters.
 This project's own are: every query scores keys (the paper: the segment's mean query), one choice for all query heads
-of a KV head, estimated denominators, scores in half of the channels, and a sampled tail instead of a hard stop.
+of a KV head, estimated denominators, scores in at most 64 channels, and a sampled tail instead of a hard stop.
 
 For a segment S with *dense span* D and *history* H, queries i in S of all query heads of a KV head, keys j:
 
     l_ij = scale q_i . k_j                                                      logits            `logits`
     Z_i  = sum_{j in D} exp(l_ij) + r sum_{every r-th j in H} exp(l_ij)         denominators      `log_normalisers`
-    p_ij = exp(l'_ij + nu) / Z_i, l' in few channels, nu for the others         shares of mass    `channels`
+    l'_ij = scale (q_i P) . k_j, P keeps few channels, nu is what they lack     scores            `channels`
+    p_ij = exp(l'_ij + nu) / Z_i                                                shares of mass
     a_j  = max_i p_ij                                                           importance        `importance`
     pi_j = min(1, a_j / theta)                                                  chance of a visit `chance`
-    J    = {j in H: pi_j >= u_j}, u_j uniform between 0 and 1                   visited keys      `select`, `draws`
+    J    = {j in H: pi_j >= u_j}, u_j as if uniform in (0, 1)                   visited keys      `select`, `draws`
     w_j  = 1 / pi_j for j in J, 1 for j in D                                    weights           `log_weights`
     o_i  = sum_{j in D, J} w_j exp(l_ij) v_j / sum_{j in D, J} w_j exp(l_ij)    outputs           `softmax`
 
-A key with a_j >= theta is sure to be visited, of the others a sample is. As w_j is 1 / pi_j, both sums of o_i are those
-of dense attention in expectation (Horvitz and Thompson, 1952). With theta = 0 every key is visited.
+r is `Ranking.sample` and theta the threshold; the first key counts exactly in Z_i, and a_0 is infinite. A key with
+a_j >= theta is sure to be visited, and of the others a sample is. As w_j is 1 / pi_j, both sums of o_i are those of
+dense attention in expectation (Horvitz and Thompson, 1952). With theta = 0 every key is visited.
 
 Shapes: B batch, H KV heads, G query heads per KV head, L queries, R of them in a segment, N keys, n guides (the queries
 that score keys). Queries are [B, H, G, R, D] and keys [B, H, 1, N, D], so that all broadcasts to [B, H, G, R, N].
@@ -81,7 +84,7 @@ def call_of(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Call:
-    """The arguments of `reference_attention` as a `Call`."""
+    """The arguments of `attend` as a `Call`."""
     (batch, heads, length, width), (kv_heads, keys) = query.shape, key.shape[1:3]
     shape = (batch, kv_heads, heads // max(1, kv_heads), length)
     seen = terms.as_mask(batch, length, keys, key.device).expand(batch, heads, length, keys).reshape(*shape, keys)
@@ -100,10 +103,11 @@ def logits(call: Call, query: Tensor) -> Tensor:
 
 
 def span(index: int, segment: int, near_keys: int, queries: int, keys: int, terms: Visibility) -> tuple[int, int, int]:
-    """Where the history of a segment starts, and its dense span [low, high), in whole blocks.
+    """Where the history of a segment starts, and its dense span [low, high).
 
     D = [low, high) covers the segment itself and the `near_keys` before it, and as many after it without a causal mask.
-    H = [start, low), and [high, N) without a causal mask; a window starts it at the first block that any row sees.
+    H = [start, low), and [high, N) without a causal mask, is whole blocks. A window starts it at the first block that
+    any row sees.
     """
     first, end = (min(row, queries) + terms.causal_offset for row in (index * segment, (index + 1) * segment))
     start = 0 if terms.window is None else clip(first - terms.window + 1, keys) // BLOCK * BLOCK
@@ -127,9 +131,9 @@ def channels(call: Call, guide: Tensor, count: int, projection: Callable[..., Te
     """P [B, H, 1, D, D] and nu [B, H, 1, 1, 1] of each KV head, from the moments of all its guides and valid keys.
 
     nu = scale^2 E_i Var_j (q_i - q_i P) . k_j is the variance of what scores lack. A score that is off by a normal
-    variable of variance nu is too small as often as too large, which costs more; the factor e^nu makes up for it
-    (measured, not derived). Where nu > 2, all channels are scored: P = 1, nu = 0. About 2^11 of the guides and of the
-    keys, evenly spread, give the moments; what is not finite counts as 0.
+    variable of variance nu is as often too small as too large, and too small costs more; the factor e^nu makes up for
+    it (measured, not derived). Where nu > 2, all channels are scored: P = 1, nu = 0. About 2^11 of the guides and of
+    the keys, evenly spread, give the moments; what is not finite counts as 0.
     """
     step = max(1, guide.shape[2] * guide.shape[3] // 2**11)
     rows = guide[..., ::step, :].flatten(2, 3).nan_to_num(0, 0, 0)
@@ -251,9 +255,9 @@ def attend(
         scale: Factor of the logits, by default D ** -0.5.
         softcap: Bound of the logits, 0 for none.
         sinks: [H G], one more logit per head in the softmax, without a value; None for none.
-        config: The sizes of the default rule, as far as `visibility` lets a call follow it; `min_length` does not
-            matter here.
-        steps_of: The steps of other rules.
+        config: `threshold`, and of its ranking `segment`, `near_keys`, `sample` and `channels`, as far as `visibility`
+            lets a call follow them; the rest matters only to `steps_of`, and `min_length` not at all.
+        steps_of: The steps of other settings, by default those of this file.
     """
     terms = visibility or Visibility()
     config = terms.effective_config(config or S2OConfig())

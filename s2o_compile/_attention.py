@@ -67,10 +67,10 @@ def attention(
     config: S2OConfig | None = None,
     return_stats: bool = False,
 ) -> torch.Tensor | AttentionResult:
-    """Attention that visits keys in order of importance and stops when the rest no longer matters.
+    """Attention to the keys that matter, and to a weighted random sample of the others.
 
     A query sees a key where `is_causal`, `key_padding`, `window`, documents and `mask` all allow it. With documents
-    or a `mask`, every query is a guide (`pool` is 1); with these or a `window`, a tail of "means" is sampled.
+    or a `mask`, every query is a guide (`pool` is 1); with these or a `window`, the rule "means" becomes "sampled".
 
     Args:
         query: [B, Hq, Lq, D], float16, bfloat16 or float32; D up to 256.

@@ -1,6 +1,7 @@
 """The lists of keys that segments visit, as the kernels lay them out in memory.
 
-Ranking first writes, for each batch entry, KV head, list of it and segment of a run, one of two contiguous tensors:
+Ranking first writes, for each batch entry, KV head, list of that KV head and segment of a run, one of two contiguous
+tensors:
 
 - where the tail is sampled, *importance* [B, Hkv, lists, segments, capacity], float32, or float16 for inputs in half
   precision. It is in units of the threshold: a key of 1 or more, or NaN, is sure to be visited, one of -1 never is.
@@ -8,7 +9,7 @@ Ranking first writes, for each batch entry, KV head, list of it and segment of a
   first of 16 keys lowest.
 
 In both, the place of a key is its position less the start of the segment's history (`Geometry`). What follows the end
-of a history is undefined. Importance or flags then become `Lists`.
+of a history is undefined. Importance or flags then become `Lists`. A CPU has a layout of its own, in `ops.cpu.rank`.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ class Lists:
     Attributes:
         index: [B, Hkv, lists, segments, capacity] int32, positions of keys in ascending order; undefined after `count`.
         count: [B, Hkv, lists, segments] int32, the length of each list.
-        log_weights: [B, Hkv, lists, segments, capacity], logs of what the keys of `index` weigh, in units of log 2 and
+        log_weights: [B, Hkv, lists, segments, capacity], logs of what the keys of `index` weigh, base-2 logarithms of
             at least 0. They alias importance, which `sample_kernel` overwrites in place, and have its dtype. Not read
             where the tail is not sampled.
-        guide_lse: [B, Hkv, guide heads, guides] float32, the guides' log-sum-exps, in units of log 2. Read only where
+        guide_lse: [B, Hkv, guide heads, guides] float32, the guides' log-sum-exps to base 2. Read only where
             weights are bounded (`S2OConfig.bounds_weights`).
     """
 

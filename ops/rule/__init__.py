@@ -1,1 +1,1 @@
-"""The rules that all implementations share, each in torch operations."""
+"""Formulas that the implementations share, each in torch operations."""

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 def view(
     model: Model = None,
-    layer: Annotated[int, typer.Option(min=0, help="The layer to look at from near.")] = 0,
-    head: Annotated[int, typer.Option(min=0, help="The query head to look at from near.")] = 0,
+    layer: Annotated[int, typer.Option(min=0, help="The layer to look at closely.")] = 0,
+    head: Annotated[int, typer.Option(min=0, help="The query head to look at closely.")] = 0,
     length: Length = 2048,
     document: Document = None,
     output: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),

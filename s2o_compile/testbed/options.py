@@ -23,7 +23,7 @@ Model = Annotated[
 Document = Annotated[Path | None, typer.Option(help="A text file to read; Python's standard library by default.")]
 Length = Annotated[int, typer.Option(help="Tokens to prefill.")]
 Threshold = Annotated[
-    float | None, typer.Option(help="Share of a query's softmax mass below which keys no longer matter.")
+    float | None, typer.Option(help="Share of a query's softmax mass from which a key is always visited.")
 ]
 MinLength = Annotated[int | None, typer.Option(help="Calls with fewer keys run dense.")]
 Fields = Annotated[
