@@ -48,6 +48,7 @@ def test_no_threshold_for_all_has_no_error() -> None:
     assert (row.rule, row.worst, row.density) == ("calibrated", 0, 1)
 
 
+@pytest.mark.slow
 def test_calls_of_texts() -> None:
     model, seen, unseen = tiny("llama"), {"input_ids": tokens(250, 1)}, {"input_ids": tokens(250, 1)}
     calibrations = calibrate_each(model, seen, [BUDGET])

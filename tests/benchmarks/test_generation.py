@@ -14,7 +14,10 @@ from ..passes.models import tiny, tokens
 EXACT = S2OConfig(threshold=0, min_length=1)
 """Sparse where queries are many, as in real use."""
 NEW = 6
-COMPILED = ["dynamic compiled", "static padded compiled", "chunks beams compiled"]
+COMPILED = [
+    "dynamic compiled",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("static padded compiled", "chunks beams compiled")),
+]
 """Each cache once, and each kind of batch."""
 
 

@@ -55,6 +55,7 @@ def test_calls_that_run_dense_visit_everything() -> None:
     assert visited_density(subject.model, inputs(subject, 300), S2OConfig()) == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_preferred_backend_is_that_of_no_other_row() -> None:
     """Though Inductor caches what it compiles."""
     torch.compiler.reset()

@@ -17,7 +17,9 @@ WITH_FLOAT8 = {
 
 
 @pytest.mark.parametrize("calls", ["some", pytest.param("all", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("dtype", "capability"), [("float16", 80), ("float32", 89), ("bfloat16", 90)])
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [("float16", 80), pytest.param("float32", 89, marks=pytest.mark.slow), ("bfloat16", 90)]
+)
 def test_kernels_compile_for_gpus(dtype: str, capability: int, calls: str) -> None:
     """In a process of its own: here they may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -21,6 +21,8 @@ from s2o_compile.passes.mask.expressions import Unreadable, as_choice, axis
 from s2o_compile.passes.mask.handlers import HANDLERS
 from s2o_compile.passes.mask.reader import Reader
 
+from ..examples import examples
+
 SHAPE = (2, 3, 4, 5)
 SHAPES = [SHAPE, (2, 1, 1, 5), (2, 1, 4, 1), (4, 5), (4, 1), (5,), (1,), ()]
 REAL = [0.0, -0.0, 0.3, -0.3, 1.0, 2.0, 1e-8, 1e-40, -1e4, 65504.0, 70000.0, 1e9, 2.0**24 + 2, 3e38, 1e300]
@@ -184,7 +186,7 @@ def same(one: Tensor, other: Tensor) -> bool:
     return all(x == y or (x != x and y != y) for x, y in zip(left, right, strict=True))
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(150))
 @given(programs())
 def test_what_is_read_is_what_is_held(program: Program) -> None:
     check(program)
