@@ -20,7 +20,7 @@ class Structure:
 
     All are standard normal. A query of diffuseness d, from 0 to 1, is sharpness * (sqrt(likeness) * topic +
     sqrt(1 - likeness) * noise), where sharpness and likeness go evenly from one end to the other of `SHARPNESS` and
-    `LIKENESS`. Topics change every `TOPIC` positions and are shared by the heads of a KV group, noise is each query's
+    `LIKENESS`. Topics change every `TOPIC` positions and are shared by the query heads of a KV head, noise is each query's
     own. So a softmax is log-normal over keys that lie anywhere in the history: at 0 the queries of a segment agree on
     few keys that hold all the mass, at 1 each spreads its mass over more keys, most of them its own. What a sparse
     method visits of that grows with d, whichever its rule.
@@ -42,23 +42,23 @@ class Structure:
         cls,
         length: int,
         heads: int,
-        groups: int,
+        kv_heads: int,
         channels: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> Structure:
-        """Of `length` positions, `heads` query heads over `groups` KV heads; `channels` is D."""
+        """Of `length` positions, `heads` query heads over `kv_heads` KV heads; `channels` is D."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, channels, generator=generator, device=device, dtype=dtype)
 
         return cls(
-            normal(1, groups, 1, -(-length // TOPIC)),
-            normal(1, groups, heads // groups, length),
-            normal(1, groups, length),
-            normal(1, groups, length),
+            normal(1, kv_heads, 1, -(-length // TOPIC)),
+            normal(1, kv_heads, heads // kv_heads, length),
+            normal(1, kv_heads, length),
+            normal(1, kv_heads, length),
         )
 
     @property

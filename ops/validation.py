@@ -48,15 +48,15 @@ def validate(
             raise ValueError(f"{name} must have at most {MAX_HEAD_DIM} channels, not {shape[3]}")
     if device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"query must be on a CPU or a CUDA device, not {device}")
-    (_, heads, _, channels), (_, groups, keys, key_channels) = query.shape, key.shape
+    (_, heads, _, channels), (_, kv_heads, keys, key_channels) = query.shape, key.shape
     if key_channels != channels:
         raise ValueError(f"key must have the channels of query ({channels}), not {key_channels}")
-    if value.shape[1] != groups:
-        raise ValueError(f"value must have the heads of key ({groups}), not {value.shape[1]}")
+    if value.shape[1] != kv_heads:
+        raise ValueError(f"value must have the heads of key ({kv_heads}), not {value.shape[1]}")
     if value.shape[2] != keys:
         raise ValueError(f"value must have the length of key ({keys}), not {value.shape[2]}")
-    if groups and heads % groups:
-        raise ValueError(f"query must have a multiple of the heads of key ({groups}), not {heads} heads")
+    if kv_heads and heads % kv_heads:
+        raise ValueError(f"query must have a multiple of the heads of key ({kv_heads}), not {heads} heads")
     _validate_visibility(query, key, visibility)
     if isinstance(scale, (int, float)) and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")

@@ -24,7 +24,7 @@ PRESETS = {
     "packed": "pool=8 guides=kv_head channels=None combine=mean rule=dropped near_keys=128 threshold=2e-5",
 }
 """Settings of the operator: its own, guides of 2 queries in half the channels, of 4 in all, and 4 guides for each 32
-positions of a KV group."""
+positions of a KV head."""
 
 
 def sdpa(backend: SDPBackend, is_causal: bool) -> Dense:

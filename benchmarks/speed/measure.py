@@ -156,7 +156,7 @@ def measure(case: Case, repetitions: int, progress: Callable[[str], None]) -> li
 def draw(case: Case) -> Structure:
     """What the inputs of a case are made of."""
     shape = SHAPES[case.shape]
-    return Structure.draw(case.length, shape.heads, shape.groups, shape.channels, case.device, case.dtype)
+    return Structure.draw(case.length, shape.heads, shape.kv_heads, shape.channels, case.device, case.dtype)
 
 
 def sparse_contenders(

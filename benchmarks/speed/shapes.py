@@ -10,13 +10,13 @@ class Shape:
     """Query heads, KV heads, head dimension, and the mask."""
 
     heads: int
-    groups: int
+    kv_heads: int
     channels: int
     is_causal: bool = True
 
     def __str__(self) -> str:
         mask = "causal" if self.is_causal else "bidirectional"
-        return f"{self.heads}/{self.groups}/{self.channels}, {mask}"
+        return f"{self.heads}/{self.kv_heads}/{self.channels}, {mask}"
 
 
 SHAPES = {

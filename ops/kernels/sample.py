@@ -1,4 +1,6 @@
-"""The keys whose importance reaches their draw, appended to one list per segment, and what they weigh."""
+"""The keys whose importance reaches their draw, appended to one list per segment with their weights: the selection
+where the tail is sampled, as by default.
+"""
 
 from __future__ import annotations
 

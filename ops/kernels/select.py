@@ -1,4 +1,7 @@
-"""The keys whose flags are set, appended to one list per segment."""
+"""The keys whose flags are set, appended to one list per segment: the selection where the tail is dropped.
+
+Where it is sampled, as by default, `ops.kernels.sample` selects.
+"""
 
 from __future__ import annotations
 

@@ -78,9 +78,9 @@ class SiteInputs:
 
     def ranking_share(self, config: S2OConfig) -> float:
         """What ranking the keys costs, over what dense attention costs."""
-        size, group = self.query.shape[3], self.query.shape[1] // self.key.shape[1]
+        size, group_size = self.query.shape[3], self.query.shape[1] // self.key.shape[1]
         whole = config.with_ranking(channels=None)
-        few, all_channels = (ranking_share(rule, size, self.value.shape[3], group) for rule in (config, whole))
+        few, all_channels = (ranking_share(rule, size, self.value.shape[3], group_size) for rule in (config, whole))
         scale = self.options.get("scale")
         in_all = share_in_all_channels(self.query, self.key, size**-0.5 if scale is None else scale, config)
         return few + (all_channels - few) * in_all
