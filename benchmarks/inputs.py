@@ -18,12 +18,12 @@ LIKENESS = (1.0, 0.1)
 class Structure:
     """What queries are made of, and the keys and values they attend.
 
-    All are standard normal. A query of diffuseness d, from 0 to 1, is sharpness * (sqrt(likeness) * topic +
-    sqrt(1 - likeness) * noise), where sharpness and likeness go evenly from one end to the other of `SHARPNESS` and
-    `LIKENESS`. Topics change every `TOPIC` positions and are shared by the query heads of a KV head, noise is each
-    query's own. So a softmax is log-normal over keys that lie anywhere in the history: at 0 the queries of a segment agree on
-    few keys that hold all the mass, at 1 each spreads its mass over more keys, most of them its own. What a sparse
-    method visits of that grows with d, whichever its rule.
+    All are standard normal. A query of diffuseness d, from 0 to 1, is sharpness * (sqrt(likeness) * topic + sqrt(1 -
+    likeness) * noise), where sharpness and likeness go evenly from one end to the other of `SHARPNESS` and `LIKENESS`.
+    Topics change every `TOPIC` positions and are shared by the query heads of a KV head, noise is each query's own. So
+    a softmax is log-normal over keys that lie anywhere in the history: at 0 the queries of a segment agree on few keys
+    that hold all the mass, at 1 each spreads its mass over more keys, most of them its own. What a sparse method visits
+    of that grows with d, whichever its rule.
 
     Attributes:
         topics: [1, Hkv, 1, topics, D].
