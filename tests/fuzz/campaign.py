@@ -107,18 +107,21 @@ def _chunk(attempt: Try, seeds: range, known: Known, patience: float) -> Iterato
     process = context.Process(target=_work, args=(attempt, seeds, known, there), daemon=True)
     process.start()
     there.close()
-    for seed in seeds:
-        try:
+    try:
+        for seed in seeds:
             if not here.poll(patience):
                 yield Tried(seed, "hangs", True, f"no answer in {patience:g} s", script=f"seed {seed}")
-                break
-            yield here.recv()
-        except EOFError:
-            process.join()
-            yield Tried(seed, "dies", True, f"exit code {process.exitcode}", script=f"seed {seed}")
-            break
-    process.kill()
-    process.join()
+                return
+            try:
+                tried = here.recv()
+            except EOFError:
+                process.join()
+                yield Tried(seed, "dies", True, f"exit code {process.exitcode}", script=f"seed {seed}")
+                return
+            yield tried
+    finally:  # Also where nobody asks for the rest.
+        process.kill()
+        process.join()
 
 
 def run(attempt: Try, result: Result, seconds: float, path: Path | None, patience: float = 300) -> Result:

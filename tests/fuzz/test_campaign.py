@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def test_faults_are_counted_once_and_a_dead_process_is_one(tmp_path: Path) -> No
 def test_a_hanging_process_is_a_fault() -> None:
     result = run(lambda seed, known: _hang(), Result(0, 0), 0.1, None, patience=0.2)
     assert [fault.kind for fault in result.faults] == ["hangs"]
+    assert multiprocessing.active_children() == []
 
 
 def _hang() -> Tried:
