@@ -470,7 +470,9 @@ def test_on_a_gpu(dynamic: bool) -> None:
     assert s2o_compile.explain(model, tokens, use_cache=True, config=config).rewritten == 2
 
 
-@pytest.mark.parametrize(("setting", "lines"), [(None, 0), ("s2o_compile", 1), ("+s2o_compile", 2)])
+@pytest.mark.parametrize(
+    ("setting", "lines"), [(None, 0), pytest.param("s2o_compile", 1, marks=pytest.mark.slow), ("+s2o_compile", 2)]
+)
 def test_log(setting: str | None, lines: int) -> None:
     program = (
         "import torch, s2o_compile\n"

@@ -73,7 +73,7 @@ def run(program: str, *paths: Path) -> list[str]:
     return result.stdout.split()
 
 
-@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("zip", marks=pytest.mark.slow)])
 def test_a_copy(kind: str, copy: Path, others: Path) -> None:
     if kind == "zip":
         copy = Path(shutil.make_archive(str(copy), "zip", copy))
