@@ -7,9 +7,15 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from .distributed import is_dtensor
+from .pieces import attend_in_pieces
 from .rule.softmax import soft_cap
 from .sizes import statically_known_true
+from .surroundings import is_packaging, is_transformed
 from .visibility import Visibility
+
+_LARGE_MASK = 2**20
+"""Pairs of queries and keys from which a mask costs more than what avoids it."""
 
 
 def dense_attention(
@@ -20,9 +26,36 @@ def dense_attention(
     is_causal, offset, *terms = visibility
     if all(term is None for term in terms) and (not is_causal or statically_known_true(offset == 0)):
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    if _avoids_mask(query, key, visibility):
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        return torch.ops.s2o.dense(query, key, value, *visibility[:-1], factor)
     mask = _mask(visibility, query, key)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return output.masked_fill(~mask.any(-1, keepdim=True), 0)
+
+
+def attend_without_mask(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visibility: Visibility, scale: float
+) -> torch.Tensor:
+    """Dense attention of some queries and keys without a general mask, none of which is written out for all of them.
+
+    The output [B, Hq, Lq, Dv] is stored as [B, Lq, Hq, Dv]. docs/decisions/010-dense-without-masks.md says what was
+    measured.
+    """
+    by_kernel = query.is_cuda and query.dtype != torch.float32
+    if by_kernel and (visibility.window is not None or not visibility.is_positional):
+        from .kernels.dense import attend_densely
+
+        return attend_densely(query, key, value, visibility, scale, 0.0)[0]
+    return attend_in_pieces(query, key, value, visibility, scale)
+
+
+def _avoids_mask(query: torch.Tensor, key: torch.Tensor, visibility: Visibility) -> bool:
+    """Whether a mask of all queries and keys is better not written out: it is large, and there is another way."""
+    queries, keys = query.shape[2], key.shape[2]
+    if visibility.mask is not None or statically_known_true(queries * keys < _LARGE_MASK):
+        return False
+    return not (is_packaging() or is_transformed() or is_dtensor(query))
 
 
 def positive_scale(query: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float | None]:

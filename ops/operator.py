@@ -1,14 +1,14 @@
 """The operators ``torch.ops.s2o.attention`` and ``torch.ops.s2o.attention_stats``.
 
-Both are compositions: they validate, cast under autocast, choose between sparse and dense, and call `sparse`, which is
-opaque to the compiler. Where Inductor makes a package for a GPU, that has to carry the kernels, and `sparse_triton`
-shows them (a `triton_op`). It does not elsewhere: Inductor takes seconds for the kernels of each call.
+Both are compositions: they validate, cast under autocast, choose between sparse and dense, and call `sparse`, SDPA or,
+where SDPA would need a large mask, `dense`. Of these `sparse` and `dense` are opaque to the compiler. Where Inductor
+makes a package for a GPU, that has to carry the kernels, and `sparse_triton` shows them (a `triton_op`). It does not
+elsewhere: Inductor takes seconds for the kernels of each call.
 Where lengths are symbolic and the choice depends on them, they call `attention_dynamic`, which chooses at run time.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -18,7 +18,7 @@ import torch
 
 from . import cpu
 from .config import S2OConfig
-from .dense import decode_attention, dense_attention, positive_scale
+from .dense import attend_without_mask, decode_attention, dense_attention, positive_scale
 from .dispatch import choose_sparse, has_kernels
 from .distributed import refuse_context_parallel, refuse_dtensors
 from .memory import fit_into_memory
@@ -26,6 +26,7 @@ from .observe import SparseInputs, recorded
 from .result import AttentionResult
 from .rule.sinks import add_sinks
 from .sizes import statically_known_true
+from .surroundings import is_packaging
 from .validation import validate
 from .visibility import Visibility
 
@@ -48,6 +49,10 @@ library.define(
     "sparse(Tensor query, Tensor key, Tensor value, bool is_causal, SymInt causal_offset, Tensor? key_padding, "
     "SymInt? window, Tensor? query_documents, Tensor? key_documents, Tensor? mask, float scale, float softcap, "
     f"str site, str settings) -> {_RESULT}"
+)
+library.define(
+    "dense(Tensor query, Tensor key, Tensor value, bool is_causal, SymInt causal_offset, Tensor? key_padding, "
+    "SymInt? window, Tensor? query_documents, Tensor? key_documents, float scale) -> Tensor"
 )
 
 
@@ -170,7 +175,7 @@ class _Call(NamedTuple):
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
         is_empty = _is_empty(self.query, self.key)
         by_kernels = self.query.is_cuda and not is_empty and has_kernels(self.visibility, self.config)
-        if by_kernels and not symbolic and _is_packaging():
+        if by_kernels and not symbolic and is_packaging():
             from .kernels.pipeline import sparse_triton
 
             result = AttentionResult(*sparse_triton(*arguments, settings))
@@ -179,12 +184,6 @@ class _Call(NamedTuple):
         if value is not self.value:
             result = result._replace(output=result.output[..., :0])
         return result if self.sinks is None else add_sinks(result, self.sinks)
-
-
-def _is_packaging() -> bool:
-    """Whether Inductor compiles for a process without Python."""
-    virtualized = sys.modules.get("torch._inductor.virtualized")
-    return virtualized is not None and virtualized.V.aot_compilation
 
 
 def _with_channels(x: torch.Tensor) -> torch.Tensor:
@@ -216,6 +215,12 @@ def _sparse_cuda(*arguments: Any) -> AttentionResult:
         return AttentionResult(*sparse_triton(*operands, config.as_json))
 
     return _dispatched(attend, *arguments)
+
+
+def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+    *terms, scale = rest
+    with _without_autocast(query.device.type):
+        return attend_without_mask(query, key, value, Visibility(*terms), scale)
 
 
 def _dispatched(
@@ -259,7 +264,9 @@ def _fake_result(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *r
 library.impl("attention", attention, "CompositeImplicitAutograd")
 library.impl("attention_stats", attention_stats, "CompositeImplicitAutograd")
 library.impl("attention_dynamic", attention_dynamic, "CompositeExplicitAutograd")
+library.impl("dense", _dense, "CompositeExplicitAutograd")
 library.impl("sparse", _sparse_cpu, "CPU")
 library.impl("sparse", _sparse_cuda, "CUDA")
 torch.library.register_fake("s2o::attention_dynamic", _fake_output, lib=library)
+torch.library.register_fake("s2o::dense", _fake_output, lib=library)
 torch.library.register_fake("s2o::sparse", _fake_result, lib=library)

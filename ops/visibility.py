@@ -32,6 +32,11 @@ class Visibility(NamedTuple):
         return not self.is_causal and all(term is None for term in self[2:])
 
     @property
+    def is_positional(self) -> bool:
+        """Whether where a query and a key are decides whether the one sees the other."""
+        return self.key_padding is None and self.query_documents is None and self.mask is None
+
+    @property
     def rows_differ(self) -> bool:
         """Whether the queries of a segment may see different keys of their history."""
         return self.window is not None or self.query_documents is not None or self.mask is not None
@@ -84,6 +89,19 @@ class Visibility(NamedTuple):
         )
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[batch]
         return self._replace(key_padding=padding, query_documents=of_queries, key_documents=of_keys, mask=mask)
+
+    def cut(self, rows: slice, keys: slice) -> Visibility:
+        """The same of consecutive queries and keys, without a general mask."""
+        first_row, first_key = rows.start or 0, keys.start or 0
+        padding = None if self.key_padding is None else self.key_padding[:, keys]
+        of_queries = None if self.query_documents is None else self.query_documents[:, rows]
+        of_keys = None if self.key_documents is None else self.key_documents[:, keys]
+        return self._replace(
+            causal_offset=self.causal_offset + first_row - first_key,
+            key_padding=padding,
+            query_documents=of_queries,
+            key_documents=of_keys,
+        )
 
     def effective_config(self, config: S2OConfig) -> S2OConfig:
         """The configuration as far as such a call can follow it.

@@ -67,7 +67,7 @@ def attend(arguments: Arguments, lists: Lists, segments: range, result: Attentio
 
 
 @triton.jit
-def _add(
+def add_keys(
     maximum, mass, total, rows, key, value, index, inside, seen, bias, limit, unit, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, FIXED: tl.constexpr, ROWS_DIFFER: tl.constexpr,
     SOFTCAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -107,6 +107,16 @@ def _add(
 
 
 @triton.jit
+def lower_weights(maximum, mass, total, unit, dtype: tl.constexpr):
+    """The online softmax with room for weights above 1 in float16, from here on under a fixed maximum."""
+    if dtype == tl.float16:
+        maximum += FLOAT16_HEADROOM / unit
+        mass *= 0.5**FLOAT16_HEADROOM
+        total *= 0.5**FLOAT16_HEADROOM
+    return maximum, mass, total
+
+
+@triton.jit
 def _masked_prologue(
     rows, places, tensors, lists, terms, limit, low, end, first, listed, unit, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr,
@@ -135,7 +145,7 @@ def _masked_prologue(
             bias = tl.load(log_weights + column, mask=of_list, other=0.0).to(tl.float32) / unit
         inside = load_padding(padding, chosen, inside, HAS_PADDING)
         seen = see(terms, head, position, real, chosen, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
-        maximum, mass, total = _add(
+        maximum, mass, total = add_keys(
             maximum, mass, total, rows, key, value, chosen, inside, seen, bias, limit,
             unit, softcap, KEY_STRIDE, VALUE_STRIDE, False, rows_differ, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
@@ -242,10 +252,8 @@ def attend_kernel(
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
 
-    if FIXED and rows.dtype == tl.float16:
-        maximum += FLOAT16_HEADROOM / unit
-        mass *= 0.5**FLOAT16_HEADROOM
-        total *= 0.5**FLOAT16_HEADROOM
+    if FIXED:
+        maximum, mass, total = lower_weights(maximum, mass, total, unit, rows.dtype)
 
     # 3. Unmasked loop: what is left of the dense span at places below 0, then of the list.
     for start in range(low - open_end, whole, BLOCK_N):
@@ -258,7 +266,7 @@ def attend_kernel(
         if rows_differ:
             everywhere = lane < BLOCK_N
             seen = see(terms, head, position, real, chosen, everywhere, False, WINDOW, DOCUMENTS, MASK)
-        maximum, mass, total = _add(
+        maximum, mass, total = add_keys(
             maximum, mass, total, rows, key, value, chosen, None, seen, bias, limit,
             unit, softcap, KEY_STRIDE, VALUE_STRIDE, FIXED, rows_differ, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip

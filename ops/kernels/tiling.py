@@ -105,6 +105,12 @@ def attend_tiling(channels: int, itemsize: int, rows: int, is_fixed: bool, share
 
 
 @functools.cache
+def dense_tiling(channels: int, itemsize: int, shared: int) -> Tiling:
+    """Of `dense_kernel`, for the channels of the wider of a key and a value, and the bytes of each."""
+    return attend_tiling(channels, itemsize, MAX_ROWS if channels <= 128 or itemsize <= 2 else 64, True, shared)
+
+
+@functools.cache
 def rows_per_list(rows: int, most: int) -> int:
     """How many guides of a list a kernel scores at once: the power of two that leaves the fewest places empty."""
     if rows <= most:

@@ -15,7 +15,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from s2o_compile.ops import Ranking, S2OConfig
-from s2o_compile.ops.kernels import attend, channels, guides, importance, normaliser, pipeline, quantise, sample, select
+from s2o_compile.ops.kernels import (
+    attend,
+    channels,
+    dense,
+    guides,
+    importance,
+    normaliser,
+    pipeline,
+    quantise,
+    sample,
+    select,
+)
 from s2o_compile.ops.visibility import Visibility
 
 CAPABILITIES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -100,7 +111,7 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     there is no float8.
     """
     Builder.capability = capability
-    for module in (attend, channels, guides, importance, normaliser, quantise, sample, select):
+    for module in (attend, channels, dense, guides, importance, normaliser, quantise, sample, select):
         module.wrap_triton = Builder  # type: ignore[attr-defined]
     attend.shared_memory = lambda device: CAPABILITIES[capability]
     query, key = torch.empty(1, 4, 300, 64, dtype=dtype), torch.empty(1, 2, 300, 64, dtype=dtype)
@@ -112,7 +123,10 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     importance.sums_in_half = lambda operands, takes_mean: (
         capability == 90 and operands.are_quantised and not takes_mean
     )
+    dense.shared_memory = attend.shared_memory
     pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
+    if dtype != torch.float32:
+        dense.attend_densely(query, key, key, terms._replace(mask=None), 0.125, 0.0)
     for config in OTHERS if has_float8 else ():
         padded = Visibility(True, key_padding=mask[0, 0, :1])
         pipeline.sparse_attention(query, key, key, padded, 0.125, 0.0, config)
