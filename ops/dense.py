@@ -8,7 +8,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .distributed import is_dtensor
+from .fused import attend_window, can_attend_window
 from .pieces import attend_in_pieces
+from .result import AttentionResult
+from .rule.sinks import add_sinks
 from .rule.softmax import soft_cap
 from .sizes import statically_known_true
 from .surroundings import is_packaging, is_transformed
@@ -16,6 +19,9 @@ from .visibility import Visibility
 
 _LARGE_MASK = 2**20
 """Pairs of queries and keys from which a mask costs more than what avoids it."""
+_NARROW_WINDOW = 1024
+"""The longest window for which FlashAttention is faster than the kernel: 1.3 ms and 1.9 for 512, 7.0 and 5.0 for 4,096
+(H200, 32,768 positions, 32 heads over 8 of 128 channels)."""
 
 
 def dense_attention(
@@ -28,34 +34,59 @@ def dense_attention(
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     if _avoids_mask(query, key, visibility):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        return torch.ops.s2o.dense(query, key, value, *visibility[:-1], factor)
+        return torch.ops.s2o.dense(query, key, value, *visibility[:-1], factor, 0.0, None)
     mask = _mask(visibility, query, key)
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return output.masked_fill(~mask.any(-1, keepdim=True), 0)
 
 
 def attend_without_mask(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visibility: Visibility, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visibility: Visibility,
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Dense attention of some queries and keys without a general mask, none of which is written out for all of them.
 
-    The output [B, Hq, Lq, Dv] is stored as [B, Lq, Hq, Dv]. docs/decisions/010-dense-without-masks.md says what was
-    measured.
+    With a soft cap or sinks, it is only for what `attends_by_kernel`. The output [B, Hq, Lq, Dv] is stored as
+    [B, Lq, Hq, Dv]. docs/decisions/010-dense-without-masks.md says what was measured.
     """
-    by_kernel = query.is_cuda and query.dtype != torch.float32
-    if by_kernel and (visibility.window is not None or not visibility.is_positional):
-        from .kernels.dense import attend_densely
+    is_plain = not softcap and sinks is None
+    if is_plain and _is_narrow(visibility) and can_attend_window(query, key, visibility.causal_offset):
+        assert visibility.window is not None
+        return attend_window(query, key, value, visibility.window, scale)
+    by_sdpa = is_plain and visibility.window is None and visibility.is_positional
+    if by_sdpa or not attends_by_kernel(query):
+        return attend_in_pieces(query, key, value, visibility, scale)
+    from .kernels.dense import attend_densely
 
-        return attend_densely(query, key, value, visibility, scale, 0.0)[0]
-    return attend_in_pieces(query, key, value, visibility, scale)
+    output, lse = attend_densely(query, key, value, visibility, scale, softcap)
+    return output if sinks is None else add_sinks(AttentionResult(output, lse, lse), sinks).output
+
+
+def attends_by_kernel(query: torch.Tensor) -> bool:
+    """Whether there is a fast kernel for dense attention with all terms: in half precision on a GPU."""
+    return query.is_cuda and query.dtype != torch.float32
+
+
+def is_large(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether a mask of all queries and keys may cost more than what avoids it."""
+    return not statically_known_true(query.shape[2] * key.shape[2] < _LARGE_MASK)
 
 
 def _avoids_mask(query: torch.Tensor, key: torch.Tensor, visibility: Visibility) -> bool:
-    """Whether a mask of all queries and keys is better not written out: it is large, and there is another way."""
-    queries, keys = query.shape[2], key.shape[2]
-    if visibility.mask is not None or statically_known_true(queries * keys < _LARGE_MASK):
+    if visibility.mask is not None or not is_large(query, key):
         return False
     return not (is_packaging() or is_transformed() or is_dtensor(query))
+
+
+def _is_narrow(visibility: Visibility) -> bool:
+    """Whether the terms are a causal window that is so short that FlashAttention is faster than the kernel."""
+    window = visibility.window
+    return window is not None and window <= _NARROW_WINDOW and visibility.is_causal and visibility.is_positional
 
 
 def positive_scale(query: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, float | None]:

@@ -39,14 +39,37 @@ def with_lse(
     return output, lse.view(query.shape[:3]).float()
 
 
+def can_attend_window(query: torch.Tensor, key: torch.Tensor, offset: int) -> bool:
+    """Whether `attend_window` takes these tensors, of which query i stands at key i + offset."""
+    if not query.is_cuda or query.shape[3] % 8 or key.shape[2] != query.shape[2] + offset:
+        return False
+    return can_use_flash_attention(_parameters(query, key, key))
+
+
+def attend_window(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, scale: float
+) -> torch.Tensor:
+    """Causal attention by FlashAttention of queries that stand at the last keys, each to the `window` keys up to it."""
+    packed = (x.transpose(1, 2) for x in (query, key, value))
+    output, *_ = _aten._flash_attention_forward(
+        *packed, None, None, query.shape[2], key.shape[2], 0.0, True, False,
+        scale=scale, window_size_left=window - 1, window_size_right=0,
+    )  # fmt: skip
+    return output.transpose(1, 2)
+
+
 def _backend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:
     """The fused backend for tensors on a GPU: cuDNN from Hopper on, where it is the faster one; None for neither."""
     if query.shape[3] % 8:
         return None
-    parameters = SDPAParams(query, key, value, None, 0.0, False, query.shape[1] != key.shape[1])
+    parameters = _parameters(query, key, value)
     if torch.cuda.get_device_capability(query.device)[0] >= 9 and can_use_cudnn_attention(parameters):
         return "cudnn"
     return "flash" if can_use_flash_attention(parameters) else None
+
+
+def _parameters(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> SDPAParams:
+    return SDPAParams(query, key, value, None, 0.0, False, query.shape[1] != key.shape[1])
 
 
 def _for_each_head(x: torch.Tensor, heads: int) -> torch.Tensor:

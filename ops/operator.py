@@ -18,7 +18,7 @@ import torch
 
 from . import cpu
 from .config import S2OConfig
-from .dense import attend_without_mask, decode_attention, dense_attention, positive_scale
+from .dense import attend_without_mask, attends_by_kernel, decode_attention, dense_attention, positive_scale
 from .dispatch import choose_sparse, has_kernels
 from .distributed import refuse_context_parallel, refuse_dtensors
 from .memory import fit_into_memory
@@ -52,16 +52,17 @@ library.define(
 )
 library.define(
     "dense(Tensor query, Tensor key, Tensor value, bool is_causal, SymInt causal_offset, Tensor? key_padding, "
-    "SymInt? window, Tensor? query_documents, Tensor? key_documents, float scale) -> Tensor"
+    "SymInt? window, Tensor? query_documents, Tensor? key_documents, float scale, float softcap, Tensor? sinks) "
+    "-> Tensor"
 )
 
 
 def attention(*arguments: Any, **keywords: Any) -> torch.Tensor:
     """The implementation of the operator, whose arguments and errors ``s2o_compile.attention`` documents.
 
-    Calls that are short (`S2OConfig.min_length`) or shaped like decoding run dense: by SDPA, or with a soft cap or
-    sinks, which it lacks, by the sparse implementation with every key in the dense span, or spelled out for a few
-    queries.
+    Calls that are short (`S2OConfig.min_length`) or shaped like decoding run dense: by SDPA; without a mask where one
+    would be large (`dense`); or with a soft cap or sinks, which SDPA lacks, by the sparse implementation with every key
+    in the dense span, or spelled out for a few queries.
     """
     call = _Call.of(*arguments, **keywords)
     sparse = call.chooses_sparse()
@@ -155,6 +156,9 @@ class _Call(NamedTuple):
             return dense_attention(query, key, value, self.visibility, self.scale)
         if statically_known_true(query.shape[2] <= _FEW_QUERIES):
             return decode_attention(query, key, value, self.visibility, self.factor, self.softcap, self.sinks)
+        if self.visibility.mask is None and attends_by_kernel(query) and not is_packaging():
+            terms = self.visibility[:-1]
+            return torch.ops.s2o.dense(query, key, value, *terms, self.factor, self.softcap, self.sinks)
         return self.spans().output
 
     @property
@@ -218,9 +222,9 @@ def _sparse_cuda(*arguments: Any) -> AttentionResult:
 
 
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
-    *terms, scale = rest
+    *terms, scale, softcap, sinks = rest
     with _without_autocast(query.device.type):
-        return attend_without_mask(query, key, value, Visibility(*terms), scale)
+        return attend_without_mask(query, key, value, Visibility(*terms), scale, softcap, sinks)
 
 
 def _dispatched(

@@ -36,7 +36,7 @@ def _accept(site: AttentionSite, prover: Prover, writes: Writes) -> Mask:
     query, key = check_inputs(site)
     if not site.scores or site.softcap is not None or site.sinks is not None or not _is_positive(site.scale):
         raise Refused("this is not what SDPA computes")
-    if not _gains_by_fusion(query):
+    if not gains_by_fusion(query):
         raise Refused("SDPA is not faster")
     if needs_gradients(site.node) and writes.to(site.node):
         raise Refused("SDPA keeps its output for the gradients, and it is changed in place")
@@ -53,7 +53,7 @@ def _is_positive(scale: tuple[Factor, ...] | None) -> bool:
     return scale is None or (are_known(scale) and known_product(scale) > 0)
 
 
-def _gains_by_fusion(query: torch.Tensor) -> bool:
+def gains_by_fusion(query: torch.Tensor) -> bool:
     """Whether SDPA may be faster: on a GPU it is not in float32, unless products may be rounded."""
     return not (query.is_cuda and query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
 

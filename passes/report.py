@@ -29,6 +29,7 @@ class Decision:
         shapes: The shapes of query, key and value; symbolic sizes are strings.
         rewritten: Whether the site became ``torch.ops.s2o.attention``.
         reason: Why, in one sentence.
+        unmasked: Whether a site that stays dense attends what its mask shows without computing the mask.
         mask: What the mask says, as far as it was proven, and what else is done to the logits.
         visited: The (query, key) pairs that each query head visited, over the batch; None if not measured.
         dense_pairs: The pairs that a dense kernel visits for one head, over the batch; None if not measured.
@@ -39,13 +40,19 @@ class Decision:
     shapes: dict[str, tuple[int | str, ...]]
     rewritten: bool
     reason: str
+    unmasked: bool = False
     mask: str = ""
     visited: list[int] | None = None
     dense_pairs: int | None = None
 
     def __str__(self) -> str:
-        outcome = f"sparse; {self.mask}" if self.rewritten else "dense"
+        outcome = f"sparse; {self.mask}" if self.rewritten else self.kind
         return f"{self.name} ({self.location}): {outcome}; {self.reason}"
+
+    @property
+    def kind(self) -> str:
+        """'sparse', 'dense', or 'dense, no mask'."""
+        return "sparse" if self.rewritten else "dense, no mask" if self.unmasked else "dense"
 
     @property
     def density(self) -> list[float] | None:
@@ -126,8 +133,7 @@ def _row(decision: Decision, measured: bool) -> list[str]:
     density = decision.density
     shown = [f"{sum(density) / len(density):.3f}" if density else "-"] if measured else []
     why = "; ".join(filter(None, (decision.mask, "" if decision.rewritten else decision.reason)))
-    attention = "sparse" if decision.rewritten else "dense"
-    return [decision.name, decision.location, query, key, attention, *shown, why]
+    return [decision.name, decision.location, query, key, decision.kind, *shown, why]
 
 
 def site_name(node: Node) -> str:

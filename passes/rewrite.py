@@ -25,6 +25,7 @@ from .match.site import AttentionSite
 from .match.walk import Walker
 from .replace import Replacer
 from .report import Decision, site_name, source_location
+from .unmask import DENSE, mask_to_drop
 
 
 def rewrite(
@@ -41,8 +42,8 @@ def rewrite(
         module: The graph that Dynamo hands to a backend.
         config: The settings of the operator.
         of_site: The settings of a site by name, by default `config`; raises `Refused` for one that is to stay dense.
-        fuse_dense: Whether attention that is written out and stays dense becomes a call of SDPA where it is proven to
-            be one.
+        fuse_dense: Whether attention that stays dense loses its mask where that is proven, and becomes a call of SDPA
+            where it is written out and is proven to be one.
 
     Returns:
         One decision per site. The node of a rewritten site has its decision in ``meta["s2o_decision"]``.
@@ -100,7 +101,9 @@ class _Rewriter:
             return []
         decision = self.decide(site)
         if fuse_dense and not decision.rewritten:
-            fuse(site, self.prover, self.writes, self.replacer)
+            decision.unmasked = self.drop_mask(site)
+            if not decision.unmasked:
+                fuse(site, self.prover, self.writes, self.replacer)
         return [decision]
 
     def decide(self, site: AttentionSite) -> Decision:
@@ -108,10 +111,11 @@ class _Rewriter:
         decision = _undecided(site)
         try:
             mask = self.accept(site)
-            self.replace(site, mask, decision)
+            node = self.replace(site, mask, decision.name, self.of_site(decision.name))
         except Refused as refused:
             decision.reason = str(refused)
             return decision
+        node.meta["s2o_decision"] = decision
         decision.rewritten, decision.mask = True, "; ".join([str(mask), *logit_terms_in_words(site)])
         proven = "the mask is proven" if mask.rest == sympy.true else "what is not proven of the mask is passed on"
         decision.reason = f"{proven} and the call may be long enough for sparse attention"
@@ -128,21 +132,27 @@ class _Rewriter:
         check_length(query, key, self.config)
         return proven_mask(site, self.prover)
 
-    def replace(self, site: AttentionSite, mask: Mask, decision: Decision) -> None:
-        """Put the operator where a site is, and remove the nodes that nothing uses then.
+    def drop_mask(self, site: AttentionSite) -> bool:
+        """Let a site that stays dense attend what its mask shows without the mask; whether that is possible."""
+        try:
+            self.replace(site, mask_to_drop(site, self.prover), "", DENSE)
+        except Refused:
+            return False
+        return True
+
+    def replace(self, site: AttentionSite, mask: Mask, name: str, config: S2OConfig) -> Node:
+        """Put the operator where a site is, and remove the nodes that nothing uses then; its node.
 
         Raises:
             Refused: The operator cannot compute the same; the site is as it was.
         """
         unused = self.replacer.unused_without(site)
-        config = self.of_site(decision.name)
         check_scores(site, unused)
         with self.replacer.inserting_before(site.node):
-            arguments = self.replacer.arguments.of_operator(mask, site)
-            arguments |= {"site": decision.name, **config.arguments()}
+            arguments = self.replacer.arguments.of_operator(mask, site) | {"site": name, **config.arguments()}
             node = self.replacer.put(torch.ops.s2o.attention.default, arguments, site, mask)
-        node.meta["s2o_decision"] = decision
         self.replacer.erase(unused)
+        return node
 
 
 def _undecided(site: AttentionSite) -> Decision:

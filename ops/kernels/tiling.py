@@ -106,8 +106,15 @@ def attend_tiling(channels: int, itemsize: int, rows: int, is_fixed: bool, share
 
 @functools.cache
 def dense_tiling(channels: int, itemsize: int, shared: int) -> Tiling:
-    """Of `dense_kernel`, for the channels of the wider of a key and a value, and the bytes of each."""
-    return attend_tiling(channels, itemsize, MAX_ROWS if channels <= 128 or itemsize <= 2 else 64, True, shared)
+    """Of `dense_kernel`, for the channels of the wider of a key and a value, and the bytes of each.
+
+    As many keys as the bytes of `shared` memory have room for.
+    """
+    rows, row_bytes = MAX_ROWS if itemsize <= 2 else 64, next_power_of_2(channels) * itemsize
+    stages = 3 if channels <= 128 else 2
+    room = (shared // row_bytes - rows) // (2 * stages)
+    keys = next(keys for keys in (64, 32, 16) if keys <= max(16, room))
+    return Tiling(rows, keys, 4 if channels <= 64 else 8, stages)
 
 
 @functools.cache
