@@ -23,6 +23,11 @@ from .mask.terms import Mask, scores_shape
 from .match.site import AttentionSite
 
 
+def is_of_sdpa(mask: Mask) -> bool:
+    """Whether SDPA needs no tensor for a mask: it hides nothing, or is the causal one."""
+    return mask.predicate == sympy.true or mask == Mask(is_causal=True, sources=mask.sources)
+
+
 class Arguments:
     """Writes arguments into one graph, at its insertion point; sites with the same mask share the tensors.
 
@@ -58,10 +63,8 @@ class Arguments:
             Refused: They depend on something that the graph does not compute.
         """
         arguments = {"scale": self._scale(site), "enable_gqa": bool(site.enable_gqa)}
-        if mask == Mask(is_causal=True, sources=mask.sources):
-            return arguments | {"is_causal": True}
-        if mask.predicate == sympy.true:
-            return arguments
+        if is_of_sdpa(mask):
+            return arguments | {"is_causal": True} if mask.is_causal else arguments
         axes = dict(zip(AXES, scores_shape(*site.query_and_key), strict=True))
         return arguments | {"attn_mask": self._tensor(mask.predicate, axes, site)}
 
