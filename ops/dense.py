@@ -17,7 +17,7 @@ from .sizes import statically_known_true
 from .surroundings import is_packaging, is_transformed
 from .visibility import Visibility
 
-_LARGE_MASK = 2**20
+LARGE_MASK = 2**20
 """Pairs of queries and keys from which a mask costs more than what avoids it."""
 _NARROW_WINDOW = 1024
 """The longest window for which FlashAttention is faster than the kernel: 1.3 ms and 1.9 for 512, 7.0 and 5.0 for 4,096
@@ -74,7 +74,7 @@ def attends_by_kernel(query: torch.Tensor) -> bool:
 
 def is_large(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether a mask of all queries and keys may cost more than what avoids it."""
-    return not statically_known_true(query.shape[2] * key.shape[2] < _LARGE_MASK)
+    return not statically_known_true(query.shape[2] * key.shape[2] < LARGE_MASK)
 
 
 def _avoids_mask(query: torch.Tensor, key: torch.Tensor, visibility: Visibility) -> bool:

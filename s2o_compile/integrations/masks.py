@@ -18,6 +18,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
+from ..ops.dense import LARGE_MASK
 from ..ops.dispatch import choose_sparse
 from ..ops.visibility import Visibility
 from .lazy_mask import LazyMask
@@ -96,9 +97,9 @@ def s2o_mask(
 ) -> torch.Tensor | None:
     """The mask for the layers of one forward pass, as ``transformers.AttentionMaskInterface`` asks for it.
 
-    Calls that will run dense get the mask of SDPA, as those that gradients may be needed of do. So do calls whose mask
-    must be a tensor or says more than causal, sliding window and padding, and all that is traced: there a backend
-    reads the mask in the graph.
+    Calls that will run dense get the mask of SDPA where that is none or small, as those that gradients may be needed of
+    do. So do calls whose mask must be a tensor or says more than causal, sliding window and padding, and all that is
+    traced: there a backend reads the mask in the graph.
 
     On a GPU this waits once for each padding mask, so that calls without padding run without one, and once for an
     offset that a tensor holds, since the operator takes a number. The SDPA masks of transformers wait for the same.
@@ -123,10 +124,12 @@ def s2o_mask(
         if band is not None:
             terms = band.terms(int(q_offset) - int(kv_offset))
             keys = visible_keys(terms, q_length, kv_length)
-            if choose_sparse(q_length, keys, torch.device(device), settings_of(config)):
+            is_sparse = choose_sparse(q_length, keys, torch.device(device), settings_of(config))
+            if is_sparse or q_length * keys >= LARGE_MASK:
                 padding = _padding(attention_mask, kv_length, kv_offset)
                 if padding is not None and not padding[:, :keys].all():
                     terms = terms._replace(key_padding=padding.clone())
+            if is_sparse or (q_length * keys >= LARGE_MASK and _needs_mask(terms, q_length, kv_length)):
                 return LazyMask(terms, (batch_size, 1, q_length, kv_length), torch.device(device))
     return sdpa_mask(
         batch_size,
@@ -147,6 +150,13 @@ def _padding(mask: torch.Tensor | None, keys: int, first: int) -> torch.Tensor |
     """The padding mask of so many keys from the first."""
     mask = prepare_padding_mask(mask, keys, first)
     return None if mask is None else mask[:, first : first + keys]
+
+
+def _needs_mask(terms: Visibility, queries: int, keys: int) -> bool:
+    """Whether SDPA needs a mask for terms."""
+    terms = terms.simplified(queries, keys)
+    is_plain = not terms.is_causal or (terms.causal_offset == 0 and queries == keys)
+    return not (is_plain and terms.window is None and terms.key_padding is None)
 
 
 def visible_keys(terms: Visibility, queries: int, keys: int) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from s2o_compile.ops import AttentionResult, S2OConfig
+from s2o_compile.ops import dense as dense_attention
 from s2o_compile.ops.dispatch import has_kernels
 from s2o_compile.ops.memory import DEFAULT_WORKSPACE, limited_workspace
 from s2o_compile.ops.reference_variants import reference_attention
@@ -34,7 +36,8 @@ class Attempt:
         call: Sizes, terms and settings.
         dtype: Of query, key and value.
         scale: Factor of the logits.
-        path: "sparse", "dense" (too short to be sparse) or "dynamic" (chosen while it runs).
+        path: "sparse", "dense" (too short to be sparse), "maskless" (that, as if it were long) or "dynamic" (chosen
+            while it runs).
         poison: What the keys and values hold that `key_padding` hides.
         device: Where.
     """
@@ -49,7 +52,7 @@ class Attempt:
     @property
     def is_exact(self) -> bool:
         """Whether dense attention to rounding is promised."""
-        return self.path == "dense" or self.call.config.threshold == 0
+        return self.path in ("dense", "maskless") or self.call.config.threshold == 0
 
     @property
     def features(self) -> frozenset[str]:
@@ -74,7 +77,7 @@ def draw(choices: Choices, device: str) -> Attempt:
     call = draw_call(shared, LONGEST[device], config)
     dtype = shared([torch.float32, torch.float32, torch.float16, torch.bfloat16])
     scale = shared([None, None, None, 0.3, 1.0, 0.0, -0.4])
-    path = shared(["sparse", "sparse", "sparse", "dense", "dynamic"])
+    path = shared(["sparse", "sparse", "sparse", "dense", "dynamic", "maskless"])
     poison = choices([None, None, torch.nan, torch.inf]) if call.padded and path == "sparse" else None
     sizes = range(1, LONGEST[device] + 1)
     queries, keys = (
@@ -89,13 +92,14 @@ def draw(choices: Choices, device: str) -> Attempt:
 def check(attempt: Attempt) -> tuple[str, str] | None:
     """What is wrong with a call, and by how much."""
     call, arguments = attempt.call, attempt.call.arguments(attempt.device)
-    fields = call.config.arguments() | {"min_length": None if attempt.path == "dense" else 0}
+    fields = call.config.arguments() | {"min_length": 0 if attempt.path in ("sparse", "dynamic") else None}
     query, key, value = call.tensors(attempt.dtype, attempt.device)
     visibility = call.visibility(attempt.device)
     operator = getattr(torch.ops.s2o, "attention_dynamic" if attempt.path == "dynamic" else "attention")
 
     def attend(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        with limited_workspace(call.workspace):
+        large = 0 if attempt.path == "maskless" else dense_attention.LARGE_MASK
+        with limited_workspace(call.workspace), patch.object(dense_attention, "LARGE_MASK", large):
             return operator(query, key, value, scale=attempt.scale, **arguments, **fields)
 
     got = attend(key, value)

@@ -171,6 +171,6 @@ def draw_program(choose: Choose) -> Program:
         mode=mode,
         dynamic=dynamic,
         level=sketch.pick("level", ["graph"] * 9 + ["aot"]),
-        settings=sketch.pick("settings", ["exact"] * 7 + ["sparse"] * 2 + ["default"]),
+        settings=sketch.pick("settings", ["exact"] * 6 + ["sparse"] * 2 + ["default"] * 2),
         features=frozenset(sketch.features),
     )
