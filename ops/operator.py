@@ -20,17 +20,23 @@ from . import cpu
 from .config import S2OConfig
 from .dense import decode_attention, dense_attention, positive_scale
 from .dispatch import choose_sparse, has_kernels
-from .distributed import refuse_context_parallel, refuse_dtensors
+from .distributed import is_dtensor, refuse_context_parallel, refuse_dtensors
 from .memory import fit_into_memory
 from .observe import SparseInputs, recorded
 from .result import AttentionResult
 from .rule.sinks import add_sinks
-from .sizes import statically_known_true
+from .sizes import bounds, statically_known_true
 from .validation import validate
 from .visibility import Visibility
+from .work import work_of
 
 _FEW_QUERIES = 8
 """How many queries are shaped like decoding, where what SDPA lacks is cheapest spelled out."""
+
+_MASKED_PAIRS = 2**22
+"""Pairs of query and key from which a window's mask is not written for SDPA, if the window hides most of them."""
+_SPAN_COST = 2
+"""The time that the sparse implementation takes for a key in the dense span, in that of SDPA for a masked key."""
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, bool is_causal=False, SymInt causal_offset=0, "
@@ -55,8 +61,8 @@ def attention(*arguments: Any, **keywords: Any) -> torch.Tensor:
     """The implementation of the operator, whose arguments and errors ``s2o_compile.attention`` documents.
 
     Calls that are short (`S2OConfig.min_length`) or shaped like decoding run dense: by SDPA, or with a soft cap or
-    sinks, which it lacks, by the sparse implementation with every key in the dense span, or spelled out for a few
-    queries.
+    sinks, which it lacks, or a window that hides most of the keys, by the sparse implementation with every key in the
+    dense span, or spelled out for a few queries.
     """
     call = _Call.of(*arguments, **keywords)
     sparse = call.chooses_sparse()
@@ -148,10 +154,28 @@ class _Call(NamedTuple):
         if 0 in (*query.shape, *key.shape, *value.shape):
             return query.new_zeros(*query.shape[:3], value.shape[3])
         if not self.softcap and self.sinks is None:
-            return dense_attention(query, key, value, self.visibility, self.scale)
+            skips = self.skips_keys()
+            if skips is None:
+                return self.dynamic()
+            return self.spans().output if skips else dense_attention(query, key, value, self.visibility, self.scale)
         if statically_known_true(query.shape[2] <= _FEW_QUERIES):
             return decode_attention(query, key, value, self.visibility, self.factor, self.softcap, self.sinks)
         return self.spans().output
+
+    def skips_keys(self) -> bool | None:
+        """Whether visiting the keys in the window beats SDPA, which visits all and reads a mask of them.
+
+        None where sizes are symbolic and the answer depends on them.
+        """
+        tensors = self.query, self.key, self.value
+        if self.visibility.window is None or any(map(is_dtensor, tensors)):
+            return False
+        least, most = work_of(self.query.shape, self.key.shape, self.value.shape, self.visibility)
+        (queries, last_queries), (keys, last_keys) = bounds(self.query.shape[2]), bounds(self.key.shape[2])
+        if queries * keys >= _MASKED_PAIRS and _SPAN_COST * most.keys <= keys:
+            return True
+        may = last_queries * last_keys >= _MASKED_PAIRS and _SPAN_COST * least.keys <= last_keys
+        return None if may else False
 
     @property
     def factor(self) -> float:

@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.integrations import settings
-from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, config
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, config, operator
+from s2o_compile.ops.dense import dense_attention
 from s2o_compile.ops.kernels import pipeline
 from s2o_compile.ops.visibility import Visibility
 
@@ -518,6 +519,38 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     with pytest.raises(error, match=message) as raised:
         torch.ops.s2o.attention(**{**good, **change})
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("window, is_skipped", [(100, True), (1500, True), (2047, False)])
+def test_a_window_that_hides_most_keys_is_attended_without_a_mask(window: int, is_skipped: bool) -> None:
+    query = torch.randn(1, 2, 2048, 16)
+    key, value = torch.randn(2, 1, 1, 2048, 16)
+    calls = {"mask": 0}
+
+    def count(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        calls["mask"] += 1
+        return dense_attention(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator, "dense_attention", count)
+        got = torch.ops.s2o.attention(query, key, value, is_causal=False, window=window, causal_offset=0)
+        got = torch.ops.s2o.attention(query, key, value, is_causal=True, window=window)
+    want = dense_attention(query, key, value, Visibility(True, window=window), None)
+    torch.testing.assert_close(got, want)
+    assert calls["mask"] == 1 + (not is_skipped), "without a causal mask the window hides half at most"
+
+
+def test_whether_a_window_hides_most_keys_may_depend_on_the_length() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def model(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return torch.ops.s2o.attention(query, key, key, is_causal=True, window=64)
+
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    for length in (40, 2100, 300):
+        query, key = torch.randn(1, 2, length, 16), torch.randn(1, 1, length, 16)
+        torch.testing.assert_close(compiled(query, key), model(query, key))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("min_length", [0, 150])
