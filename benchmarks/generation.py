@@ -24,9 +24,15 @@ from rich.table import Table
 import s2o_compile
 from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
-from s2o_compile.ops.dispatch import default_min_length
 from s2o_compile.testbed.document import build_document, check_document, read_texts
-from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
+from s2o_compile.testbed.model import (
+    check_length,
+    choose_device,
+    choose_dtype,
+    load_model,
+    model_name,
+    why_prefill_is_dense,
+)
 from s2o_compile.testbed.options import Device, Json, make_folder, read_config
 
 from .command import progress_bars, run
@@ -194,12 +200,14 @@ def main(
         make_folder(output)
     place = choose_device(device)
     check_document(document, length)
-    least, note = None, ""
-    if length < default_min_length(place):
-        least, note = 1, f"min_length=1: by default prompts of {length:,} tokens run dense."
-    configs = [read_config(value, least, option or []) for value in threshold or (0.0, S2OConfig().threshold)]
+    thresholds = threshold or (0.0, S2OConfig().threshold)
+    configs = [read_config(value, None, option or []) for value in thresholds]
     loaded, tokenizer = load_model(model, place, choose_dtype(dtype, place))
     check_length(loaded, model_name(loaded, model), length + new)
+    note = ""
+    if configs[0].min_length is None and why_prefill_is_dense(loaded, length, place, configs[0]):
+        configs = [dataclasses.replace(config, min_length=1) for config in configs]
+        note = f"min_length=1: by default prompts of {length:,} tokens run dense."
     texts = read_prompts(tokenizer, document, length, range(first, first + prompts))
     settings = {
         "model": model_name(loaded, model), "dtype": dtype, "length": length, "prompts": prompts, "new": new,

@@ -139,7 +139,9 @@ class S2OConfig(_Settings):
     Attributes:
         threshold: The share of a query's softmax mass from which a key is sure to be visited; what becomes of
             the others, `Ranking.rule` says. 0 visits every key and equals dense attention to rounding.
-        min_length: Calls with fewer keys run dense. None chooses by device (`ops.dispatch`), 0 forces the sparse path.
+        min_length: Calls with fewer keys run dense; 0 forces the sparse path. None chooses by the work of a call and by
+            the keys that its queries see, by limits that are shipped for each kind of device, or that ``s2o tune``
+            measured on it.
         last_queries: The last queries of a call, attended densely (rounded up to whole segments).
         error_budget: The relative squared error that a call of attention may have,
             `sum |o - o_dense|^2 / sum |o_dense|^2` over all its queries, heads and sequences, against dense attention.

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+from collections.abc import Sequence
 
 import torch
 
+from .break_even import break_even
 from .config import S2OConfig
+from .devices import OTHER_CPU, kind_of
 from .sizes import statically_known_true
 from .visibility import Visibility
-
-DEFAULT_MIN_LENGTH = {"cpu": 8192, "cuda": 32768}
-"""Fewest keys from which the defaults were measured to beat SDPA: docs/decisions/005-when-calls-run-dense.md."""
+from .work import Size, Work, work_of
 
 DENSE_AT_ANY_LENGTH = 2**62
 """A `min_length` that no call reaches."""
 
 SLOW_CPU = "this CPU has no bfloat16 instructions, without which ranking keys takes as long as it saves"
 
-
-def default_min_length(device: torch.device) -> int:
-    """The `min_length` that None stands for."""
-    if is_slow(device):
-        return DENSE_AT_ANY_LENGTH
-    return DEFAULT_MIN_LENGTH.get(device.type, DEFAULT_MIN_LENGTH["cuda"])
-
-
-def is_slow(device: torch.device) -> bool:
-    """Whether the default settings were measured to beat SDPA at no length: on a CPU that ranks in float32."""
-    return device.type == "cpu" and not has_fast_bfloat16()
-
-
-@functools.cache
-def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+_FORCE = "min_length=0 asks for sparse attention at any length"
 
 
 def has_kernels(visibility: Visibility, config: S2OConfig) -> bool:
@@ -45,27 +27,89 @@ def has_kernels(visibility: Visibility, config: S2OConfig) -> bool:
     return config.ranking.rule != "gain" and not config.has_means
 
 
-def choose_sparse(queries: int, keys: int, device: torch.device, config: S2OConfig) -> bool | None:
-    """Whether a call is worth the sparse path: enough keys, and more queries than would be attended densely anyway.
+def choose_sparse(
+    query: Sequence[Size],
+    key: Sequence[Size],
+    value: Sequence[Size],
+    terms: Visibility,
+    device: torch.device,
+    config: S2OConfig,
+) -> bool | None:
+    """Whether a call is worth the sparse path: enough work, and more queries than would be attended densely anyway.
 
-    `min_length` 0 always takes the sparse path. None where the lengths are symbolic and the answer depends on them.
+    `min_length` says instead how many keys are enough; 0 always takes the sparse path.
+
+    Args:
+        query: The shape [B, Hq, Lq, D].
+        key: The shape [B, Hkv, Lk, D].
+        value: The shape [B, Hkv, Lk, Dv].
+        terms: The mask, of which the causal one and the window count; ``Visibility()`` where nothing is known of it,
+            which never refuses what could be sparse.
+        device: Of the call.
+        config: Its settings.
+
+    Returns:
+        None where sizes are symbolic and the answer depends on them.
     """
-    least = default_min_length(device) if config.min_length is None else config.min_length
-    if least == 0:
+    if config.min_length == 0:
         return True
-    densely = max(config.last_queries, config.ranking.segment)
-    if statically_known_true(keys >= least) and statically_known_true(queries > densely):
-        return True
-    if least == DENSE_AT_ANY_LENGTH or statically_known_true(keys < least) or statically_known_true(queries <= densely):
+    has_rows = _exceeds(query[2], _dense_queries(config))
+    if has_rows is False:
         return False
-    return None
+    if config.min_length is None:
+        is_enough = _is_enough(work_of(query, key, value, terms), device)
+    elif config.min_length >= DENSE_AT_ANY_LENGTH:
+        is_enough = False
+    else:
+        is_enough = _exceeds(key[2], config.min_length - 1)
+    return False if is_enough is False else is_enough and has_rows
 
 
-def why_dense(queries: int, keys: int, device: torch.device, config: S2OConfig) -> str:
-    """Why `choose_sparse` is false, and what to do about it."""
-    reason = f"{queries} queries over {keys} keys are too few to gain"
-    if config.min_length is None and is_slow(device):
-        elsewhere = dataclasses.replace(config, min_length=DEFAULT_MIN_LENGTH[device.type])
-        if choose_sparse(queries, keys, device, elsewhere) is not False:
-            reason = SLOW_CPU
-    return f"{reason}; min_length=0 asks for sparse attention at any length"
+def why_dense(
+    query: Sequence[Size],
+    key: Sequence[Size],
+    value: Sequence[Size],
+    terms: Visibility,
+    device: torch.device,
+    config: S2OConfig,
+) -> str:
+    """Why `choose_sparse`, asked the same, is false, and what to do about it."""
+    if _exceeds(query[2], _dense_queries(config)) is False:
+        return f"{query[2]} queries are too few to gain; {_FORCE}"
+    if config.min_length is not None:
+        return f"{key[2]} keys are fewer than min_length={config.min_length}; a lower one asks for sparse attention"
+    _, most = work_of(query, key, value, terms)
+    return f"{_why_too_little(most, device)}; {_FORCE}"
+
+
+def _dense_queries(config: S2OConfig) -> int:
+    """How many queries are attended densely in any call."""
+    return max(config.last_queries, config.ranking.segment)
+
+
+def _exceeds(size: Size, limit: int) -> bool | None:
+    if statically_known_true(size > limit):
+        return True
+    return False if statically_known_true(size <= limit) else None
+
+
+def _is_enough(range_of_work: tuple[Work, Work], device: torch.device) -> bool | None:
+    """Whether calls whose work is between two are worth the sparse path."""
+    least, most = range_of_work
+    wanted = break_even(device)
+    if least.multiply_adds >= wanted.work and least.keys >= wanted.keys:
+        return True
+    return None if most.multiply_adds >= wanted.work and most.keys >= wanted.keys else False
+
+
+def _why_too_little(most: Work, device: torch.device) -> str:
+    wanted = break_even(device)
+    if wanted.is_never:
+        return (
+            SLOW_CPU if kind_of(device) == OTHER_CPU else f"sparse attention was slower at any length ({wanted.source})"
+        )
+    if most.keys < wanted.keys:
+        seen = f"a query sees {most.keys:,.0f} keys on average, and sparse attention pays from {wanted.keys:,.0f} on"
+        return f"{seen} ({wanted.source}), which longer prompts or windows reach"
+    done = f"the call is {most.multiply_adds:.1e} multiply-adds, and sparse attention pays from {wanted.work:.1e} on"
+    return f"{done} ({wanted.source}), which longer prompts or more of them at once reach"

@@ -136,7 +136,8 @@ class _Call(NamedTuple):
 
     def chooses_sparse(self) -> bool | None:
         """Whether the call is worth the sparse path; None where that is known at run time only."""
-        return choose_sparse(self.query.shape[2], self.key.shape[2], self.query.device, self.config)
+        shapes = self.query.shape, self.key.shape, self.value.shape
+        return choose_sparse(*shapes, self.visibility, self.query.device, self.config)
 
     def dynamic(self) -> torch.Tensor:
         """The output of whichever is chosen at run time."""

@@ -13,6 +13,7 @@ from torch.fx import Node
 from ..ops.config import S2OConfig
 from ..ops.dispatch import choose_sparse, why_dense
 from ..ops.validation import DTYPES, MAX_HEAD_DIM, dtype_name
+from ..ops.visibility import Visibility
 from .graph.autocast import autocast_at
 from .graph.node_values import constant, fake_tensor, needs_gradients, why_unknown
 from .graph.operations import Cleaned
@@ -50,10 +51,13 @@ def check_call(site: AttentionSite) -> None:
         raise Refused("gradients are needed and the operator has no backward; run under torch.no_grad()")
 
 
-def check_length(query: torch.Tensor, key: torch.Tensor, config: S2OConfig) -> None:
-    """Check that a call may be long enough to be sparse."""
-    if choose_sparse(query.shape[2], key.shape[2], query.device, config) is False:
-        raise Refused(why_dense(query.shape[2], key.shape[2], query.device, config))
+def check_length(site: AttentionSite, config: S2OConfig) -> None:
+    """Check that a call may be enough work to be sparse, whatever its mask hides; its tensors are known."""
+    query, key, value = (item.tensor for item in (site.query, site.key, site.value))
+    assert query is not None and key is not None and value is not None
+    call = (query.shape, key.shape, value.shape, Visibility(), query.device, config)
+    if choose_sparse(*call) is False:
+        raise Refused(why_dense(*call))
 
 
 def check_scores(site: AttentionSite, unused: set[Node]) -> None:

@@ -127,9 +127,9 @@ class _Rewriter:
         Raises:
             Refused: It cannot.
         """
-        query, key = check_inputs(site)
+        check_inputs(site)
         check_call(site)
-        check_length(query, key, self.config)
+        check_length(site, self.config)
         return proven_mask(site, self.prover)
 
     def drop_mask(self, site: AttentionSite) -> bool:

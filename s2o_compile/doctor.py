@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from .ops import S2OConfig
-from .ops.dispatch import SLOW_CPU, default_min_length, is_slow
+from .ops.break_even import break_even
+from .ops.devices import OTHER_CPU, kind_of
+from .ops.dispatch import SLOW_CPU
 from .version import VERSION
 
 LEAST_CAPABILITY = (8, 0)
@@ -79,12 +81,20 @@ def _device(device: torch.device) -> Iterator[Check]:
         yield _gpu(device)
     else:
         yield Check(name, f"{platform.machine()}, {torch.get_num_threads()} threads")
-    if is_slow(device):
-        yield Check(f"{name}, sparse from", "no length on", advice=f"{SLOW_CPU}; min_length says otherwise")
-    else:
-        least = f"{default_min_length(device):,} keys"
-        yield Check(f"{name}, sparse from", least, advice="shorter calls run dense unless min_length says otherwise")
+    yield _break_even(device)
     yield _self_test(device)
+
+
+def _break_even(device: torch.device) -> Check:
+    """From which work on calls run sparse, and who says so."""
+    found = break_even(device)
+    name, otherwise = f"{device}, sparse from", "calls below run dense unless min_length says otherwise"
+    if found.is_never:
+        reason = SLOW_CPU if kind_of(device) == OTHER_CPU else "dense attention was faster at all lengths"
+        return Check(name, f"no length on ({found.source})", advice=f"{reason}; min_length says otherwise")
+    least = f"{found.keys:,.0f} keys a query and {found.work:.1e} multiply-adds a call"
+    causal = f"a causal prefill of {2 * found.keys:,.0f} tokens has as many keys a query; {otherwise}"
+    return Check(name, f"{least} ({found.source})", advice=f"{causal}; s2o tune measures it here")
 
 
 def _gpu(device: torch.device) -> Check:

@@ -20,7 +20,7 @@ def prefill(model: Any, prompt: torch.Tensor, cache: StaticCache, chunk: int) ->
     """Fill the cache with a prompt [1, L], `chunk` tokens a call; gives the most likely next token [1, 1].
 
     Each chunk attends to all keys in the cache: causal with an offset. Chunks should be much longer than a segment
-    (32 queries), and the keys before them at least `min_length`, or the call runs dense.
+    (32 queries), and see enough keys, or the call runs dense.
     """
     for part in prompt.split(chunk, dim=1):
         output = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)

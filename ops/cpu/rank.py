@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from ..dispatch import has_fast_bfloat16
+from ..devices import has_fast_bfloat16
 from ..geometry import BLOCK
 from ..memory import workspace
 from ..rule.sampling import draws

@@ -12,6 +12,7 @@ from .calibrate import calibrate
 from .demo import demo
 from .doctor import doctor
 from .explain import explain
+from .tune import tune
 from .view import view
 
 app = typer.Typer(help="Sparse long-context attention as a torch.compile backend.", add_completion=False)
@@ -35,6 +36,6 @@ def group(
         print(context.get_help())
 
 
-for command in (calibrate, demo, doctor, explain, view):
+for command in (calibrate, demo, doctor, explain, tune, view):
     app.command()(command)
 app.add_typer(bench)

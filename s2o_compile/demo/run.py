@@ -6,17 +6,17 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .._console import Progress, UsageError
 from ..backend import s2o
 from ..ops import S2OConfig
-from ..ops.dispatch import SLOW_CPU, default_min_length, is_slow
 from ..testbed.document import LEAST_LENGTH, Document, build_document, check_document, read_texts
 from ..testbed.explain import explain_prefill
 from ..testbed.memory import check_memory
-from ..testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
+from ..testbed.model import check_length, choose_device, choose_dtype, load_model, model_name, why_prefill_is_dense
 from ..testbed.predict import Prefill, alternate
 from .results import Results, compare, read_sites
 
@@ -68,7 +68,7 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
     check_length(model, name, settings.length)
     document = build_document(tokenizer, read_texts(settings.document), settings.length, settings.seed)
     check_memory(model, document)
-    config = _force_sparse(settings.config, settings.length, device, progress)
+    config = _force_sparse(settings.config, model, settings.length, device, progress)
 
     prefills = {
         "dense": Prefill(model, settings.dense_backend),
@@ -97,13 +97,12 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
     )
 
 
-def _force_sparse(config: S2OConfig, length: int, device: torch.device, progress: Progress) -> S2OConfig:
+def _force_sparse(config: S2OConfig, model: Any, length: int, device: torch.device, progress: Progress) -> S2OConfig:
     """Lower `min_length` where it was left open and `length` would otherwise run dense."""
-    least = default_min_length(device)
-    if config.min_length is not None or length >= least:
+    reason = "" if config.min_length is not None else why_prefill_is_dense(model, length, device, config)
+    if not reason:
         return config
-    calls = f"calls run dense here ({SLOW_CPU})" if is_slow(device) else f"calls below {least:,} keys run dense here"
-    progress.note(f"By default {calls}; min_length=0 makes this one sparse.")
+    progress.note(f"By default this runs dense: {reason}. So min_length is 0 here.")
     return replace(config, min_length=0)
 
 

@@ -23,6 +23,7 @@ from ..ops.dispatch import choose_sparse
 from ..ops.visibility import Visibility
 from .lazy_mask import LazyMask
 from .settings import settings_of
+from .shapes import attention_shapes
 
 _AND = and_masks(causal_mask_function).__code__
 _WINDOW = sliding_window_overlay(1).__code__
@@ -124,7 +125,8 @@ def s2o_mask(
         if band is not None:
             terms = band.terms(int(q_offset) - int(kv_offset))
             keys = visible_keys(terms, q_length, kv_length)
-            is_sparse = choose_sparse(q_length, keys, torch.device(device), settings_of(config))
+            shapes = attention_shapes(config, batch_size, q_length, keys)
+            is_sparse = choose_sparse(*shapes, terms, torch.device(device), settings_of(config))
             if is_sparse or q_length * keys >= LARGE_MASK:
                 padding = _padding(attention_mask, kv_length, kv_offset)
                 if padding is not None and not padding[:, :keys].all():

@@ -64,7 +64,7 @@ def s2o_attention(
         is_causal = getattr(module, "is_causal", True)
     obstacle = _obstacle(query, key, value, dropout, kwargs.get("position_bias"))
     if softcap is None and s_aux is None:
-        if obstacle or _runs_dense(attention_mask, query, key, module):
+        if obstacle or _runs_dense(attention_mask, query, key, value, is_causal, module):
             return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     elif obstacle:
         raise ValueError(f"attn_implementation='s2o' has no soft cap and no sinks {obstacle}; use 'eager'")
@@ -158,11 +158,19 @@ def _obstacle(
     return None
 
 
-def _runs_dense(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, module: torch.nn.Module) -> bool:
-    """Whether a call is for SDPA. The mask interface decides that; where it was not asked, the lengths do."""
+def _runs_dense(
+    mask: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool,
+    module: torch.nn.Module,
+) -> bool:
+    """Whether a call is for SDPA. The mask interface decides that; where it was not asked, the shapes do."""
     if mask is not None or query.shape[2] == 1 or is_tracing(query):
         return not isinstance(mask, LazyMask)
-    return not choose_sparse(query.shape[2], key.shape[2], query.device, settings_of(module.config))
+    shapes = query.shape, key.shape, value.shape
+    return not choose_sparse(*shapes, Visibility(is_causal), query.device, settings_of(module.config))
 
 
 def _sdpa(

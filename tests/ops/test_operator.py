@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from typing import Any
 from unittest.mock import Mock
@@ -18,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.integrations import settings
-from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, config, dispatch
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, config
 from s2o_compile.ops.kernels import pipeline
 from s2o_compile.ops.visibility import Visibility
 
@@ -521,35 +520,17 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
     assert "\n" not in str(raised.value)
 
 
-def test_choice() -> None:
-    config = S2OConfig(min_length=1000, last_queries=100)
+def test_windows_of_any_length_compile_once() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
 
-    def choose(queries: int, keys: int, **changes: Any) -> bool | None:
-        return dispatch.choose_sparse(queries, keys, torch.device("cpu"), dataclasses.replace(config, **changes))
+    def model(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return torch.ops.s2o.attention(query, key, key, is_causal=True, window=64)
 
-    assert choose(1000, 1000)
-    assert not choose(999, 999)
-    assert not choose(100, 5000)
-    assert choose(101, 5000)
-    assert choose(1, 1, min_length=0)
-
-
-def test_by_default_a_cpu_that_ranks_slowly_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "is_slow", lambda device: device.type == "cpu")
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    length = 10**6
-    assert dispatch.choose_sparse(length, length, cpu, S2OConfig()) is False
-    assert dispatch.choose_sparse(length, length, cuda, S2OConfig())
-    assert dispatch.choose_sparse(length, length, cpu, S2OConfig(min_length=1000))
-    assert dispatch.why_dense(length, length, cpu, S2OConfig()).startswith(dispatch.SLOW_CPU)
-    assert dispatch.why_dense(40, 40, cpu, S2OConfig()).startswith("40 queries over 40 keys are too few to gain;")
-    assert dispatch.why_dense(length, length, cpu, S2OConfig(min_length=2 * length)).startswith("1000000 queries over")
-
-
-@pytest.mark.parametrize("name, fast", [("amx_bf16", True), ("avx512_bf16", True), ("bf16", True), ("avx2", False)])
-def test_cpus_that_multiply_bfloat16(name: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True, "amx_tile": True})
-    assert dispatch.has_fast_bfloat16.__wrapped__() is fast
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    for length in (40, 2100, 300):
+        query, key = torch.randn(1, 2, length, 16), torch.randn(1, 1, length, 16)
+        torch.testing.assert_close(compiled(query, key), model(query, key))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("min_length", [0, 150])

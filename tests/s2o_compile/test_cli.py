@@ -32,7 +32,7 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--version"], ["--help"], *([name, "--help"] for name in ("calibrate", "demo", "explain", "view")), []],
+    [["--version"], ["--help"], *([name, "--help"] for name in ("calibrate", "demo", "explain", "tune", "view")), []],
 )
 def test_harmless_calls(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

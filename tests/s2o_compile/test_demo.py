@@ -165,7 +165,8 @@ class TestChecks:
         device = torch.device("cpu")
         for given_length, length, wanted in ((None, 2048, 0), (None, 10**6, None), (4096, 2048, 4096)):
             config = S2OConfig(min_length=given_length)
-            assert run_module._force_sparse(config, length, device, Progress(False)).min_length == wanted
+            forced = run_module._force_sparse(config, tiny("llama"), length, device, Progress(False))
+            assert forced.min_length == wanted
 
 
 @pytest.mark.parametrize("layers", [6, pytest.param(30, marks=pytest.mark.slow)])

@@ -65,6 +65,7 @@ def test_a_killed_compilation_leaves_caches_that_work(suffix: str, tmp_path: Pat
         ["demo", "--length", "1024", "--output", "output"],
         ["explain", "--length", "1024"],
         ["calibrate", "--length", "1024", "--error-budget", "1e-3", "--output", "calibration.json"],
+        ["tune", "--output", "tuned.json"],
         ["view", "--length", "1024", "--output", "report.html"],
         ["bench", "speed", "--length", "8192", "--density", "0.1"],
         ["bench", "quality", "--length", "1024"],

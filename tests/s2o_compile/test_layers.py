@@ -13,6 +13,7 @@ COMMANDS = {"_command_line", "benchmarks", "cli", "demo", "testbed"}
 NEVER = {
     "benchmarks": {"cli", "demo"},
     "demo": {"benchmarks", "cli"},
+    "tuning": COMMANDS,
     "testbed": {"benchmarks", "cli", "demo"},
     "calibration": COMMANDS,
     "integrations": COMMANDS,

@@ -1,0 +1,62 @@
+"""From how much work on sparse attention pays, by device: docs/decisions/005-when-calls-run-dense.md."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from . import tuned
+from .devices import AMX, AVX512, OTHER_CPU, kind_of, name_of
+
+
+class BreakEven(NamedTuple):
+    """What a call must have at least for sparse attention to pay.
+
+    Attributes:
+        work: Multiply-adds of dense attention, `Work.multiply_adds`: what the host and the launches take.
+        keys: Keys that a query sees, the mean over queries: fewer leave too little out.
+        source: The file that says so, or the kind of device that it was measured on or reasoned for.
+    """
+
+    work: float
+    keys: float
+    source: str
+
+    @property
+    def is_never(self) -> bool:
+        """Whether no call pays."""
+        return math.inf in (self.work, self.keys)
+
+
+SHIPPED = {
+    AMX: (5e8, 8192.0),
+    AVX512: (5e8, 3072.0),
+    OTHER_CPU: (math.inf, math.inf),
+    "sm_80": (2e11, 6144.0),
+    "sm_89": (1.5e11, 4096.0),
+    "sm_90": (5e11, 4096.0),
+}
+"""The least work and the fewest keys, by kind of device; those of sm_80 and sm_89 are reasoned, not measured."""
+
+
+@functools.cache
+def break_even(device: torch.device) -> BreakEven:
+    """The break-even of a device: measured there by ``s2o tune``, or else as shipped for its kind."""
+    found = tuned.read(name_of(device))
+    return shipped(device) if found is None else BreakEven(found[0], found[1], str(found[2]))
+
+
+def shipped(device: torch.device) -> BreakEven:
+    """As shipped for its kind; a GPU that is not listed has that of the latest before it, or of the first."""
+    kind = kind_of(device)
+    if kind not in SHIPPED:
+        known = [name for name in SHIPPED if name.startswith("sm_")]
+        kind = max((name for name in known if _number(name) <= _number(kind)), key=_number, default=known[0])
+    return BreakEven(*SHIPPED[kind], source=f"shipped for {kind}")
+
+
+def _number(kind: str) -> int:
+    return int(kind.removeprefix("sm_"))

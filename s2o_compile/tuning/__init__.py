@@ -1,0 +1,1 @@
+"""From how much work on sparse attention pays on a device: measured, and kept in a file that the operator reads."""

@@ -1,0 +1,180 @@
+"""Times sparse attention beside the fastest dense attention, the host's part included."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from .._attention import attention
+from ..ops import S2OConfig
+from ..ops.dense import dense_attention
+from .cases import Case
+
+REPEATS = 3
+LONG = 0.05
+"""Seconds from which a call is timed once."""
+MASKED_PAIRS = 2**29
+"""Pairs of query and key up to which SDPA is tried with a mask: it takes a byte or more for each."""
+
+_TOPIC = 256
+_SHARPNESS = 5.3
+_OWN = 0.2
+_WEAK = 0.3
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A call, timed.
+
+    Attributes:
+        case: The call.
+        dense: Seconds of the fastest dense attention; None if none ran.
+        by: Its name.
+        sparse: Seconds of the default, forced to be sparse; None if it did not run.
+        reason: Why one of them did not run.
+    """
+
+    case: Case
+    dense: float | None
+    by: str
+    sparse: float | None
+    reason: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Seconds of dense attention over those of sparse attention; None if one is missing."""
+        return self.dense / self.sparse if self.dense and self.sparse else None
+
+
+def measure(case: Case, device: torch.device, dtype: torch.dtype) -> Row:
+    """Time one call."""
+    reasons: list[str] = []
+    tensors = _attempt(lambda: draw(case, device, dtype), reasons)
+    if tensors is None:
+        return Row(case, None, "", None, reasons[0])
+    dense = dict(_dense(case, tensors))
+    fastest = _fastest(dense, device, reasons)
+    runs = {name: dense[name] for name in dense if name == fastest}
+    medians = _medians({**runs, "sparse": _operator(case, tensors, S2OConfig(min_length=0))}, device, reasons)
+    reason = reasons[-1] if len(medians) < 2 else ""
+    return Row(case, medians.get(fastest), fastest, medians.get("sparse"), reason)
+
+
+def _fastest(runs: dict[str, Run], device: torch.device, reasons: list[str]) -> str:
+    """The name of the fastest of some calls; "" if none runs."""
+    found = {name: _first_seconds(run, device, reasons) for name, run in runs.items()}
+    ran = {name: seconds for name, seconds in found.items() if seconds is not None}
+    return min(ran, key=lambda name: ran[name], default="")
+
+
+def _medians(runs: dict[str, Run], device: torch.device, reasons: list[str]) -> dict[str, float]:
+    """The median seconds of those that run, taking turns."""
+    first = {name: _first_seconds(run, device, reasons) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name, seconds in first.items() if seconds is not None}
+    is_long = any(seconds is not None and seconds > LONG for seconds in first.values())
+    for _ in range(1 if is_long else REPEATS):
+        for name in times:
+            times[name].append(seconds_of(runs[name], device))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def draw(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value that attend as models do: topics that queries share, and few channels that say most.
+
+    Standard normal, but that half of the channels of query and key are weak, and that a query is mostly the topic of
+    256 positions and its KV head, sharp enough that a tenth of 8,192 keys is visited, and less of more.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, case.channels, generator=generator, device=device, dtype=dtype)
+
+    _, key_shape, _ = case.shapes
+    topics = normal(case.batch, case.kv_heads, 1, -(-case.queries // _TOPIC))
+    own = normal(case.batch, case.kv_heads, case.heads // case.kv_heads, case.queries)
+    weights = torch.ones(case.channels, device=device, dtype=dtype)
+    weights[case.channels // 2 :] = _WEAK
+    topic = torch.arange(case.queries, device=device) // _TOPIC
+    query = topics[:, :, :, topic] * (1 - _OWN) ** 0.5 + own * _OWN**0.5
+    sharpness = _SHARPNESS / (weights**4).mean().sqrt()
+    return (query * (weights * sharpness)).flatten(1, 2), normal(*key_shape[:3]) * weights, normal(*key_shape[:3])
+
+
+def seconds_of(run: Run, device: torch.device) -> float:
+    """Of one call that finds nothing else to wait for: on a GPU by events, between which it may wait for the host."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1e3
+
+
+def _first_seconds(run: Run, device: torch.device, reasons: list[str]) -> float | None:
+    """Of a call that is compiled by then; None, and a reason more, if it does not run."""
+
+    def seconds() -> float:
+        run()
+        return seconds_of(run, device)
+
+    return _attempt(seconds, reasons)
+
+
+def _attempt(function: Callable[[], Any], reasons: list[str]) -> Any:
+    """What a function returns; None, and a reason more, where it cannot."""
+    try:
+        return function()
+    except Exception as error:  # Backends raise all kinds of them for what they do not support.
+        reasons.append(next(iter(str(error).strip().splitlines()), type(error).__name__))
+        return None
+
+
+def _operator(case: Case, tensors: tuple[torch.Tensor, ...], config: S2OConfig) -> Run:
+    query, key, value = tensors
+    terms = case.terms
+    return lambda: attention(
+        query, key, value, True, causal_offset=terms.causal_offset, window=terms.window, config=config
+    )
+
+
+def _dense(case: Case, tensors: tuple[torch.Tensor, ...]) -> list[tuple[str, Run]]:
+    """The ways to attend to every key that a query sees."""
+    query, key, value = tensors
+    if case.window is None and case.queries == case.keys:
+        return [(name, _by(backend, tensors)) for name, backend in _backends(query.device).items()]
+    ways: list[tuple[str, Run]] = [("dense span", _operator(case, tensors, S2OConfig(min_length=0).without_ranking()))]
+    if case.queries * case.keys * case.batch <= MASKED_PAIRS:
+        ways.append(("SDPA with a mask", lambda: dense_attention(query, key, value, case.terms, None)))
+    return ways
+
+
+def _backends(device: torch.device) -> dict[str, SDPBackend | None]:
+    """The backends of SDPA by name; None is whichever it chooses."""
+    if device.type == "cpu":
+        return {"SDPA": None}
+    return {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention": SDPBackend.FLASH_ATTENTION, "SDPA": None}
+
+
+def _by(backend: SDPBackend | None, tensors: tuple[torch.Tensor, ...]) -> Run:
+    query, key, value = tensors
+
+    def run() -> torch.Tensor:
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    return run
