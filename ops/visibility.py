@@ -32,6 +32,23 @@ class Visibility(NamedTuple):
         return not self.is_causal and all(term is None for term in self[2:])
 
     @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The terms that are tensors, in their order."""
+        return self.key_padding, self.query_documents, self.key_documents, self.mask
+
+    def with_tensors(
+        self,
+        key_padding: torch.Tensor | None,
+        query_documents: torch.Tensor | None,
+        key_documents: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> Visibility:
+        """The same with other `tensors`."""
+        return Visibility(
+            self.is_causal, self.causal_offset, key_padding, self.window, query_documents, key_documents, mask
+        )
+
+    @property
     def rows_differ(self) -> bool:
         """Whether the queries of a segment may see different keys of their history."""
         return self.window is not None or self.query_documents is not None or self.mask is not None
@@ -83,7 +100,7 @@ class Visibility(NamedTuple):
             None if x is None else x[batch] for x in (self.key_padding, self.query_documents, self.key_documents)
         )
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[batch]
-        return self._replace(key_padding=padding, query_documents=of_queries, key_documents=of_keys, mask=mask)
+        return self.with_tensors(padding, of_queries, of_keys, mask)
 
     def effective_config(self, config: S2OConfig) -> S2OConfig:
         """The configuration as far as such a call can follow it.
