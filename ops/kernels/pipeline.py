@@ -96,7 +96,7 @@ def attend_batch(
         distances = distances_of_values(query, key, value, visibility, scale, softcap)
     tensors = (query, key, value, *visibility.tensors, distances, *result)
     terms = visibility.with_tensors(None, None, None, None)
-    planned(rank_and_attend, tensors, query.device, terms, float(scale), float(softcap), config, workspace())
+    planned(rank_and_attend, tensors, query.device, terms, scale, softcap, config, workspace())
 
 
 def _with_rows(x: torch.Tensor) -> torch.Tensor:

@@ -110,7 +110,7 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
         pipeline.sparse_attention(many, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
         pipeline.sparse_attention(many, key, key, Visibility(True, mask=mask), 0.125, 0.0, S2OConfig())
     if dtype != torch.float32 and (is_all or not has_float8):
-        pipeline.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig())
+        pipeline.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig(ranking=Ranking(channels=32)))
 
 
 if __name__ == "__main__":
