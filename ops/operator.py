@@ -214,10 +214,10 @@ def _sparse_cuda(*arguments: Any) -> AttentionResult:
     def attend(call: SparseInputs, config: S2OConfig) -> AttentionResult:
         if not has_kernels(call.visibility, config):
             return _attend_by_torch(call, config)
-        from .kernels.pipeline import sparse_triton
+        from .kernels.pipeline import sparse_attention
 
-        *operands, _, _ = arguments
-        return AttentionResult(*sparse_triton(*operands, config.as_json))
+        operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
+        return sparse_attention(*operands, config)
 
     return _dispatched(attend, *arguments)
 

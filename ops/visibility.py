@@ -37,6 +37,23 @@ class Visibility(NamedTuple):
         return self.key_padding is None and self.query_documents is None and self.mask is None
 
     @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The terms that are tensors, in their order."""
+        return self.key_padding, self.query_documents, self.key_documents, self.mask
+
+    def with_tensors(
+        self,
+        key_padding: torch.Tensor | None,
+        query_documents: torch.Tensor | None,
+        key_documents: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> Visibility:
+        """The same with other `tensors`."""
+        return Visibility(
+            self.is_causal, self.causal_offset, key_padding, self.window, query_documents, key_documents, mask
+        )
+
+    @property
     def rows_differ(self) -> bool:
         """Whether the queries of a segment may see different keys of their history."""
         return self.window is not None or self.query_documents is not None or self.mask is not None
@@ -88,7 +105,7 @@ class Visibility(NamedTuple):
             None if x is None else x[batch] for x in (self.key_padding, self.query_documents, self.key_documents)
         )
         mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[batch]
-        return self._replace(key_padding=padding, query_documents=of_queries, key_documents=of_keys, mask=mask)
+        return self.with_tensors(padding, of_queries, of_keys, mask)
 
     def cut(self, rows: slice, keys: slice) -> Visibility:
         """The same of consecutive queries and keys, without a general mask."""

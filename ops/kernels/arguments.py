@@ -20,16 +20,26 @@ LOG2_E = math.log2(math.e)
 
 @dataclass
 class Arguments:
-    """The inputs of the kernels of one call: query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv]."""
+    """The inputs of the kernels of one call: query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv].
+
+    `distances` are those of `distances_of_values`, None where importance measures mass alone. Kernels run on `device`;
+    the tensors may have no memory (`plan`), and then say nothing of it.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     visibility: Visibility
-    geometry: Geometry
+    distances: torch.Tensor | None
     scale: float
     softcap: float
     config: S2OConfig
+    device: torch.device
+
+    @functools.cached_property
+    def geometry(self) -> Geometry:
+        """The spans of the segments."""
+        return Geometry.of(self.query, self.key, self.visibility, self.config)
 
     @property
     def kv_heads(self) -> int:
@@ -62,20 +72,6 @@ class Arguments:
         """Whether importance is the mean over guides, not their maximum."""
         return self.config.ranking.combine == "mean"
 
-    def distances(self) -> torch.Tensor | None:
-        """How far values lie from the outputs [B, Hkv, Lk], float32; None where importance measures mass alone."""
-        if self.config.ranking.measure == "mass":
-            return None
-        device = self.query.device
-        rows = sampled_rows(self.geometry.queries, self.group_size, device)
-        batch, key = (torch.arange(size, device=device) for size in (self.query.shape[0], self.geometry.keys))
-        head = torch.arange(self.query.shape[1], device=device).view(self.kv_heads, self.group_size, 1, 1)
-        seen = self.visibility.seen(batch[:, None, None, None, None], head, rows[:, None], key)
-        query = self.query.unflatten(1, (self.kv_heads, self.group_size))[:, :, :, rows]
-        return value_distances(
-            query, self.key, masked(self.value, self.valid), seen, self.scale, self.softcap
-        ).contiguous()
-
     def capacity(self, segment: int) -> int:
         """The longest list of the segments up to `segment`, in whole blocks."""
         return round_up(self.geometry.longest_history(segment))
@@ -84,9 +80,7 @@ class Arguments:
     def masks(self) -> tuple[torch.Tensor, ...]:
         """The tensors that mask: padding, documents of queries, documents of keys, mask; a stand-in where absent."""
         absent = self.key.new_empty(1, 1, dtype=torch.bool)
-        rows = (self.visibility.key_padding, self.visibility.query_documents, self.visibility.key_documents)
-        mask = self.visibility.mask
-        return *(absent if x is None else x.contiguous() for x in rows), absent if mask is None else mask
+        return tuple(absent if x is None else x for x in self.visibility.tensors)
 
     @functools.cached_property
     def mask_strides(self) -> tuple[int, ...]:
@@ -128,6 +122,21 @@ class Arguments:
             "SOFTCAP": self.softcap > 0,
             "PRECISION": "ieee" if self.query.dtype == torch.float32 else "tf32",
         }
+
+
+def distances_of_values(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visibility: Visibility, scale: float, softcap: float
+) -> torch.Tensor:
+    """How far values lie from the outputs [B, Hkv, Lk], float32, of tensors as in `Arguments`."""
+    (batch, heads, queries, _), (_, kv_heads, keys, _), device = query.shape, key.shape, query.device
+    rows = sampled_rows(queries, heads // kv_heads, device)
+    entry, head, column = (torch.arange(size, device=device) for size in (batch, heads, keys))
+    head = head.view(kv_heads, heads // kv_heads, 1, 1)
+    seen = visibility.seen(entry[:, None, None, None, None], head, rows[:, None], column)
+    query = query.unflatten(1, (kv_heads, heads // kv_heads))[:, :, :, rows]
+    padding = visibility.key_padding
+    value = masked(value, None if padding is None else padding[:, None])
+    return value_distances(query, key, value, seen, scale, softcap).contiguous()
 
 
 @functools.cache

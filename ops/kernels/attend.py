@@ -6,7 +6,6 @@ import math
 
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
 from ..result import AttentionResult
 from ..rule.sampling import MAX_WEIGHT_FACTOR
@@ -25,6 +24,7 @@ from .helpers import (
     see,
     span,
 )
+from .launch import launch
 from .lists import Lists
 from .tiling import MAX_ROWS, attend_tiling, shared_memory
 
@@ -46,11 +46,12 @@ def attend(arguments: Arguments, lists: Lists, segments: range, result: Attentio
     parts = arguments.lists * -(-heads_per_list // heads)
     # Every row has a maximum after the keys that need a mask.
     is_fixed = not arguments.visibility.rows_differ
-    widest, shared = max(key.shape[-1], value.shape[-1]), shared_memory(key.device)
+    widest, shared = max(key.shape[-1], value.shape[-1]), shared_memory(arguments.device)
     tiling = attend_tiling(widest, key.element_size(), heads * config.ranking.tile, is_fixed, shared)
     per_segment = config.ranking.segment // config.ranking.tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
-    wrap_triton(attend_kernel)[(tiles, parts, arguments.batch_kv_heads)](
+    launch(
+        attend_kernel, (tiles, parts, arguments.batch_kv_heads),
         query, key, value, *arguments.masks,
         lists.index, lists.count, lists.log_weights, lists.guide_lse, *result,
         *query.stride()[:3], *key.stride()[:2], *value.stride()[:2], *arguments.mask_strides,

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
-from ..rule.channels import counted_keys, sampling_step
+from ..rule.channels import sampling_step
 from .arguments import padded
 from .helpers import float32
+from .launch import launch
 
 _PART = 1024
 """Rows whose second moments one program sums."""
@@ -30,7 +30,7 @@ class ChannelSubset(NamedTuple):
 def select_channels(
     guides: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None, channels: int, scale: float
 ) -> ChannelSubset:
-    """`rule.channels.project` where it picks channels, in two launches.
+    """`rule.channels.project` where it picks channels, without its products, in two launches.
 
     Args:
         guides: [B, Hkv, guide heads, guides, D].
@@ -51,20 +51,36 @@ def select_channels(
         torch.empty(batch, kv_heads, channels, dtype=torch.int32, device=key.device),
         torch.empty(batch, kv_heads, dtype=torch.float32, device=key.device),
     )
-    columns, counted = min(width, _COLUMNS), counted_keys(padding, key.shape[2])
-    wrap_triton(moments_kernel)[(parts, 2 * (width // columns), batch * kv_heads)](
-        guides, key, key if padding is None else padding, moments, sums,
-        *guides.stride()[:4], *key.stride()[:3], 0 if padding is None else padding.stride(0),
+    columns = min(width, _COLUMNS)
+    of_padding = (key, 0) if padding is None else (padding, padding.stride(0))
+    launch(
+        moments_kernel, (parts, 2 * (width // columns), batch * kv_heads),
+        guides, key, of_padding[0], moments, sums,
+        *guides.stride()[:4], *key.stride()[:3], of_padding[1],
         kv_heads, heads, per_head, key.shape[2], *steps,
         HAS_PADDING=padding is not None, PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
         D=size, PART=_PART, BLOCK_N=_ROWS, BLOCK_D=width, BLOCK_C=columns, num_warps=4, num_stages=2,
     )  # fmt: skip
-    wrap_triton(choose_kernel)[(batch * kv_heads,)](
-        moments, sums, energies, *found, sums if counted is None else counted, *rows, kv_heads, scale,
+    launch(
+        choose_kernel, (batch * kv_heads,),
+        moments, sums, energies, *found, *of_padding, *rows, kv_heads, key.shape[2], steps[1], scale,
         HAS_PADDING=padding is not None, PARTS=parts, CHANNELS=channels,
         D=size, BLOCK_D=width, BLOCK_C=min(width, 32), num_warps=8, num_stages=1,
     )  # fmt: skip
     return found
+
+
+def pick_channels(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """The `channels` [B, Hkv, picked] of guides or keys [B, Hkv, heads, rows, D]: [B, Hkv, heads, rows, picked]."""
+    batch, kv_heads, heads, rows, _ = x.shape
+    picked = channels.shape[-1]
+    result = x.new_empty(batch, kv_heads, heads, rows, picked)
+    launch(
+        pick_kernel, (-(-rows // _ROWS), heads, batch * kv_heads),
+        x, channels, result, *x.stride()[:4], kv_heads, rows,
+        PICKED=picked, BLOCK_P=padded(picked), BLOCK_N=_ROWS, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return result
 
 
 @triton.jit
@@ -122,19 +138,21 @@ def _load_finite(rows, inside, channel, D: tl.constexpr):
 
 @triton.jit
 def choose_kernel(
-    moments, sums, energies, channels, neglected, counted, guide_rows, key_rows, kv_heads, scale,
+    moments, sums, energies, channels, neglected, padding, padding_stride_b, guide_rows, key_rows,
+    kv_heads, keys, key_step, scale,
     HAS_PADDING: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write the CHANNELS channels of most energy, in order, and the variance of logits that the others carry.
 
-    Energy is the product of the mean squares of guides and of keys, of which with HAS_PADDING some are `counted` [B],
-    and else all `key_rows`. `energies` [B * Hkv, BLOCK_D] hands energies and
-    then ranks from rows to columns. Program (batch entry and KV head).
+    Energy is the product of the mean squares of guides and of keys, of whose sampled rows those count that are not
+    padding. `energies` [B * Hkv, BLOCK_D] hands energies and then ranks from rows to columns.
+    Program (batch entry and KV head).
     """
     scale = float32(scale)
     if HAS_PADDING:
-        key_rows = tl.maximum(tl.load(counted + tl.program_id(0) // kv_heads), 1).to(tl.float32)
+        padding += (tl.program_id(0) // kv_heads).to(tl.int64) * padding_stride_b
+        key_rows = _count(padding, keys, key_step)
     square: tl.constexpr = BLOCK_D * BLOCK_D
     of_guides = moments + tl.program_id(0).to(tl.int64) * (2 * PARTS * square)
     of_keys = of_guides + PARTS * square
@@ -175,9 +193,39 @@ def choose_kernel(
 
 
 @triton.jit
+def _count(padding, keys, step):
+    """How many of every `step`-th key are not padding, at least 1."""
+    lane = tl.arange(0, 1024)
+    number = tl.zeros([1024], tl.int32)
+    for start in range(0, keys, 1024 * step):
+        place = start + lane * step
+        number += (tl.load(padding + place, mask=place < keys, other=0) != 0).to(tl.int32)
+    return tl.maximum(tl.sum(number, 0), 1)
+
+
+@triton.jit
 def _sum(parts, place, inside, stride: tl.constexpr, PARTS: tl.constexpr):
     """The sum of `parts` at a place of each of them."""
     total = tl.zeros(place.shape, tl.float32)
     for part in tl.static_range(PARTS):
         total += tl.load(parts + part * stride + place, mask=inside, other=0.0)
     return total
+
+
+@triton.jit
+def pick_kernel(
+    x, channels, result, stride_b, stride_kv, stride_h, stride_n, kv_heads, rows,
+    PICKED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write the `channels` [B, Hkv, PICKED] of rows of x [B, Hkv, heads, rows, D].
+
+    Program (block of rows; head; batch entry and KV head).
+    """
+    batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
+    x += batch * stride_b + kv_head * stride_kv + tl.program_id(1).to(tl.int64) * stride_h
+    row, column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+    channel = tl.load(channels + tl.program_id(2) * PICKED + column, mask=column < PICKED, other=0)
+    inside = (row < rows)[:, None] & (column < PICKED)[None, :]
+    picked = tl.load(x + row.to(tl.int64)[:, None] * stride_n + channel[None, :], mask=inside, other=0.0)
+    place = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * rows + row
+    tl.store(result + place[:, None] * PICKED + column[None, :], picked, mask=inside)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
 from ..visibility import Visibility
 from .arguments import LOG2_E, padded
 from .attend import MAX_MASS, MAX_MASS_FLOAT16, add_keys, lower_weights
 from .helpers import LN_2, NO_KEY, float32, load_padding, mask_terms, see
+from .launch import launch
+from .plan import Tensors, planned
 from .tiling import dense_tiling, shared_memory
 
 SCANNED = tl.constexpr(1024)
@@ -25,29 +26,35 @@ def attend_densely(
     Returns:
         Output [B, Hq, Lq, Dv], stored as [B, Lq, Hq, Dv], and log-sum-exp [B, Hq, Lq], float32.
     """
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    batch, heads, queries, channels = query.shape
-    kv_heads, keys, wide = key.shape[1], key.shape[2], value.shape[3]
-    output = query.new_empty(batch, queries, heads, wide).transpose(1, 2)
+    operands = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    masks = (None if x is None else x.contiguous() for x in visibility.tensors[:3])
+    batch, heads, queries, _ = query.shape
+    output = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    terms = visibility.with_tensors(None, None, None, None)
+    planned(_attend, (*operands, *masks, output, lse), query.device, terms, scale, softcap)
+    return output, lse
+
+
+def _attend(tensors: Tensors, device: torch.device, terms: Visibility, scale: float, softcap: float) -> None:
+    query, key, value, padding, of_queries, of_keys, output, lse = tensors
+    (batch, heads, queries, channels), (_, kv_heads, keys, _), wide = query.shape, key.shape, value.shape[3]
     absent = key.new_empty(1, 1, dtype=torch.bool)
-    documents = visibility.query_documents, visibility.key_documents
-    tensors = [absent if x is None else x.contiguous() for x in (visibility.key_padding, *documents)]
-    tiling = dense_tiling(max(channels, wide), key.element_size(), shared_memory(key.device))
-    tiles = triton.cdiv(queries, tiling.rows)
-    wrap_triton(dense_kernel)[(tiles * batch * heads,)](
-        query, key, value, *tensors, output, lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *(x.stride(0) for x in tensors),
+    masks = [absent if x is None else x for x in (padding, of_queries, of_keys)]
+    tiling = dense_tiling(max(channels, wide), key.element_size(), shared_memory(device))
+    launch(
+        dense_kernel, (-(-queries // tiling.rows) * batch * heads,),
+        query, key, value, *masks, output, lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *(x.stride(0) for x in masks),
         *output.stride()[:3],
-        heads, queries, keys, visibility.causal_offset, visibility.window or 0, scale * LOG2_E, softcap * LOG2_E,
+        heads, queries, keys, terms.causal_offset, terms.window or 0, scale * LOG2_E, softcap * LOG2_E,
         HEADS_PER_KV_HEAD=heads // kv_heads,
-        CAUSAL=visibility.is_causal, HAS_PADDING=visibility.key_padding is not None,
-        WINDOW=visibility.window is not None, DOCUMENTS=documents[0] is not None, SOFTCAP=softcap > 0,
+        CAUSAL=terms.is_causal, HAS_PADDING=padding is not None,
+        WINDOW=terms.window is not None, DOCUMENTS=of_queries is not None, SOFTCAP=softcap > 0,
         D=channels, BLOCK_D=padded(channels), DV=wide, BLOCK_DV=padded(wide),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         **tiling.arguments,
     )  # fmt: skip
-    return output, lse
 
 
 @triton.jit

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
 from ..config import S2OConfig
 from .arguments import padded
 from .helpers import load_rows
+from .launch import launch
 
 _ROWS = 16
 
@@ -22,7 +22,8 @@ def pool_guides(query: torch.Tensor, config: S2OConfig) -> torch.Tensor:
         return query
     heads, per_head = group_size // together, -(-length // config.ranking.pool)
     guides = query.new_empty(batch, kv_heads, heads, per_head, size)
-    wrap_triton(pool_kernel)[(-(-per_head // _ROWS), heads, batch * kv_heads)](
+    launch(
+        pool_kernel, (-(-per_head // _ROWS), heads, batch * kv_heads),
         query, guides,
         *query.stride()[:4], kv_heads, length, per_head,
         POOL=config.ranking.pool, TOGETHER=together,

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
 from ..rule import channels
 from .arguments import Arguments
@@ -29,6 +28,7 @@ from .helpers import (
     span,
     unit_scale,
 )
+from .launch import launch
 from .lists import empty_importance
 from .quantise import Operands, sums_in_half
 from .tiling import importance_tiling
@@ -75,11 +75,12 @@ def _score(
     guides, key = operands.guides, operands.key
     capacity = arguments.capacity(segments[-1])
     total = guides.shape[2] // arguments.lists * (config.ranking.segment // config.ranking.pool)
-    half = sums_in_half(operands, arguments.takes_mean)
+    half = sums_in_half(operands, arguments.takes_mean, arguments.device)
     tiling = importance_tiling(key.shape[-1], key.element_size(), total, half)
     together = tiling.guides.segments(total)
     programs = -(-len(segments) // together) * -(-(capacity + config.ranking.segment * together) // CHUNK)
-    wrap_triton(importance_kernel)[(programs, arguments.lists, arguments.batch_kv_heads)](
+    launch(
+        importance_kernel, (programs, arguments.lists, arguments.batch_kv_heads),
         guides, operands.ranges, guide_lse, key, guide_lse if distances is None else distances,
         guide_lse if neglected is None else neglected, *arguments.masks, importance,
         *guides.stride()[:4], *key.stride()[:3], *arguments.mask_strides,

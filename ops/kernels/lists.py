@@ -53,7 +53,7 @@ class Lists:
         """Empty lists of all segments."""
         shape = _shape(arguments, range(arguments.geometry.segments))
         absent = arguments.key.new_empty(1)
-        count = arguments.key.new_zeros(shape, dtype=torch.int32)
+        count = arguments.key.new_empty(shape, dtype=torch.int32).zero_()
         return cls(count[..., None], count, absent, absent)
 
     @property

@@ -7,7 +7,6 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
 from .arguments import Arguments
 from .helpers import (
@@ -25,6 +24,7 @@ from .helpers import (
     span,
     unit_scale,
 )
+from .launch import launch
 from .quantise import Operands
 from .tiling import normaliser_tiling
 
@@ -40,7 +40,8 @@ def normalisers(arguments: Arguments, operands: Operands) -> torch.Tensor:
     tiling = normaliser_tiling(key.shape[-1], key.element_size(), total)
     together = tiling.segments(total)
     grid = (-(-segments // together), -(-total * together // tiling.rows), arguments.batch_kv_heads)
-    wrap_triton(normaliser_kernel)[grid](
+    launch(
+        normaliser_kernel, grid,
         guides, operands.ranges, key, *arguments.masks, lse,
         *guides.stride()[:4], *key.stride()[:3], *arguments.mask_strides,
         first_segment=0, segments=segments, sample=config.ranking.sample, log2_sample=math.log2(config.ranking.sample),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import functools
+import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch.library import triton_op
@@ -13,10 +14,12 @@ from ..geometry import Geometry, round_up
 from ..memory import workspace
 from ..result import AttentionResult
 from ..visibility import Visibility
-from .arguments import Arguments
+from .arguments import Arguments, distances_of_values
 from .attend import attend
 from .guides import pool_guides
+from .launch import launching, visibly
 from .lists import Lists, bits_of_a_key
+from .plan import Tensors, planned
 from .rank import rank, scoring_of
 
 MAX_PROGRAMS = 2**16 - 1
@@ -42,7 +45,8 @@ def sparse_triton(
     """`sparse_attention` as an operator whose kernels the compiler sees; `settings` is the configuration as JSON."""
     config = S2OConfig.from_json(settings)
     visibility = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
-    output, lse, visited = sparse_attention(query, key, value, visibility, scale, softcap, config)
+    with launching(visibly):
+        output, lse, visited = sparse_attention(query, key, value, visibility, scale, softcap, config)
     return output, lse, visited
 
 
@@ -84,36 +88,55 @@ def attend_batch(
     result: AttentionResult,
 ) -> None:
     """Fill the `result` of as many batch entries as one launch can have programs for."""
-    geometry = Geometry.of(query, key, visibility, config)
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    if not geometry.ranked_segments:
-        arguments = Arguments(query, key, value, visibility, geometry, scale, softcap, config.without_ranking())
-        attend(arguments, Lists.without_keys(arguments), range(geometry.segments), result)
+    query, key, value = (_with_rows(x) for x in (query, key, value))
+    padding, of_queries, of_keys = (None if x is None else _with_rows(x) for x in visibility.tensors[:3])
+    visibility = visibility.with_tensors(padding, of_queries, of_keys, visibility.mask)
+    distances = None
+    if config.ranking.measure == "output" and Geometry.of(query, key, visibility, config).ranked_segments:
+        distances = distances_of_values(query, key, value, visibility, scale, softcap)
+    tensors = (query, key, value, *visibility.tensors, distances, *result)
+    terms = visibility.with_tensors(None, None, None, None)
+    planned(rank_and_attend, tensors, query.device, terms, scale, softcap, config, workspace())
+
+
+def _with_rows(x: torch.Tensor) -> torch.Tensor:
+    """The same, with the elements of a row side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rank_and_attend(
+    tensors: Tensors,
+    device: torch.device,
+    terms: Visibility,
+    scale: float,
+    softcap: float,
+    config: S2OConfig,
+    workspace: int,
+) -> None:
+    """What the kernels do in a call, with the tensors and terms of `attend_batch`, on a device."""
+    query, key, value, *masks, distances, output, lse, visited = tensors
+    arguments = Arguments(query, key, value, terms.with_tensors(*masks), distances, scale, softcap, config, device)
+    result = AttentionResult(output, lse, visited)
+    if not arguments.geometry.ranked_segments:
+        arguments = dataclasses.replace(arguments, config=config.without_ranking())
+        attend(arguments, Lists.without_keys(arguments), range(arguments.geometry.segments), result)
         return
-    arguments = Arguments(query, key, value, visibility, geometry, scale, softcap, config)
     guides = pool_guides(query.unflatten(1, (arguments.kv_heads, arguments.group_size)), config)
     scoring = scoring_of(arguments, guides)
-    for segments in runs(arguments):
+    for segments in runs(arguments, workspace):
         attend(arguments, rank(arguments, scoring, segments), segments, result)
 
 
-def runs(arguments: Arguments) -> tuple[range, ...]:
-    """Consecutive segments whose lists fit into the workspace together."""
-    bits = arguments.batch_kv_heads * arguments.lists * bits_of_a_key(arguments)
-    return _runs(arguments.geometry, 8 * workspace() // bits)
-
-
-@functools.lru_cache(maxsize=2**12)
-def _runs(geometry: Geometry, room: int) -> tuple[range, ...]:
-    """`runs`, of one list for each segment and `room` keys in all; at least one segment each."""
+def runs(arguments: Arguments, workspace: int) -> Iterator[range]:
+    """Consecutive segments whose lists fit into so many bytes together; at least one segment each."""
+    geometry, bits = arguments.geometry, arguments.batch_kv_heads * arguments.lists * bits_of_a_key(arguments)
+    keys = 8 * workspace // bits
 
     def size(last: int) -> int:
         return (last + 1 - first) * round_up(geometry.longest_history(last))
 
-    first, end = 0, geometry.segments
-    found = []
-    while first < end:
-        fitting = bisect.bisect(range(first + 1, end), room, key=size)
-        found.append(range(first, first + 1 + fitting))
+    first = 0
+    while first < geometry.segments:
+        fitting = bisect.bisect(range(first + 1, geometry.segments), keys, key=size)
+        yield range(first, first + 1 + fitting)
         first += 1 + fitting
-    return tuple(found)

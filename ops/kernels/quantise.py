@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
-from .arguments import padded
+from .arguments import Arguments, padded
+from .channels import pick_channels
 from .helpers import FLOAT8_REACH, load_rows
+from .launch import launch
 
 FLOAT8 = torch.float8_e4m3fn
 INFINITY = tl.constexpr(0x7F800000)
@@ -48,35 +49,36 @@ class Operands(NamedTuple):
         return self.key.dtype == FLOAT8
 
 
-def ranking_operands(guides: torch.Tensor, key: torch.Tensor, softcap: float) -> Operands:
+def ranking_operands(arguments: Arguments, guides: torch.Tensor, key: torch.Tensor) -> Operands:
     """Guides [B, Hkv, guide heads, guides, D] and keys [B, Hkv, Lk, D], in float8 where that is worth it."""
-    return quantise(guides, key)[0] if ranks_in_float8(guides, softcap) else Operands(guides, key, guides)
+    in_float8 = ranks_in_float8(guides, arguments.softcap, arguments.device)
+    return quantise(guides, key)[0] if in_float8 else Operands(guides, key, guides)
 
 
 def operands_of_channels(
-    guides: torch.Tensor, key: torch.Tensor, softcap: float, channels: torch.Tensor
+    arguments: Arguments, guides: torch.Tensor, channels: torch.Tensor
 ) -> tuple[Operands, Operands]:
     """`ranking_operands` of all channels, and of those that are picked for each KV head [B, Hkv, channels] int32."""
-    if ranks_in_float8(guides, softcap) and channels.shape[-1] >= _LEAST_CHANNELS:
+    key = arguments.key
+    if ranks_in_float8(guides, arguments.softcap, arguments.device) and channels.shape[-1] >= _LEAST_CHANNELS:
         all_channels, subset = quantise(guides, key, channels)
         return all_channels, subset
-    picked = channels.long()[:, :, None]
-    subset = Operands(guides.take_along_dim(picked[:, :, None], -1), key.take_along_dim(picked, -1), guides)
-    return ranking_operands(guides, key, softcap), subset
+    subset = Operands(pick_channels(guides, channels), pick_channels(key[:, :, None], channels)[:, :, 0], guides)
+    return ranking_operands(arguments, guides, key), subset
 
 
-def ranks_in_float8(guides: torch.Tensor, softcap: float) -> bool:
+def ranks_in_float8(guides: torch.Tensor, softcap: float, device: torch.device) -> bool:
     """Whether such guides [..., D] rank in float8: half precision, no soft cap, sm_89 or later."""
-    if not guides.is_cuda or guides.dtype == torch.float32 or softcap or guides.shape[-1] < _LEAST_CHANNELS:
+    if device.type != "cuda" or guides.dtype == torch.float32 or softcap or guides.shape[-1] < _LEAST_CHANNELS:
         return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(guides.device) >= (8, 9)
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def sums_in_half(operands: Operands, takes_mean: bool) -> bool:
+def sums_in_half(operands: Operands, takes_mean: bool, device: torch.device) -> bool:
     """Whether their products are summed in half precision, whose maxima take half the instructions (sm_90)."""
     if not operands.are_quantised or takes_mean:
         return False
-    return torch.cuda.get_device_capability(operands.key.device)[0] == 9
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def quantise(guides: torch.Tensor, key: torch.Tensor, channels: torch.Tensor | None = None) -> tuple[Operands, ...]:
@@ -93,19 +95,46 @@ def quantise(guides: torch.Tensor, key: torch.Tensor, channels: torch.Tensor | N
     """
     batch, kv_heads, heads, per_head, size = guides.shape
     total, keys = heads * per_head, key.shape[2]
-    origin = key[:, :, :: -(-keys // _SAMPLE)].mean(2)
-    ranges = torch.zeros(2, batch, kv_heads, dtype=torch.float32, device=key.device)
+    origin = key.new_empty(batch, kv_heads, size)
+    ranges = torch.empty(2, batch, kv_heads, dtype=torch.float32, device=key.device)
+    launch(
+        origin_kernel, (batch * kv_heads,), origin, ranges, key, *key.stride()[:3], kv_heads, keys, -(-keys // _SAMPLE),
+        D=size, BLOCK_D=padded(size), BLOCK_N=16, num_warps=4, num_stages=3,
+    )  # fmt: skip
     sizes = (size,) if channels is None else (size, channels.shape[-1])
     results = [torch.empty(batch, kv_heads, total + keys, width, dtype=FLOAT8, device=key.device) for width in sizes]
     grid = (heads * -(-per_head // _ROWS) + -(-keys // _ROWS), batch * kv_heads)
     operands = (guides, key, origin, *guides.stride()[:4], *key.stride()[:3], kv_heads, heads, per_head, keys)
     options = {"D": size, "BLOCK_D": padded(size), "BLOCK_N": _ROWS, "num_warps": 4, "num_stages": 1}
-    wrap_triton(reach_kernel)[grid](ranges, *operands, **options)
-    wrap_triton(quantise_kernel)[grid](
+    launch(reach_kernel, grid, ranges, *operands, **options)
+    launch(
+        quantise_kernel, grid,
         ranges, results[0], results[-1], ranges if channels is None else channels, *operands,
         PICKED=0 if channels is None else sizes[-1], BLOCK_P=padded(sizes[-1]), **options,
     )  # fmt: skip
     return tuple(Operands(x[:, :, :total].unflatten(2, (heads, per_head)), x[:, :, total:], ranges) for x in results)
+
+
+@triton.jit
+def origin_kernel(
+    origin, ranges, key, key_stride_b, key_stride_h, key_stride_n, kv_heads, keys, step,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Write the mean of every `step`-th key: `origin` [B, Hkv, D]; and zeros to `ranges` [2, B, Hkv].
+
+    Program (batch entry and KV head).
+    """
+    place = tl.program_id(0)
+    key += (place // kv_heads).to(tl.int64) * key_stride_b + (place % kv_heads).to(tl.int64) * key_stride_h
+    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(0, keys, BLOCK_N * step):
+        row = start + tl.arange(0, BLOCK_N) * step
+        total += load_rows(key, row, row < keys, key_stride_n, D, BLOCK_D).to(tl.float32)
+    mean = tl.sum(total, 0) / ((keys + step - 1) // step).to(tl.float32)
+    channel = tl.arange(0, BLOCK_D)
+    tl.store(origin + place * D + channel, mean.to(origin.dtype.element_ty), mask=channel < D)
+    tl.store(ranges + place, 0.0)
+    tl.store(ranges + tl.num_programs(0) + place, 0.0)
 
 
 @triton.jit

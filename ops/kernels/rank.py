@@ -17,19 +17,19 @@ from .select import select
 
 def scoring_of(arguments: Arguments, guides: torch.Tensor) -> Scoring:
     """Operands, normalisers and corrections for all segments, given guides [B, Hkv, guide heads, guides, D]."""
-    key, channels, scale, softcap = arguments.key, arguments.config.ranking.channels, arguments.scale, arguments.softcap
+    key, channels, scale = arguments.key, arguments.config.ranking.channels, arguments.scale
     subset: Operands | None = None
     neglected: torch.Tensor | None
     if picks_channels(channels, key.shape[-1]):
         picked, neglected = select_channels(guides, key, arguments.visibility.key_padding, channels, scale)
-        all_channels, subset = operands_of_channels(guides, key, softcap, picked)
+        all_channels, subset = operands_of_channels(arguments, guides, picked)
     else:
         projected = project(guides, key, channels, scale, arguments.valid)
         neglected = None if projected.neglected is None else projected.neglected.float()
-        all_channels = ranking_operands(guides, key, softcap)
+        all_channels = ranking_operands(arguments, guides, key)
         if neglected is not None:
-            subset = ranking_operands(projected.guides, projected.key, softcap)
-    return Scoring(all_channels, subset, normalisers(arguments, all_channels), neglected, arguments.distances())
+            subset = ranking_operands(arguments, projected.guides, projected.key)
+    return Scoring(all_channels, subset, normalisers(arguments, all_channels), neglected, arguments.distances)
 
 
 def rank(arguments: Arguments, scoring: Scoring, segments: range) -> Lists:

@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
 from .arguments import Arguments
 from .helpers import draws, place_list
+from .launch import launch
 from .lists import Lists
 
 RUN = tl.constexpr(8)
@@ -20,7 +20,8 @@ RUN = tl.constexpr(8)
 def sample(arguments: Arguments, importance: torch.Tensor, guide_lse: torch.Tensor, segments: range) -> Lists:
     """The keys whose importance [B, Hkv, lists, segments, capacity] reaches their draw; their weights overwrite it."""
     lists = Lists.to_fill(arguments, segments, importance, guide_lse)
-    wrap_triton(sample_kernel)[(len(segments), lists.count.numel() // len(segments))](
+    launch(
+        sample_kernel, (len(segments), lists.count.numel() // len(segments)),
         importance, lists.index, lists.count,
         first_segment=segments.start, capacity=lists.capacity,
         **arguments.spans, BLOCK_N=1024, num_warps=4, num_stages=2,

@@ -8,17 +8,18 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
 from .arguments import Arguments
 from .helpers import FLAGS_PER_WORD, place_list
+from .launch import launch
 from .lists import Lists
 
 
 def select(arguments: Arguments, flags: torch.Tensor, guide_lse: torch.Tensor, segments: range) -> Lists:
     """The keys whose flags [B, Hkv, lists, segments, capacity / 16] are set."""
     lists = Lists.to_fill(arguments, segments, flags, guide_lse)
-    wrap_triton(select_kernel)[(len(segments), lists.count.numel() // len(segments))](
+    launch(
+        select_kernel, (len(segments), lists.count.numel() // len(segments)),
         flags, lists.index, lists.count,
         first_segment=segments.start, capacity=lists.capacity,
         **arguments.spans, BLOCK_N=256, num_warps=1, num_stages=2,

@@ -6,7 +6,8 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from s2o_compile.ops import Ranking, S2OConfig
-from s2o_compile.ops.kernels import (
-    attend,
-    channels,
-    dense,
-    guides,
-    importance,
-    normaliser,
-    pipeline,
-    quantise,
-    sample,
-    select,
-)
+from s2o_compile.ops.kernels import attend, dense, importance, pipeline, quantise
+from s2o_compile.ops.kernels.launch import launching
 from s2o_compile.ops.visibility import Visibility
 
 CAPABILITIES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -72,36 +63,27 @@ def is_reduced_right(axis: int, layout: dict[str, list[list[int]]]) -> bool:
     return len(list(itertools.groupby(along))) == len(set(along))
 
 
-class Builder:
-    """Stands where a kernel is launched, and compiles it instead."""
-
-    capability = 80
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self.build
-
-    def build(self, *positional: Any, num_warps: int, num_stages: int, **named: Any) -> None:
-        values = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
-        signature, constants = {}, {}
-        for parameter in self.kernel.params:
-            value = values[parameter.name]
-            if parameter.is_constexpr:
-                signature[parameter.name] = "constexpr"
-                constants[(parameter.num,)] = value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = TYPES[value.dtype]
-            else:
-                signature[parameter.name] = "fp64" if isinstance(value, float) else "i32"
-        source, target = ASTSource(self.kernel, signature, constants), GPUTarget("cuda", self.capability, 32)
-        compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
-        assert compiled.asm["cubin"]
-        reductions = list(linear_reductions(compiled.asm["ttgir"]))
-        assert all(is_reduced_right(*reduction) for reduction in reductions), (self.kernel.__name__, reductions)
-        assert compiled.metadata.shared <= CAPABILITIES[self.capability], (self.kernel.__name__, compiled.metadata)
-        print(self.kernel.__name__)
+def build(capability: int, kernel: Any, grid: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Compile a kernel instead of launching it."""
+    values = dict(zip(kernel.arg_names, positional, strict=False)) | named
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(parameter.num,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp64" if isinstance(value, float) else "i32"
+    source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32)
+    options = {name: values[name] for name in ("num_warps", "num_stages")}
+    compiled = triton.compile(source, target=target, options=options)
+    assert compiled.asm["cubin"]
+    reductions = list(linear_reductions(compiled.asm["ttgir"]))
+    assert all(is_reduced_right(*reduction) for reduction in reductions), (kernel.__name__, reductions)
+    assert compiled.metadata.shared <= CAPABILITIES[capability], (kernel.__name__, compiled.metadata)
+    print(kernel.__name__)
 
 
 def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
@@ -110,20 +92,16 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     That is for `is_all`: many heads of a group, and in half precision all terms at once. Without, the latter only where
     there is no float8.
     """
-    Builder.capability = capability
-    for module in (attend, channels, dense, guides, importance, normaliser, quantise, sample, select):
-        module.wrap_triton = Builder  # type: ignore[attr-defined]
-    attend.shared_memory = lambda device: CAPABILITIES[capability]
+    attend.shared_memory = dense.shared_memory = lambda device: CAPABILITIES[capability]
     query, key = torch.empty(1, 4, 300, 64, dtype=dtype), torch.empty(1, 2, 300, 64, dtype=dtype)
     many = torch.empty(1, 12, 300, 64, dtype=dtype)
     documents, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 1, 300, 300, dtype=torch.bool)
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
     has_float8 = dtype != torch.float32 and capability >= 89
-    quantise.ranks_in_float8 = lambda guides, softcap: has_float8 and not softcap and guides.shape[-1] >= 32
-    importance.sums_in_half = lambda operands, takes_mean: (
+    quantise.ranks_in_float8 = lambda guides, softcap, device: has_float8 and not softcap and guides.shape[-1] >= 32
+    importance.sums_in_half = lambda operands, takes_mean, device: (
         capability == 90 and operands.are_quantised and not takes_mean
     )
-    dense.shared_memory = attend.shared_memory
     pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
     if dtype != torch.float32:
         dense.attend_densely(query, key, key, terms._replace(mask=None), 0.125, 0.0)
@@ -134,8 +112,9 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
         pipeline.sparse_attention(many, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
         pipeline.sparse_attention(many, key, key, Visibility(True, mask=mask), 0.125, 0.0, S2OConfig())
     if dtype != torch.float32 and (is_all or not has_float8):
-        pipeline.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig())
+        pipeline.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig(ranking=Ranking(channels=32)))
 
 
 if __name__ == "__main__":
-    main(getattr(torch, sys.argv[1]), int(sys.argv[2]), "all" in sys.argv[3:])
+    with launching(partial(build, int(sys.argv[2]))):
+        main(getattr(torch, sys.argv[1]), int(sys.argv[2]), "all" in sys.argv[3:])

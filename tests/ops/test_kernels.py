@@ -12,6 +12,7 @@ from hypothesis import Phase, given, settings
 
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig
 from s2o_compile.ops.kernels import importance, pipeline, quantise
+from s2o_compile.ops.kernels.plan import plan_of
 from s2o_compile.ops.memory import limited_workspace
 from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.rule.sinks import add_sinks
@@ -167,6 +168,7 @@ def test_more_batch_entries_than_a_launch_has_programs(shared: bool, monkeypatch
     )
     config = S2OConfig(threshold=0.02, ranking=Ranking(near_keys=0))
     want = pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config)
+    plan_of.cache_clear()
     monkeypatch.setattr(pipeline, "MAX_PROGRAMS", 2)
     assert_same(pipeline.sparse_attention(query, key, value, terms, 0.25, 0.0, config), want, 0.0)
 
@@ -195,13 +197,14 @@ def test_ranking_in_float8_errs_no_more(
     length = 300 if DEVICE == "cuda" else 200
     bias = 30 * (torch.arange(32, device=DEVICE) % 8 == 0)
     query, key, value = (torch.randn(1, n, length, 32, device=DEVICE) * 2 for n in (heads, groups, groups))
-    monkeypatch.setattr(importance, "sums_in_half", lambda operands, takes_mean: half and operands.are_quantised)
+    monkeypatch.setattr(importance, "sums_in_half", lambda operands, *rest: half and operands.are_quantised)
     tensors = [x.half() for x in (query, key + bias, value)]
     mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()
     want = dense(*tensors, mask)
     visited, error = [], []
     for is_float8 in (False, True):
-        monkeypatch.setattr(quantise, "ranks_in_float8", lambda guides, softcap, answer=is_float8: answer)
+        monkeypatch.setattr(quantise, "ranks_in_float8", lambda *arguments, answer=is_float8: answer)
+        plan_of.cache_clear()
         result = pipeline.sparse_attention(*tensors, Visibility(True), 32**-0.5, 0.0, config)
         visited.append(result.visited.sum().item())
         error.append((result.output.double() - want).square().sum().item())

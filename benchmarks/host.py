@@ -1,0 +1,153 @@
+"""What the host takes to issue a call of attention to a GPU, and how many kernels that launches.
+
+    python -m benchmarks.host --length 32768
+
+The operator sparse and dense, in eager mode and in compiled graphs, beside SDPA. The GPU works on random inputs
+meanwhile, whose numbers make no difference to the host. A first call of a length records its plan; it is timed too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.autograd import DeviceType
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
+
+from s2o_compile._console import UsageError
+from s2o_compile.ops.dispatch import DENSE_AT_ANY_LENGTH
+from s2o_compile.testbed.options import Json
+
+from .command import run
+from .results import as_text, record
+from .timing import Run, issuing_seconds, median_and_spread, warm_up
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass
+class Row:
+    """One way to call attention.
+
+    Attributes:
+        name: Of the way.
+        host: Microseconds that the host needs to issue a call, the median.
+        spread: Range of the repetitions over their median.
+        new: Milliseconds for the first call of another length, with kernels that are compiled, until it is issued.
+        kernels: Kernels and fills that a call runs on the GPU.
+    """
+
+    name: str
+    host: float
+    spread: float
+    new: float | None
+    kernels: int
+
+
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Dense attention by PyTorch."""
+    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def operator(min_length: int) -> Attention:
+    """The operator, sparse from a number of keys on."""
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.ops.s2o.attention(query, key, value, is_causal=True, min_length=min_length)
+
+    return call
+
+
+def contenders() -> dict[str, Attention]:
+    """All ways, by name."""
+    sparse, dense = operator(0), operator(DENSE_AT_ANY_LENGTH)
+    return {
+        "SDPA": sdpa,
+        "dense": dense,
+        "dense, compiled": torch.compile(dense, fullgraph=True, dynamic=False),
+        "sparse": sparse,
+        "sparse, compiled": torch.compile(sparse, fullgraph=True, dynamic=False),
+        "sparse, CUDA graph": torch.compile(sparse, fullgraph=True, dynamic=False, mode="reduce-overhead"),
+    }
+
+
+@torch.no_grad()
+def measure(name: str, attention: Attention, inputs: list[torch.Tensor], repetitions: int) -> Row:
+    """Time one way to call attention."""
+
+    def call() -> Any:
+        return attention(*inputs)
+
+    reason = warm_up(call) or warm_up(call)
+    if reason:
+        raise RuntimeError(f"{name}: {reason}")
+    seconds, spread = median_and_spread([issuing_seconds(call) for _ in range(repetitions)])
+    new = None if "," in name else 1e3 * seconds_of_a_new_length(attention, inputs)
+    return Row(name, 1e6 * seconds, spread, new, kernels(call))
+
+
+def seconds_of_a_new_length(attention: Attention, inputs: list[torch.Tensor]) -> float:
+    """The first call of a length for which kernels are compiled, but nothing else is known, until it is issued."""
+    # Of the same multiple of 16 as the next, for which Triton compiles the same kernels.
+    for length in (inputs[0].shape[2] - 32, inputs[0].shape[2] - 64):
+        shorter = [x[:, :, :length].contiguous() for x in inputs]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        attention(*shorter)
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def kernels(call: Run) -> int:
+    """What a call runs on the GPU, kernels and fills."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    events = profiled.events() or ()
+    return sum(event.device_type == DeviceType.CUDA and not event.is_user_annotation for event in events)
+
+
+def render(rows: list[Row]) -> Table:
+    """The rows as a table."""
+    table = Table(title="The host's part of a call")
+    for column in ("attention", "host µs", "spread", "new length ms", "kernels"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        new = "" if row.new is None else f"{row.new:.2f}"
+        table.add_row(row.name, f"{row.host:.0f}", f"{row.spread:.0%}", new, str(row.kernels))
+    return table
+
+
+def main(
+    length: Annotated[int, typer.Option(min=256, help="Queries and keys.")] = 32768,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 12,
+    kv_heads: Annotated[int, typer.Option(min=1, help="KV heads.")] = 2,
+    channels: Annotated[int, typer.Option(min=16, max=256, help="Head dimension.")] = 128,
+    repetitions: Annotated[int, typer.Option(min=1, help="Batches of calls, whose median is taken.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Time the host's part of a call of attention; the default shapes are those of Qwen2.5-1.5B."""
+    if not torch.cuda.is_available():
+        raise UsageError("benchmarks.host needs a CUDA device.")
+    device = torch.device("cuda", 0)
+    inputs = [
+        torch.randn(1, n, length, channels, device=device, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads)
+    ]
+    rows = [measure(name, attention, inputs, repetitions) for name, attention in contenders().items()]
+    if as_json:
+        measures = {"host": ("µs", "spread"), "new": ("ms", None), "kernels": ("kernels", None)}
+        settings = {"length": length, "heads": heads, "kv_heads": kv_heads, "channels": channels}
+        print(as_text(record("host", list(map(dataclasses.asdict, rows)), ("name",), measures, device, settings)))
+    else:
+        Console().print(render(rows))
+
+
+if __name__ == "__main__":
+    run(main)
