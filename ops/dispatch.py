@@ -75,7 +75,7 @@ def why_dense(
 ) -> str:
     """Why `choose_sparse`, asked the same, is false, and what to do about it."""
     if _exceeds(query[2], _dense_queries(config)) is False:
-        return f"{query[2]} queries are too few to gain; {_FORCE}"
+        return f"{query[2]} queries over {key[2]} keys are too few to gain; {_FORCE}"
     if config.min_length is not None:
         return f"{key[2]} keys are fewer than min_length={config.min_length}; a lower one asks for sparse attention"
     _, most = work_of(query, key, value, terms)
@@ -109,7 +109,9 @@ def _why_too_little(most: Work, device: torch.device) -> str:
             SLOW_CPU if kind_of(device) == OTHER_CPU else f"sparse attention was slower at any length ({wanted.source})"
         )
     if most.keys < wanted.keys:
-        seen = f"a query sees {most.keys:,.0f} keys on average, and sparse attention pays from {wanted.keys:,.0f} on"
-        return f"{seen} ({wanted.source}), which longer prompts or windows reach"
-    done = f"the call is {most.multiply_adds:.1e} multiply-adds, and sparse attention pays from {wanted.work:.1e} on"
-    return f"{done} ({wanted.source}), which longer prompts or more of them at once reach"
+        seen = f"{most.keys:,.0f} on average, and sparse attention pays from {wanted.keys:,.0f} on ({wanted.source})"
+        return f"a query sees too few keys to gain, {seen}, which longer prompts or windows reach"
+    done = (
+        f"{most.multiply_adds:.1e} multiply-adds, and sparse attention pays from {wanted.work:.1e} on ({wanted.source})"
+    )
+    return f"the call is too little work to gain, {done}, which longer prompts or more of them at once reach"

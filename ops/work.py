@@ -13,6 +13,9 @@ from .visibility import Visibility
 Size = int | torch.SymInt
 
 
+_EXACT = frozenset({int, type(None)})
+
+
 class Work(NamedTuple):
     """How much dense attention has to do.
 
@@ -27,10 +30,11 @@ class Work(NamedTuple):
 
 def work_of(query: Sequence[Size], key: Sequence[Size], value: Sequence[Size], terms: Visibility) -> tuple[Work, Work]:
     """The least and the most work of calls of these shapes [B, H, L, D]; both the same where no size is symbolic."""
-    sizes: list[Any] = [*query[:3], key[2], query[3] + value[3]]
+    batch, heads, queries, width = query
+    sizes: Any = (batch, heads, queries, key[2], width + value[3])
     first: Any = None if terms.window is None else terms.causal_offset - terms.window
     last: Any = terms.causal_offset if terms.is_causal else None
-    if all(isinstance(size, int | None) for size in (*sizes, first, last)):
+    if _EXACT.issuperset(map(type, (*sizes, first, last))):
         exact = _work(sizes, first, last)
         return exact, exact
     low, high = zip(*map(bounds, sizes), strict=True)

@@ -189,21 +189,23 @@ def test_symbolic_sizes() -> None:
     assert choose(of(symbol(1000)), min_length=1000) is True
     assert choose(of(symbol(2, 32))) is False
     assert choose(of(symbol(2)), min_length=dispatch.DENSE_AT_ANY_LENGTH) is False
-    assert why(of(symbol(2, 4096))).startswith("a query sees 2,048 keys on average")
+    assert why(of(symbol(2, 4096))).startswith("a query sees too few keys to gain, 2,048 on average")
 
 
 def test_reasons() -> None:
-    assert why(shapes(10, 10_000)).startswith("10 queries are too few to gain; min_length=0 asks")
+    assert why(shapes(10, 10_000)).startswith("10 queries over 10000 keys are too few to gain; min_length=0 asks")
     assert why(shapes(99, 99), min_length=100).startswith("99 keys are fewer than min_length=100;")
     assert why(shapes(1000, 1000)).startswith(
-        "a query sees 500 keys on average, and sparse attention pays from 3,072 on"
+        "a query sees too few keys to gain, 500 on average, and sparse attention pays from 3,072 on"
     )
     window = why(shapes(10**5, 10**5), Visibility(True, window=512), CUDA)
     assert window.startswith(
-        "a query sees 511 keys on average, and sparse attention pays from 4,096 on (shipped for sm_90"
+        "a query sees too few keys to gain, 511 on average, and sparse attention pays from 4,096 on (shipped for sm_90"
     )
     small = why(shapes(16_384, 16_384), device=CUDA)
-    assert small.startswith("the call is 1.5e+11 multiply-adds, and sparse attention pays from 5.0e+11 on")
+    assert small.startswith(
+        "the call is too little work to gain, 1.5e+11 multiply-adds, and sparse attention pays from 5.0e+11 on"
+    )
 
 
 def test_by_default_a_cpu_that_ranks_slowly_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_heads_that_broadcast() -> None:
 
 
 def test_refuses_short_calls() -> None:
-    assert "20 queries are too few" in refusal(lambda *x: sdpa(*x), *inputs(), config=S2OConfig())
+    assert "20 keys are too few" in refusal(lambda *x: sdpa(*x), *inputs(), config=S2OConfig())
 
 
 def test_other_functions_are_not_attention() -> None:
