@@ -118,7 +118,7 @@ def test_a_proven_mask_is_not_computed(case: str, dynamic: bool) -> None:
     backend = compiled(*CASES[case], dynamic=dynamic)
     (decision,) = backend.decisions
     assert decision.unmasked and not decision.rewritten and decision.kind == "dense, no mask"
-    assert "too few to gain" in decision.reason
+    assert "fewer than min_length" in decision.reason
     (arguments,) = backend.calls(torch.ops.s2o.attention.default)
     assert "mask" not in arguments
     assert not backend.calls(sdpa)
