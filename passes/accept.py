@@ -102,6 +102,8 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
             raise Refused(f"{name} has another batch size than query; expand it to the batch of query")
     if guard_or_false(query.shape[3] == 0):
         raise Refused("query has no channels, for which releases of PyTorch give different numbers")
+    if guard_or_false(key.shape[2] != value.shape[2]):
+        raise Refused(f"key has {key.shape[2]} positions and value {value.shape[2]}; pass as many")
     if query.device.type not in ("cpu", "cuda"):
         raise Refused(f"the tensors are on {query.device}; use a CPU or a CUDA device")
     _check_heads(query.shape[1], key.shape[1], value.shape[1], enable_gqa)

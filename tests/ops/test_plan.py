@@ -284,8 +284,9 @@ LENGTHS = [1008, 1009, 1024, 33]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", GPU_RANKINGS)
 def test_the_second_call_runs_kept_kernels_alone(name: str, dtype: torch.dtype, only_kept: Any) -> None:
-    first, other = draw(0, 1000, dtype, 128), draw(1, 1000, dtype, 128)
     ranking = GPU_RANKINGS[name]
+    # Twice the channels that keys are ranked in: with more there is no plan.
+    first, other = (draw(seed, 1000, dtype, 128 if name == "defaults" else 32) for seed in range(2))
     want, others = call(first, ranking=ranking), call(other, ranking=ranking)
     assert not torch.equal(want.output, others.output)
     only_kept()
@@ -337,7 +338,7 @@ def test_inputs_that_share_their_storage() -> None:
 
 @pytest.mark.gpu
 def test_calls_on_another_stream_run_there(only_kept: Any) -> None:
-    tensors = draw(3, 2000, torch.bfloat16, 128)
+    tensors = draw(3, 2000, torch.bfloat16, 32)
     want = call(tensors)
     only_kept()
     side = torch.cuda.Stream()

@@ -154,6 +154,12 @@ def test_refuses_short_calls() -> None:
     assert "20 keys are too few" in refusal(lambda *x: sdpa(*x), *inputs(), config=S2OConfig())
 
 
+def test_refuses_values_of_other_lengths() -> None:
+    """SDPA takes them where there are no keys."""
+    query, key, value = torch.randn(2, 4, 13, 8), torch.randn(2, 4, 0, 8), torch.randn(2, 4, 8, 0)
+    assert "key has 0 positions and value 8" in refusal(lambda *x: sdpa(*x), query, key, value)
+
+
 def test_other_functions_are_not_attention() -> None:
     captured, _ = capture(lambda q, k: q @ k.transpose(2, 3), *inputs()[:2])
     assert captured.decisions == []
