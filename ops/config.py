@@ -236,7 +236,7 @@ class S2OConfig(_Settings):
         """
         if config is not None and not isinstance(config, cls):
             raise TypeError(f"config must be an S2OConfig or None, not {config!r}")
-        return config or cls()
+        return config or _default()
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> S2OConfig:
@@ -311,6 +311,10 @@ class S2OConfig(_Settings):
         Raises:
             ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
         """
+        return dict(self._arguments)
+
+    @functools.cached_property
+    def _arguments(self) -> dict[str, Any]:
         config = self.resolved()
         return {
             "threshold": config.threshold,
@@ -342,6 +346,11 @@ class S2OConfig(_Settings):
     def from_json(cls, text: str) -> S2OConfig:
         """The configuration that a text of `as_json` stands for, read once."""
         return cls.from_arguments(**json.loads(text))
+
+
+@functools.cache
+def _default() -> S2OConfig:
+    return S2OConfig()
 
 
 @functools.cache

@@ -15,14 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .._attention import attention
 from ..ops import S2OConfig
-from ..ops.dense import dense_attention
+from ..ops.dispatch import DENSE_AT_ANY_LENGTH
 from .cases import Case
 
 REPEATS = 3
 LONG = 0.05
 """Seconds from which a call is timed once."""
-MASKED_PAIRS = 2**29
-"""Pairs of query and key up to which SDPA is tried with a mask: it takes a byte or more for each."""
 
 _TOPIC = 256
 _SHARPNESS = 5.3
@@ -154,13 +152,9 @@ def _operator(case: Case, tensors: tuple[torch.Tensor, ...], config: S2OConfig) 
 
 def _dense(case: Case, tensors: tuple[torch.Tensor, ...]) -> list[tuple[str, Run]]:
     """The ways to attend to every key that a query sees."""
-    query, key, value = tensors
     if case.window is None and case.queries == case.keys:
-        return [(name, _by(backend, tensors)) for name, backend in _backends(query.device).items()]
-    ways: list[tuple[str, Run]] = [("dense span", _operator(case, tensors, S2OConfig(min_length=0).without_ranking()))]
-    if case.queries * case.keys * case.batch <= MASKED_PAIRS:
-        ways.append(("SDPA with a mask", lambda: dense_attention(query, key, value, case.terms, None)))
-    return ways
+        return [(name, _by(backend, tensors)) for name, backend in _backends(tensors[0].device).items()]
+    return [("s2o, dense", _operator(case, tensors, S2OConfig(min_length=DENSE_AT_ANY_LENGTH)))]
 
 
 def _backends(device: torch.device) -> dict[str, SDPBackend | None]:
