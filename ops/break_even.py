@@ -10,6 +10,8 @@ import torch
 
 from . import tuned
 from .devices import AMX, AVX512, OTHER_CPU, kind_of, name_of
+from .sizes import statically_known_true
+from .work import Size
 
 
 class BreakEven(NamedTuple):
@@ -25,6 +27,11 @@ class BreakEven(NamedTuple):
     keys: float
     source: str
 
+    def for_channels(self, device: torch.device, channels: Size) -> BreakEven:
+        """The same for heads of so many channels."""
+        is_wide = device.type == "cuda" and statically_known_true(channels > MOST_CHANNELS)
+        return self._replace(keys=self.keys * _WIDE) if is_wide else self
+
     @property
     def is_never(self) -> bool:
         """Whether no call pays."""
@@ -37,9 +44,13 @@ SHIPPED = {
     OTHER_CPU: (math.inf, math.inf),
     "sm_80": (2e11, 6144.0),
     "sm_89": (1.5e11, 4096.0),
-    "sm_90": (5e11, 4096.0),
+    "sm_90": (3e11, 5120.0),
 }
 """The least work and the fewest keys, by kind of device; those of sm_80 and sm_89 are reasoned, not measured."""
+MOST_CHANNELS = 128
+"""Channels of a head up to which a GPU ranks keys in float8, and large blocks of them fit into shared memory."""
+_WIDE = 4
+"""How many times the keys a query must see on a GPU where a head has more channels."""
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .break_even import break_even
+from .break_even import BreakEven, break_even
 from .config import S2OConfig
 from .devices import OTHER_CPU, kind_of
 from .sizes import statically_known_true
@@ -57,7 +57,7 @@ def choose_sparse(
     if has_rows is False:
         return False
     if config.min_length is None:
-        is_enough = _is_enough(work_of(query, key, value, terms), device)
+        is_enough = _is_enough(work_of(query, key, value, terms), _wanted(query, value, device))
     elif config.min_length >= DENSE_AT_ANY_LENGTH:
         is_enough = False
     else:
@@ -79,7 +79,7 @@ def why_dense(
     if config.min_length is not None:
         return f"{key[2]} keys are fewer than min_length={config.min_length}; a lower one asks for sparse attention"
     _, most = work_of(query, key, value, terms)
-    return f"{_why_too_little(most, device)}; {_FORCE}"
+    return f"{_why_too_little(most, _wanted(query, value, device), device)}; {_FORCE}"
 
 
 def _dense_queries(config: S2OConfig) -> int:
@@ -93,17 +93,21 @@ def _exceeds(size: Size, limit: int) -> bool | None:
     return False if statically_known_true(size <= limit) else None
 
 
-def _is_enough(range_of_work: tuple[Work, Work], device: torch.device) -> bool | None:
+def _wanted(query: Sequence[Size], value: Sequence[Size], device: torch.device) -> BreakEven:
+    """What a call of these shapes must have."""
+    widest = query[3] if statically_known_true(query[3] >= value[3]) else value[3]
+    return break_even(device).for_channels(device, widest)
+
+
+def _is_enough(range_of_work: tuple[Work, Work], wanted: BreakEven) -> bool | None:
     """Whether calls whose work is between two are worth the sparse path."""
     least, most = range_of_work
-    wanted = break_even(device)
     if least.multiply_adds >= wanted.work and least.keys >= wanted.keys:
         return True
     return None if most.multiply_adds >= wanted.work and most.keys >= wanted.keys else False
 
 
-def _why_too_little(most: Work, device: torch.device) -> str:
-    wanted = break_even(device)
+def _why_too_little(most: Work, wanted: BreakEven, device: torch.device) -> str:
     if wanted.is_never:
         return (
             SLOW_CPU if kind_of(device) == OTHER_CPU else f"sparse attention was slower at any length ({wanted.source})"

@@ -45,7 +45,8 @@ def work_of(query: Sequence[Size], key: Sequence[Size], value: Sequence[Size], t
     if terms.window is None:  # Later queries see as many keys or more, so that the means are bounds too.
         return least, most
     fewest = least.keys * low[2] / max(1, high[2])
-    return least._replace(keys=fewest), most._replace(keys=float(min(high[3], bounds(terms.window)[1])))
+    widest = high[3] if last is None else min(high[3], bounds(terms.window)[1])  # Without a last key, it has no end.
+    return least._replace(keys=fewest), most._replace(keys=float(widest))
 
 
 def visible_pairs(queries: int, keys: int, first: int | None, last: int | None) -> int:
