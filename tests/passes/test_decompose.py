@@ -83,9 +83,18 @@ MASKS: dict[str, tuple[str, Callable[[Call, Tensor, Tensor], Tensor]]] = {
 }
 
 
+CASES = [
+    pytest.param(
+        name, mask, marks=[pytest.mark.slow] * (name not in ("attention", "layer") and mask not in ("none", "both"))
+    )
+    for name in MODULES
+    for mask in MASKS
+]
+"""Every mask in two modules, and in the others none and all that there are."""
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(("name", "mask"), CASES)
 def test_masks(name: str, mask: str, dynamic: bool) -> None:
     call, (proven, apply) = MODULES[name](), MASKS[mask]
     calls = [

@@ -162,7 +162,7 @@ def test_settings_of_each_compilation() -> None:
         assert operator.kwargs["threshold"] == threshold
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("nested", NESTED)
 def test_through_inductor(nested: Callable[..., Any], dynamic: bool) -> None:
     function = nested(causal)

@@ -81,12 +81,18 @@ def test_a_copy(kind: str, copy: Path, others: Path) -> None:
     assert found.startswith(str(copy)) and version == VERSION and digest == fingerprint()
 
 
-@pytest.mark.parametrize("before", ["", "import torch._dynamo"])
+@pytest.mark.parametrize("before", [pytest.param("", marks=pytest.mark.slow), "import torch._dynamo"])
 def test_a_copy_is_registered_in_any_order_of_imports(before: str, copy: Path, others: Path) -> None:
     assert run(f"{before}\n{LOOK_UP}", copy, others)[0].startswith(str(copy))
 
 
-@pytest.mark.parametrize("before", ["", "import s2o_compile", "import torch; torch._dynamo.lookup_backend('s2o')"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        *(pytest.param(before, marks=pytest.mark.slow) for before in ("", "import s2o_compile")),
+        "import torch; torch._dynamo.lookup_backend('s2o')",
+    ],
+)
 def test_an_installed_package_is_registered_once(before: str, copy: Path, others: Path) -> None:
     metadata = copy / f"s2o_compile-{VERSION}.dist-info"
     metadata.mkdir()

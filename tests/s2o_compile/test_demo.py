@@ -168,7 +168,7 @@ class TestChecks:
             assert run_module._force_sparse(config, length, device, Progress(False)).min_length == wanted
 
 
-@pytest.mark.parametrize("layers", [6, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layers", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_the_whole_demo(layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the first layers of the real model, at threshold 0, where sparse and dense attention agree to rounding.
 
