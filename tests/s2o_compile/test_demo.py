@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -184,6 +185,8 @@ def test_the_whole_demo(layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return model, tokenizer
 
     torch._dynamo.reset()
+    # transformers reads a file three times.
+    monkeypatch.setattr("gguf.GGUFReader", functools.cache(importlib.import_module("gguf").GGUFReader))
     monkeypatch.setattr(run_module, "load_model", load_model)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: module.forward)
     config = S2OConfig(threshold=0.0)
