@@ -34,7 +34,7 @@ LONGEST = 200 if DEVICE == "cuda" else 130
 # The interpreter multiplies the bits of bfloat16 as integers.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 # Each example compiles kernels of its own on a GPU.
-EXAMPLES = examples(8 if DEVICE == "cuda" else 16)
+EXAMPLES = examples(8 if DEVICE == "cuda" else 12)
 SLOW = [pytest.mark.slow] * (DEVICE == "cpu")
 """The interpreter takes long for cases much like others."""
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)

@@ -83,18 +83,17 @@ MASKS: dict[str, tuple[str, Callable[[Call, Tensor, Tensor], Tensor]]] = {
 }
 
 
+WHOLE, QUICK = ("attention", "layer"), [("none", False), ("both", True)]
+"""Modules of which all cases are quick, and the quick cases of others."""
 CASES = [
-    pytest.param(
-        name, mask, marks=[pytest.mark.slow] * (name not in ("attention", "layer") and mask not in ("none", "both"))
-    )
+    pytest.param(name, mask, dynamic, marks=[pytest.mark.slow] * (name not in WHOLE and (mask, dynamic) not in QUICK))
     for name in MODULES
     for mask in MASKS
+    for dynamic in (False, True)
 ]
-"""Every mask in two modules, and in the others none and all that there are."""
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(("name", "mask"), CASES)
+@pytest.mark.parametrize(("name", "mask", "dynamic"), CASES)
 def test_masks(name: str, mask: str, dynamic: bool) -> None:
     call, (proven, apply) = MODULES[name](), MASKS[mask]
     calls = [

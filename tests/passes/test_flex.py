@@ -131,7 +131,10 @@ def test_mask_mods(name: str) -> None:
     assert_rewritten(made_inside(build), inputs(), mask=expected)
 
 
-@pytest.mark.parametrize("name", ["window", *quick_first(["documents, indexed twice"]), "query padding"])
+@pytest.mark.parametrize(
+    "name",
+    ["window", *quick_first(["documents, indexed twice"]), pytest.param("query padding", marks=pytest.mark.slow)],
+)
 def test_symbolic_sizes(name: str) -> None:
     build, expected = PROVEN[name]
     assert_rewritten(made_inside(build), inputs(), mask=expected, dynamic=True)
@@ -304,7 +307,8 @@ def cropped(q: Any, k: Any, documents: Any) -> BlockMask:
 @pytest.mark.parametrize(
     ("make", "lengths"),
     [
-        *((make, (QUERIES, KEYS)) for make in (other_mask_mod, without_mask_mod, only_partial)),
+        *((make, (QUERIES, KEYS)) for make in (other_mask_mod, only_partial)),
+        pytest.param(without_mask_mod, (QUERIES, KEYS), marks=pytest.mark.slow),
         (of_the_first_in_the_batch, (QUERIES, KEYS)),
         (cropped, (32, 48)),  # torch 2.11 crops to whole blocks.
     ],

@@ -201,8 +201,8 @@ def filled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     "attend",
     [
         lambda q, k, v: torch.softmax(scores(q, k), -2) @ v,
-        lambda q, k, v: torch.softmax(scores(q, k), 1) @ v,
-        lambda q, k, v: torch.softmax(q @ k.permute(2, 3, 0, 1) * 0.25, -1) @ v,
+        pytest.param(lambda q, k, v: torch.softmax(scores(q, k), 1) @ v, marks=pytest.mark.slow),
+        pytest.param(lambda q, k, v: torch.softmax(q @ k.permute(2, 3, 0, 1) * 0.25, -1) @ v, marks=pytest.mark.slow),
         lambda q, k, v: torch.softmax(scores(q.permute(0, 3, 2, 1), k.permute(0, 2, 1, 3)), -1) @ v.transpose(1, 2),
         filled,
     ],
