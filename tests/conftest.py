@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -9,9 +10,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+from .shortcuts import leave_guards_unmeasured, patch_languages_once
+
 if not torch.cuda.is_available():
     # Before anything imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Inductor need not compile programs that find out whether a CPU's vector instructions work, once for each cache.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 # What a pass cannot do is no warning in the tests; the processes that they start inherit it.
 os.environ["S2O_RAISE_ERRORS"] = "1"
@@ -37,6 +43,19 @@ def fast_cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(break_even, "kind_of", kind_of)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shortcuts() -> None:
+    """What torch and Triton do besides their work is left out."""
+    leave_guards_unmeasured()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        patch_languages_once()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported is left out of garbage collections, of which compilers cause many."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,6 +28,8 @@ OTHERS = (
     S2OConfig(ranking=Ranking(rule="dropped", lists="head")),
     S2OConfig(ranking=Ranking(pool=8, guides="kv_head", rule="dropped", combine="mean")),
 )
+ALL_KERNELS = S2OConfig(ranking=Ranking(channels=32, pool=8, guides="kv_head", rule="dropped", combine="mean"))
+"""With the default setting it reaches every kernel."""
 TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -87,10 +89,9 @@ def build(capability: int, kernel: Any, grid: Any, positional: tuple[Any, ...], 
 
 
 def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
-    """The default setting, the other settings where there is float8, and what takes longest.
+    """The default setting, and other settings where there is float8; all terms at once where there is none.
 
-    That is for `is_all`: many heads of a group, and in half precision all terms at once. Without, the latter only where
-    there is no float8.
+    With `is_all` both, many heads of a group, and each of the other settings.
     """
     attend.shared_memory = dense.shared_memory = lambda device: CAPABILITIES[capability]
     query, key = torch.empty(1, 4, 300, 64, dtype=dtype), torch.empty(1, 2, 300, 64, dtype=dtype)
@@ -102,16 +103,18 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     importance.sums_in_half = lambda operands, takes_mean, device: (
         capability == 90 and operands.are_quantised and not takes_mean
     )
-    pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
+    has_terms = dtype != torch.float32 and (is_all or not has_float8)
+    if is_all or not has_terms:
+        pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
     if dtype != torch.float32:
         dense.attend_densely(query, key, key, terms._replace(mask=None), 0.125, 0.0)
-    for config in OTHERS if has_float8 else ():
+    for config in (OTHERS if is_all else [ALL_KERNELS]) if has_float8 else ():
         padded = Visibility(True, key_padding=mask[0, 0, :1])
         pipeline.sparse_attention(query, key, key, padded, 0.125, 0.0, config)
     if is_all:
         pipeline.sparse_attention(many, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
         pipeline.sparse_attention(many, key, key, Visibility(True, mask=mask), 0.125, 0.0, S2OConfig())
-    if dtype != torch.float32 and (is_all or not has_float8):
+    if has_terms:
         pipeline.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig(ranking=Ranking(channels=32)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, cpu
 from s2o_compile.ops.cpu import attend, flash, rank
@@ -12,12 +12,14 @@ from s2o_compile.ops.memory import limited_workspace
 from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.visibility import Visibility
 
+from ..examples import examples
 from .comparison import allowed_error, assert_same, dense, largest_difference, seen
 from .strategies import Call, calls, configs
 
 DOCUMENTS = (torch.arange(700) // 300)[None]
 
 
+@settings(max_examples=examples(60))
 @given(calls())
 def test_agrees_with_the_reference(call: Call) -> None:
     tensors, visibility = call.tensors(torch.float64), call.visibility()
@@ -28,6 +30,7 @@ def test_agrees_with_the_reference(call: Call) -> None:
     assert_same(got, want, 1e-9)
 
 
+@settings(max_examples=examples(60))
 @given(calls(settings=configs(thresholds=(0.0,))))
 def test_threshold_zero_is_as_exact_as_sdpa(call: Call) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

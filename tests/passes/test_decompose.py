@@ -83,9 +83,17 @@ MASKS: dict[str, tuple[str, Callable[[Call, Tensor, Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("name", MODULES)
+WHOLE, QUICK = ("attention", "layer"), [("none", False), ("both", True)]
+"""Modules of which all cases are quick, and the quick cases of others."""
+CASES = [
+    pytest.param(name, mask, dynamic, marks=[pytest.mark.slow] * (name not in WHOLE and (mask, dynamic) not in QUICK))
+    for name in MODULES
+    for mask in MASKS
+    for dynamic in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "mask", "dynamic"), CASES)
 def test_masks(name: str, mask: str, dynamic: bool) -> None:
     call, (proven, apply) = MODULES[name](), MASKS[mask]
     calls = [

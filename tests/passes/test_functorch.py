@@ -67,7 +67,9 @@ def test_without_attention(name: str) -> None:
     assert not any(decision.rewritten for decision in captured.decisions)
 
 
-@pytest.mark.parametrize("name", ["jvp", "grad", "vmap of grad", "hessian"])
+@pytest.mark.parametrize(
+    "name", ["jvp", *(pytest.param(x, marks=pytest.mark.slow) for x in ("grad", "vmap of grad")), "hessian"]
+)
 def test_with_inductor(name: str) -> None:
     x = torch.randn(4)
     compiled = torch.compile(WITHOUT_ATTENTION[name], backend="s2o")
@@ -112,7 +114,9 @@ def test_with_attention(name: str) -> None:
     assert any(decision.rewritten for decision in captured.decisions) == (name in REWRITTEN)
 
 
-@pytest.mark.parametrize("name", ["vmap of products", "vmap of masks", "grad of sdpa"])
+@pytest.mark.parametrize(
+    "name", ["vmap of products", pytest.param("vmap of masks", marks=pytest.mark.slow), "grad of sdpa"]
+)
 def test_with_attention_and_inductor(name: str) -> None:
     function, args = WITH_ATTENTION[name]
     with torch.no_grad():

@@ -19,9 +19,24 @@ def assert_no_mask_left(captured: Capture) -> None:
             assert value.shape[-2] == 1 or value.dim() == 2, node.format_node()
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("side", [None, "left", "right"])
-@pytest.mark.parametrize("name", NAMES)
+QUICK = [(None, False), ("left", True)]
+"""Of all architectures; of the first all but padding on the right."""
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "dynamic"),
+    [
+        pytest.param(
+            name,
+            side,
+            dynamic,
+            marks=[pytest.mark.slow] * ((name != NAMES[0] or side == "right") and (side, dynamic) not in QUICK),
+        )
+        for name in NAMES
+        for side in (None, "left", "right")
+        for dynamic in (False, True)
+    ],
+)
 def test_every_site_is_rewritten(name: str, side: str | None, dynamic: bool) -> None:
     model, ids, mask = tiny(name), tokens(LENGTH), padding(LENGTH, side)
     captured, output = capture(model, ids, attention_mask=mask, dynamic=dynamic)

@@ -162,8 +162,8 @@ def test_settings_of_each_compilation() -> None:
         assert operator.kwargs["threshold"] == threshold
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("nested", NESTED)
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("nested", [*(pytest.param(x, marks=pytest.mark.slow) for x in NESTED[:-2]), *NESTED[-2:]])
 def test_through_inductor(nested: Callable[..., Any], dynamic: bool) -> None:
     function = nested(causal)
     compiled = torch.compile(function, backend="s2o", options=EXACT.to_dict(), fullgraph=True, dynamic=dynamic)

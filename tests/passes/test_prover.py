@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.passes import Decision, rewrite
 
+from ..examples import examples
 from .capture import EXACT, inputs
 
 BATCH, HEADS, ROWS, COLUMNS = 2, 3, 7, 9
@@ -177,6 +178,7 @@ def prove(build: Build, seed: int, dynamic: bool = False) -> tuple[Decision, tor
     return decision, said(proof.arguments) if decision.rewritten else None, build(vectors).expand(SHAPE)
 
 
+@settings(max_examples=examples(60))
 @given(predicates(), st.integers(0, 2**16), st.booleans())
 def test_what_is_proven_is_what_the_mask_says(build: Build, seed: int, dynamic: bool) -> None:
     decision, found, expected = prove(build, seed, dynamic)

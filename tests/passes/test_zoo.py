@@ -13,19 +13,24 @@ from s2o_compile import s2o
 
 SAMPLE = ("bert", "bloom", "clip", "deepseek_v3", "falcon", "gemma2", "llama", "mistral", "swin", "t5", "wav2vec2")
 SCENARIOS = ("plain", "left padding", "decode")
+WHOLE = "llama"
+"""Of it all scenarios are quick, of the others one for each implementation."""
 TOLERANCE = 1e-5
 """Of outputs, relative to the largest; wrong masks or scales make a difference of 0.01 and more."""
 
 
-def sampled(name: str, scenario: str) -> list[pytest.MarkDecorator]:
+def sampled(name: str, implementation: str, scenario: str) -> list[pytest.MarkDecorator]:
     """The marks of a call."""
-    return [] if name in SAMPLE and scenario in SCENARIOS else [pytest.mark.zoo]
+    if name not in SAMPLE or scenario not in SCENARIOS:
+        return [pytest.mark.zoo]
+    is_quick = name == WHOLE or scenario == ("left padding" if implementation == "sdpa" else "plain")
+    return [] if is_quick else [pytest.mark.slow, pytest.mark.zoo]
 
 
 @pytest.mark.parametrize(
     ("name", "implementation", "scenario"),
     [
-        pytest.param(name, implementation, scenario, marks=sampled(name, scenario))
+        pytest.param(name, implementation, scenario, marks=sampled(name, implementation, scenario))
         for name, implementation, scenario in calls(ARCHITECTURES)
     ],
 )
@@ -36,6 +41,8 @@ def test_attention_is_found_and_right(name: str, implementation: str, scenario: 
     assert len(outcome.decisions) == outcome.expected
 
 
-@pytest.mark.parametrize(("name", "scenario"), [("llama", "left padding"), ("bert", "plain")])
+@pytest.mark.parametrize(
+    ("name", "scenario"), [("llama", "left padding"), pytest.param("bert", "plain", marks=pytest.mark.slow)]
+)
 def test_inductor_agrees(name: str, scenario: str) -> None:
     assert compare(ARCHITECTURES[name], "eager", scenario, s2o.with_config(EXACT)) < TOLERANCE

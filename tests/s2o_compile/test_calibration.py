@@ -61,7 +61,11 @@ def compiled(model: torch.nn.Module, config: S2OConfig) -> Callable[..., Any]:
     return torch.no_grad()(torch.compile(model, backend=s2o_compile.s2o.with_config(config)))
 
 
-def test_a_compiled_model_keeps_the_budget(written: tuple[Path, torch.Tensor, Calibration]) -> None:
+def test_a_compiled_model_keeps_the_budget(
+    written: tuple[Path, torch.Tensor, Calibration], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rewritten graph runs as it is; Inductor would leave the operator as it is."""
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: module.forward)
     path, ids, found = written
     run = torch.compile(sharp(), backend="s2o", options={"calibration": str(path), "min_length": 0})
     with torch.no_grad(), profile(error_rows=1000) as p:
@@ -74,7 +78,7 @@ def test_a_compiled_model_keeps_the_budget(written: tuple[Path, torch.Tensor, Ca
     assert 0.3 * BUDGET < p.sites[1].error < 1.5 * BUDGET
 
 
-@pytest.mark.parametrize("side", ["left", None])
+@pytest.mark.parametrize("side", ["left", pytest.param(None, marks=pytest.mark.slow)])
 def test_every_call_of_every_input_is_within_the_budget(side: str | None) -> None:
     model = sharp("qwen2")
     inputs = [{"input_ids": tokens(n), "attention_mask": padding(n, side)} for n in (250, 180)]
@@ -331,7 +335,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Any, str, 
     return stop.value.code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("json_only", [False, True])
+@pytest.mark.parametrize("json_only", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_command(
     json_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

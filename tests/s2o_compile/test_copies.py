@@ -31,6 +31,10 @@ assert torch._dynamo.list_backends().count("s2o") == 1
 assert s2o_compile.s2o.report.rewritten == 1
 print(s2o_compile.__file__, s2o_compile.__version__, fingerprint())
 """
+WITHOUT_INDUCTOR = """
+import torch._inductor.compile_fx as inductor
+inductor.compile_fx = lambda module, inputs, **options: module.forward
+"""
 LOOK_UP = """
 import importlib
 import torch
@@ -77,16 +81,23 @@ def run(program: str, *paths: Path) -> list[str]:
 def test_a_copy(kind: str, copy: Path, others: Path) -> None:
     if kind == "zip":
         copy = Path(shutil.make_archive(str(copy), "zip", copy))
-    found, version, digest = run(f"import s2o_compile\n{USE}", copy, others)
+    program = f"import s2o_compile\n{USE}" if kind == "zip" else f"import s2o_compile\n{WITHOUT_INDUCTOR}{USE}"
+    found, version, digest = run(program, copy, others)
     assert found.startswith(str(copy)) and version == VERSION and digest == fingerprint()
 
 
-@pytest.mark.parametrize("before", ["", "import torch._dynamo"])
+@pytest.mark.parametrize("before", [pytest.param("", marks=pytest.mark.slow), "import torch._dynamo"])
 def test_a_copy_is_registered_in_any_order_of_imports(before: str, copy: Path, others: Path) -> None:
     assert run(f"{before}\n{LOOK_UP}", copy, others)[0].startswith(str(copy))
 
 
-@pytest.mark.parametrize("before", ["", "import s2o_compile", "import torch; torch._dynamo.lookup_backend('s2o')"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        *(pytest.param(before, marks=pytest.mark.slow) for before in ("", "import s2o_compile")),
+        "import torch; torch._dynamo.lookup_backend('s2o')",
+    ],
+)
 def test_an_installed_package_is_registered_once(before: str, copy: Path, others: Path) -> None:
     metadata = copy / f"s2o_compile-{VERSION}.dist-info"
     metadata.mkdir()

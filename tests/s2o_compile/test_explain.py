@@ -79,9 +79,9 @@ def test_compiled_models_stay_compiled() -> None:
     model, ids = tiny("gpt2", layers=1), tokens(40)
     captured = Capture()
     compiled = torch.compile(model, backend=captured)
-    with torch.no_grad():
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
         compiled(ids)
-        for _ in range(9):
+        for _ in range(3):
             assert explain(compiled, ids, config=EXACT).rewritten == 1
         compiled(ids)
         assert len(captured.modules) == 1

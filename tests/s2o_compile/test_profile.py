@@ -40,7 +40,10 @@ def test_sites_of_a_compiled_model() -> None:
         assert site.density == pytest.approx(sum(decision.density) / len(decision.density))
 
 
-def test_a_compiled_model_of_any_length() -> None:
+@pytest.mark.parametrize("through_inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_compiled_model_of_any_length(through_inductor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not through_inductor:
+        monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: module.forward)
     compiled = torch.compile(tiny("llama", layers=1), backend=s2o_compile.s2o.with_config(SPARSE), dynamic=True)
     with torch.no_grad(), profile() as p:
         compiled(tokens(60))
