@@ -125,6 +125,27 @@ def test_calls_that_run_dense_are_those_of_sdpa(terms: list[dict[str, Any]]) -> 
     assert not terms
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_large_masks_of_dense_calls_are_not_made(
+    name: str, padded: bool, terms: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if these prompts were long; without a window and padding SDPA needs no mask, and is called itself."""
+    monkeypatch.setattr(masks, "LARGE_MASK", 0)
+    monkeypatch.setattr("s2o_compile.ops.dense.LARGE_MASK", 0)
+    dense, other = pair(name, S2OConfig())
+    inputs = prompts() if padded else {"input_ids": prompts()["input_ids"]}
+    with torch.no_grad():
+        want, got = dense(**inputs).logits, other(**inputs).logits
+    start = 9 if padded else 0
+    torch.testing.assert_close(got[:, start:], want[:, start:], atol=1e-4, rtol=1e-4)
+    assert all(call["mask"] is None for call in terms)
+    if name in ("llama", "qwen2"):
+        assert len(terms) == 2 * padded
+    else:
+        assert len(terms) == 2
+
+
 @pytest.mark.parametrize("scaling", [-0.4, 0.0])
 @pytest.mark.parametrize("config", [EXACT, S2OConfig()], ids=["sparse", "dense"])
 def test_scales_of_zero_and_below(config: S2OConfig, scaling: float) -> None:
