@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from s2o_compile import Ranking, S2OConfig, attention
+from s2o_compile.ops.kernels.dense import attend_densely
+from s2o_compile.ops.visibility import Visibility
 
 POSITIONS = 397
 """No multiple of anything."""
@@ -54,8 +56,18 @@ def call(config: S2OConfig, heads: int, kv_heads: int, dtype: torch.dtype, argum
     return 1
 
 
+def call_dense(dtype: torch.dtype, arguments: dict[str, Any]) -> int:
+    """Make one call of dense attention without a mask, and check that it gives numbers."""
+    query, key, value = (torch.randn(1, heads, POSITIONS, 128, device="cuda", dtype=dtype) for heads in (4, 2, 2))
+    named = {"is_causal": True, **arguments}
+    softcap = named.pop("softcap", 0.0)
+    output, _ = attend_densely(query, key, value, Visibility(**named), 0.1, softcap)
+    assert not output.isnan().any()
+    return 1
+
+
 def main() -> None:
-    """All settings; all terms, also of other numbers of heads; other precisions."""
+    """All settings; all terms, also of other numbers of heads; other precisions; dense attention without masks."""
     torch.manual_seed(0)
     made = sum(call(config, 4, 1, torch.bfloat16, {}) for config in SETTINGS.values())
     default = SETTINGS["default"]
@@ -63,6 +75,8 @@ def main() -> None:
         made += sum(call(default, heads, kv_heads, torch.bfloat16, term) for term in terms(heads).values())
     for dtype in (torch.float16, torch.float32):
         made += sum(call(SETTINGS[name], 4, 1, dtype, {}) for name in ("default", "dense", "packed"))
+    for dtype in (torch.bfloat16, torch.float16):
+        made += sum(call_dense(dtype, term) for term in terms(4).values() if "mask" not in term)
     torch.cuda.synchronize()
     print(f"{made} calls")
 
