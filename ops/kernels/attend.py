@@ -27,6 +27,7 @@ from .helpers import (
 from .launch import launch
 from .lists import Lists
 from .tiling import MAX_ROWS, attend_tiling, shared_memory
+from .variants import kernel
 
 MAX_MASS = tl.constexpr(2.0**64)
 """Sums of weights up to which values of 2**63 leave room in float32."""
@@ -165,7 +166,7 @@ def _places(
     return (first_head_of_kv_head + head).to(tl.int64), position, real
 
 
-@triton.jit
+@kernel
 def attend_kernel(
     query, key, value, padding, query_documents, key_documents, mask,
     index, count, log_weights, guide_lse,

@@ -12,6 +12,7 @@ from ..rule.channels import sampling_step
 from .arguments import padded
 from .helpers import float32
 from .launch import launch
+from .variants import kernel
 
 _PART = 1024
 """Rows whose second moments one program sums."""
@@ -83,7 +84,7 @@ def pick_channels(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
     return result
 
 
-@triton.jit
+@kernel
 def moments_kernel(
     guides, key, padding, moments, sums,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
@@ -136,7 +137,7 @@ def _load_finite(rows, inside, channel, D: tl.constexpr):
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
 
 
-@triton.jit
+@kernel
 def choose_kernel(
     moments, sums, energies, channels, neglected, padding, padding_stride_b, guide_rows, key_rows,
     kv_heads, keys, key_step, scale,
@@ -212,7 +213,7 @@ def _sum(parts, place, inside, stride: tl.constexpr, PARTS: tl.constexpr):
     return total
 
 
-@triton.jit
+@kernel
 def pick_kernel(
     x, channels, result, stride_b, stride_kv, stride_h, stride_n, kv_heads, rows,
     PICKED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -13,6 +13,7 @@ from .helpers import LN_2, NO_KEY, float32, load_padding, mask_terms, see
 from .launch import launch
 from .plan import Tensors, planned
 from .tiling import dense_tiling, shared_memory
+from .variants import kernel
 
 SCANNED = tl.constexpr(1024)
 """Keys whose padding or documents are read at once."""
@@ -109,7 +110,7 @@ def _add_masked(
     return maximum, mass, total
 
 
-@triton.jit
+@kernel
 def dense_kernel(
     query, key, value, padding, query_documents, key_documents, output, lse,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, KEY_STRIDE: tl.constexpr,

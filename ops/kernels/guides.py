@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from ..config import S2OConfig
 from .arguments import padded
 from .helpers import load_rows
 from .launch import launch
+from .variants import kernel
 
 _ROWS = 16
 
@@ -32,7 +32,7 @@ def pool_guides(query: torch.Tensor, config: S2OConfig) -> torch.Tensor:
     return guides
 
 
-@triton.jit
+@kernel
 def pool_kernel(
     query, guides, stride_b, stride_kv, stride_h, stride_n, kv_heads, queries, per_head,
     POOL: tl.constexpr, TOGETHER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,

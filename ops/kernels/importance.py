@@ -23,6 +23,7 @@ from .helpers import (
     mask_terms,
     pack_halves,
     place_guides,
+    round_up,
     scale_and_add,
     see,
     span,
@@ -32,6 +33,7 @@ from .launch import launch
 from .lists import empty_importance
 from .quantise import Operands, sums_in_half
 from .tiling import importance_tiling
+from .variants import kernel
 
 CHUNK = 4096
 """Keys that one program scores."""
@@ -170,7 +172,7 @@ def _origins(
     return -tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
 
 
-@triton.jit
+@kernel
 def importance_kernel(
     guides, ranges, lse, key, distances, neglected, padding, query_documents, key_documents, mask, importance,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
@@ -236,7 +238,8 @@ def importance_kernel(
     part = first + tl.arange(0, SEGMENTS)
     is_ranked = part < tl.minimum(ranked_segments, first_segment + segments)
     begin, low, high = span(part, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
-    end = tl.where(is_ranked, low if CAUSAL else keys, begin)
+    # Whole blocks, which lists have room for, so that importance is stored in vectors.
+    end = tl.where(is_ranked, low if CAUSAL else round_up(keys, KEY_BLOCK), begin)
     present = tl.minimum(guides_per_head - part * per_segment, per_segment)
     place = (tl.program_id(2) * LISTS_PER_KV_HEAD + tl.program_id(1)) * segments + part - first_segment
     importance += (place.to(tl.int64) * capacity - begin) // (1 if SAMPLED else FLAGS_PER_WORD)

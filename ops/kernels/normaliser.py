@@ -27,6 +27,7 @@ from .helpers import (
 from .launch import launch
 from .quantise import Operands
 from .tiling import normaliser_tiling
+from .variants import kernel
 
 
 def normalisers(arguments: Arguments, operands: Operands) -> torch.Tensor:
@@ -71,7 +72,7 @@ def _add(maximum, mass, logits):
     return largest, mass
 
 
-@triton.jit
+@kernel
 def normaliser_kernel(
     guides, ranges, key, padding, query_documents, key_documents, mask, lse,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,

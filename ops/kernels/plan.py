@@ -3,11 +3,12 @@
 A computation is a function of tensors that only allocates, takes views and launches kernels (`launch`). It is recorded
 on tensors without memory, of which each allocation becomes a place in one workspace and each operand an offset from one
 of the tensors; everything else that a launch takes is a constant of the plan. To run a plan is to allocate the
-workspace, to add addresses to offsets, and to launch: the host takes a few microseconds a kernel.
+workspace, to add addresses to offsets, and to launch: the host takes a few microseconds a kernel. Before it first runs,
+its kernels are compiled together.
 
-What a kernel is compiled for (Triton specialises it for the alignment of pointers, and for integers that are 1 or
-multiples of 16) follows from what a plan is found by: the integers are constants of the plan, and the alignment is part
-of a `Layout`.
+What a kernel is compiled for (Triton specialises it for the alignment of pointers, and for some integers that are 1 or
+multiples of 16: `variants`) follows from what a plan is found by: the integers are constants of the plan, and the
+alignment is part of a `Layout`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from ..geometry import round_up
+from .compile import compile_ahead
 from .launch import Grid, is_launched_at_once, launching
 
 Tensors: TypeAlias = Sequence[Any]
@@ -145,25 +147,34 @@ class Launch:
 
     def run(self, bases: Tensors, addresses: list[int], stream: int | None) -> None:
         """Take the step on a stream; None launches as Triton does, which looks for the kernel each time."""
-        arguments = self.arguments.copy()
         if self.compiled is None or stream is None:
-            for place, operand in self.operands:
-                arguments[place] = operand.of(bases)
-            self.compiled = self.kernel[self.grid](*arguments, **self.options)
+            self.compiled = self.kernel[self.grid](*self._arguments_on(bases), **self.options)
             return
+        arguments = self.arguments.copy()
         for place, operand in self.operands:
             arguments[place] = addresses[operand.base] + operand.offset
         compiled = self.compiled
         compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
+    def compile(self, bases: Tensors) -> None:
+        """Have Triton compile the kernel for what `run` launches it on, without a launch."""
+        self.kernel.run(*self._arguments_on(bases), grid=self.grid, warmup=True, **self.options)
 
-@dataclass(frozen=True)
+    def _arguments_on(self, bases: Tensors) -> list[Any]:
+        arguments = self.arguments.copy()
+        for place, operand in self.operands:
+            arguments[place] = operand.of(bases)
+        return arguments
+
+
+@dataclass
 class Plan:
     """The steps of a computation, and the bytes of workspace that they take."""
 
     device: torch.device
     size: int
     steps: list[Zeroing | Launch]
+    is_compiled: bool = field(default=False, init=False)
 
     def run(self, tensors: Tensors) -> None:
         """Take all steps, on tensors of the layouts that the plan was recorded for."""
@@ -173,6 +184,10 @@ class Plan:
             bases = (*tensors, workspace)
             addresses = [0 if x is None else x.data_ptr() for x in bases]
             stream = _stream(self.device)
+            if stream is not None and not self.is_compiled:
+                launches = [step for step in self.steps if isinstance(step, Launch)]
+                compile_ahead([functools.partial(step.compile, bases) for step in launches])
+                self.is_compiled = True
             for step in self.steps:
                 step.run(bases, addresses, stream)
 

@@ -12,6 +12,7 @@ from .arguments import Arguments, padded
 from .channels import pick_channels
 from .helpers import FLOAT8_REACH, load_rows
 from .launch import launch
+from .variants import kernel
 
 FLOAT8 = torch.float8_e4m3fn
 INFINITY = tl.constexpr(0x7F800000)
@@ -115,7 +116,7 @@ def quantise(guides: torch.Tensor, key: torch.Tensor, channels: torch.Tensor | N
     return tuple(Operands(x[:, :, :total].unflatten(2, (heads, per_head)), x[:, :, total:], ranges) for x in results)
 
 
-@triton.jit
+@kernel
 def origin_kernel(
     origin, ranges, key, key_stride_b, key_stride_h, key_stride_n, kv_heads, keys, step,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -166,7 +167,7 @@ def _load(
     return rows
 
 
-@triton.jit
+@kernel
 def reach_kernel(
     ranges, guides, key, origin,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
@@ -188,7 +189,7 @@ def reach_kernel(
     tl.atomic_max(ranges.to(tl.pointer_type(tl.int32), bitcast=True), furthest, sem="relaxed")
 
 
-@triton.jit
+@kernel
 def quantise_kernel(
     ranges, result, of_picked, picked, guides, key, origin,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,

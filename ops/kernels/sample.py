@@ -5,13 +5,13 @@ where the tail is sampled, as by default.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from .arguments import Arguments
-from .helpers import draws, place_list
+from .helpers import KEY_BLOCK, draws, place_list, round_up
 from .launch import launch
 from .lists import Lists
+from .variants import kernel
 
 RUN = tl.constexpr(8)
 """Keys that a thread loads at once in half precision, and counts without asking others."""
@@ -29,7 +29,7 @@ def sample(arguments: Arguments, importance: torch.Tensor, guide_lse: torch.Tens
     return lists
 
 
-@triton.jit
+@kernel
 def sample_kernel(
     importance, index, count,
     queries, keys, first_segment, ranked_segments, offset, window, near_keys, capacity,
@@ -48,12 +48,17 @@ def sample_kernel(
     listed = 0
     lane = tl.arange(0, BLOCK_N)
     # Few warps wait for what they load, so each block is loaded while the one before is at work.
-    ahead = tl.load(importance + lane, mask=begin + lane < end, other=-1.0)
+    # They are loaded in vectors up to the end of a block, past the last key.
+    written = end if CAUSAL else round_up(end, KEY_BLOCK)
+    ahead = tl.load(importance + lane, mask=begin + lane < written, other=-1.0)
     for start in range(begin, end, BLOCK_N):
         column, score = start + lane, ahead
         later = column + BLOCK_N
-        ahead = tl.load(importance + (later - begin), mask=later < end, other=-1.0)
-        kept = tl.reshape(((score < draws(column, segment)) == 0).to(tl.int32), [BLOCK_N // RUN, RUN])
+        ahead = tl.load(importance + (later - begin), mask=later < written, other=-1.0)
+        chosen = (score < draws(column, segment)) == 0
+        if not CAUSAL:
+            chosen = chosen & (column < end)
+        kept = tl.reshape(chosen.to(tl.int32), [BLOCK_N // RUN, RUN])
         of_run = tl.sum(kept, 1)
         position = (listed + tl.cumsum(of_run, 0) - of_run)[:, None] + tl.cumsum(kept, 1) - kept
         tl.store(index + position, tl.reshape(column, [BLOCK_N // RUN, RUN]), mask=kept > 0)

@@ -13,6 +13,7 @@ from .arguments import Arguments
 from .helpers import FLAGS_PER_WORD, place_list
 from .launch import launch
 from .lists import Lists
+from .variants import kernel
 
 
 def select(arguments: Arguments, flags: torch.Tensor, guide_lse: torch.Tensor, segments: range) -> Lists:
@@ -42,7 +43,7 @@ def _load(flags, column, begin, end):
     return tl.load(flags + (column - begin) // FLAGS_PER_WORD, mask=column < end, other=0).to(tl.int32) & 0xFFFF
 
 
-@triton.jit
+@kernel
 def select_kernel(
     flags, index, count,
     queries, keys, first_segment, ranked_segments, offset, window, near_keys, capacity,

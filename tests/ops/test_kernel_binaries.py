@@ -51,3 +51,14 @@ def test_reductions_that_triton_gets_wrong_are_seen() -> None:
         found = list(linear_reductions(ttgir))
         assert [axis for axis, _ in found] == [0, 2]
         assert {axis for axis, bases in found if not is_reduced_right(axis, bases)} == axes
+
+
+def test_calls_of_other_lengths_need_no_other_binaries() -> None:
+    """In a process of its own, without a GPU or a compilation."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.ops.count_variants"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    *again, number = run.stdout.splitlines()
+    assert not again
+    assert int(number) > 20

@@ -15,7 +15,8 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig
-from s2o_compile.ops.kernels import pipeline, plan
+from s2o_compile.ops.kernels import compile, pipeline, plan
+from s2o_compile.ops.kernels.dense import attend_densely, dense_kernel
 from s2o_compile.ops.kernels.launch import launch
 from s2o_compile.ops.kernels.plan import ALIGNMENT, Launch, Plan, Zeroing, plan_of, planned
 from s2o_compile.ops.memory import limited_workspace
@@ -226,6 +227,30 @@ def test_where_no_kernel_is_kept_it_is_looked_for_each_time() -> None:
     assert not kernel.run_by
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_plan_is_compiled_once_before_it_runs(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On what it is launched on; and it is launched even if that fails."""
+    kernel, compiled = Kernel(compiles=True), []
+
+    def run(*arguments: Any, **named: Any) -> None:
+        if not named:
+            return
+        assert not kernel.launched
+        compiled.append((named, *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)))
+        if fails:
+            raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(kernel, "run", run)
+    monkeypatch.setattr(plan, "_stream", lambda device: 99)
+    compute, x = Pair(kernel), torch.zeros(10)
+    for _ in range(2):
+        planned(compute, (x,), torch.device("cpu"))
+    assert len(kernel.launched) == 2
+    options = [{"grid": grid, "warmup": True, "num_warps": 4} for grid, *_ in kernel.launched]
+    want = [(option, *arguments) for option, (_, *arguments) in zip(options, kernel.launched, strict=True)]
+    assert compiled == (want[:1] if fails else want)
+
+
 @given(st.lists(st.tuples(st.integers(1, 700), st.booleans()), min_size=1, max_size=12))
 def test_allocations_in_use_do_not_overlap_and_the_others_are_used_again(sizes: list[tuple[int, bool]]) -> None:
     kernel = Mock(arg_names=("x",))
@@ -292,6 +317,69 @@ def test_the_second_call_runs_kept_kernels_alone(name: str, dtype: torch.dtype, 
     only_kept()
     assert_equal(call(first, ranking=ranking), want)
     assert_equal(call(other, ranking=ranking), others)
+
+
+@pytest.fixture
+def lookups(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], list[tuple[str, bool]]]:
+    """The kernels that a call has Triton compile, and whether ahead of their launch."""
+
+    def look(call: Callable[[], object]) -> list[tuple[str, bool]]:
+        compiled: list[tuple[str, bool]] = []
+
+        def hook(*, fn: Any, is_manual_warmup: bool, **_: Any) -> None:
+            compiled.append((fn.name.rpartition(".")[2], is_manual_warmup))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs.runtime, "jit_cache_hook", hook)
+            call()
+        return compiled
+
+    return look
+
+
+def forget(kernels: set[Any]) -> None:
+    """Have Triton look for their binaries anew."""
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    plan_of.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("name", GPU_RANKINGS)
+def test_launches_find_what_was_compiled_ahead(
+    name: str, start: int, lookups: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of aligned tensors and of others; and calls of other lengths compile nothing."""
+    channels, ranking = 128 if name == "defaults" else 32, GPU_RANKINGS[name]
+    first, other = ([sliced(x, start) for x in draw(9, n, torch.bfloat16, channels)] for n in (9008, 9999))
+    found = watch(monkeypatch)
+    want = call(first, ranking=ranking)
+    assert found[0] is not None
+    kernels = {step.kernel for step in found[0].steps if isinstance(step, Launch)}
+    forget(kernels)
+    compiled = lookups(lambda: assert_equal(call(first, ranking=ranking), want))
+    assert {kernel for kernel, _ in compiled} == {kernel.__name__ for kernel in kernels}
+    assert all(ahead for _, ahead in compiled)
+    assert not lookups(lambda: call(other, ranking=ranking))
+
+
+@pytest.mark.gpu
+def test_dense_launches_find_what_was_compiled_ahead(lookups: Any) -> None:
+    tensors, other = draw(9, 1008, torch.bfloat16, 128), draw(9, 999, torch.bfloat16, 128)
+    forget({dense_kernel})
+    assert lookups(lambda: attend_densely(*tensors, Visibility(True), 0.2, 0.0)) == [("dense_kernel", True)]
+    assert not lookups(lambda: attend_densely(*other, Visibility(True), 0.2, 0.0))
+
+
+@pytest.mark.gpu
+def test_what_fails_to_compile_ahead_is_compiled_by_its_launch(monkeypatch: pytest.MonkeyPatch, lookups: Any) -> None:
+    tensors = draw(9, 1008, torch.bfloat16, 128)
+    want = attend_densely(*tensors, Visibility(True), 0.2, 0.0)
+    forget({dense_kernel})
+    monkeypatch.setattr(compile, "_with_launcher", Mock(side_effect=RuntimeError("no compiler")))
+    compiled = lookups(lambda: torch.testing.assert_close(attend_densely(*tensors, Visibility(True), 0.2, 0.0), want))
+    assert compiled == [("dense_kernel", True), ("dense_kernel", False)]
 
 
 @pytest.mark.gpu
