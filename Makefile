@@ -1,4 +1,4 @@
-# make demo   dense and sparse prefill of a long document, compared (DEMO="--length 4096" for other options)
+# make demo   prefill of a long document, dense and with s2o, compared (DEMO="--length 4096 --force" for other options)
 # make test   the tests, on two cores, in seven minutes (TEST="-k name" for some of them)
 # make test-slow   those that take longer, and tests of random inputs on ten times as many, in an hour or less
 # make lint   ruff and mypy

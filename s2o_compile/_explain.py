@@ -92,7 +92,7 @@ class _Analysis:
 
     def __call__(self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         def rewritten() -> list[Decision]:
-            return rewrite(module, self.config, site_settings(self.config, module, example_inputs))
+            return rewrite(module, self.config, site_settings(self.config, module, example_inputs), fuse_dense=True)
 
         self.report.decisions += Safeguard(module).run(rewritten, list, CalibrationError)
         if self.measure:

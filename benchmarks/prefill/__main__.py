@@ -1,7 +1,10 @@
-"""Time to the first token of whole prefills, compiled with Inductor alone and with the backend s2o.
+"""Time to the first token of whole prefills: eager, compiled with Inductor alone, and with the backend s2o.
 
     python -m benchmarks.prefill llama-3.1-8b --layers 4 --length 32768 --density 0.05
     python -m benchmarks.prefill smollm2 --length 8192
+    python -m benchmarks.prefill smollm2 --length 8192 --padded
+
+The model is called as with ``model(**tokenizer(text))``, which gives it a mask of ones, and without that mask.
 
 With random weights attention has no structure that could decide what to visit; there the threshold is chosen at each
 length such that a given density is visited. Logits are of the last token alone; a cache is filled, as in serving.
@@ -9,10 +12,12 @@ length such that a given density is visited. Logits are of the last token alone;
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch._inductor.utils import fresh_cache
 
 from s2o_compile._console import UsageError
 from s2o_compile.testbed.document import check_document
@@ -21,6 +26,8 @@ from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_c
 
 from ..command import progress_bars, run, wide_console
 from ..results import as_text, save
+from .backends import CUDNN_FIRST, preferring
+from .calls import padded_calls, plain_calls
 from .measure import Row, measure
 from .models import RANDOM_LLAMA, SMOLLM2, load
 from .report import as_dict, describe, table
@@ -41,17 +48,38 @@ def main(
     ] = None,
     s2o: Annotated[str, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...")] = "",
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
+    mask: Annotated[
+        bool | None, typer.Option("--mask/--no-mask", help="Only with the tokenizer's mask of ones, or only without.")
+    ] = None,
+    padded: Annotated[
+        bool,
+        typer.Option(
+            "--padded",
+            help="Four prompts, of the length and 7/8, 3/4 and 1/2 of it: as one batch, padded left, and one by one.",
+        ),
+    ] = False,
+    cudnn: Annotated[
+        bool, typer.Option("--cudnn", help="SDPA prefers cuDNN in all rows; by default PyTorch's order decides.")
+    ] = False,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Compile without what Inductor and Triton have cached on disk.")
+    ] = False,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed prefills of each.")] = 3,
     device: Device = "auto",
     dtype: DType = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for prefill.json.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time whole prefills with and without sparse attention."""
+    """Time whole prefills: eager, with Inductor, and with s2o, where all calls run dense and as set.
+
+    Each is called with the tokenizer's mask of ones, and without it. All use the backend of SDPA that PyTorch chooses.
+    """
     place = choose_device(device)
     config = read_config(None, None, s2o.split(), "--s2o")
     if density is None and model == RANDOM_LLAMA:
         density = DENSITY
+    if padded and mask is False:
+        raise UsageError("--padded needs masks: leave out --no-mask.")
     if density is not None and not 0 < density < 1:
         raise UsageError(f"--density must be between 0 and 1, not {density}.")
     lengths = length or LENGTHS[place.type]
@@ -60,17 +88,21 @@ def main(
     if output:
         make_folder(output)
     rows: list[Row] = []
-    with progress_bars() as progress:
+    with progress_bars() as progress, contextlib.ExitStack() as settings:
+        settings.enter_context(preferring(CUDNN_FIRST if cudnn else []))
+        if cold:
+            settings.enter_context(fresh_cache())
         task = progress.add_task("Loading the model", total=len(lengths))
         subject = load(model, layers, place, choose_dtype(dtype, place))
-        note = describe(subject, density)
+        note = describe(subject, density, cudnn)
         for tokens in lengths:
 
             def show(step: str, tokens: int = tokens) -> None:
                 progress.update(task, description=f"{tokens:,} tokens: {step}")
 
             prompt = subject.tokens(tokens, document)
-            rows += measure(subject.model, prompt, config, density, repetitions, show)
+            calls = padded_calls(prompt) if padded else plain_calls(prompt, (True, False) if mask is None else (mask,))
+            rows += measure(subject.model, prompt, calls, config, density, repetitions, show)
             progress.advance(task)
             found = as_dict(subject, rows, note, repetitions)
             if output:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .._console import UsageError
 from ..testbed.options import (
     Device,
     Document,
@@ -34,6 +35,10 @@ def demo(
     ] = None,
     threshold: Threshold = None,
     min_length: MinLength = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Sparse attention also where it does not pay on this device: min_length is 0."),
+    ] = False,
     option: Fields = None,
     device: Device = "auto",
     dtype: DType = "auto",
@@ -42,12 +47,19 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the picture and the JSON.")] = Path("s2o-demo"),
     json_only: Json = False,
 ) -> None:
-    """Prefill a long document with dense and with sparse attention and compare time and answers."""
+    """Prefill a long document eagerly, with Inductor and with s2o, and compare time and answers.
+
+    The model is called as with model(**tokenizer(text)), with the tokenizer's attention mask. Attention that would not
+    gain on this device by being sparse runs dense, as it does by default: of SmolLM2 on a GPU at any of its lengths.
+    It loses only the mask then, which Inductor computes. --force makes it sparse.
+    """
     from .._console import Progress
     from ..demo import Settings, run_demo
 
     config = read_config(threshold, min_length, option or [])
-    settings = Settings(length, document, model, config, device, dtype, repeats, seed)
+    if force and config.min_length is not None:
+        raise UsageError("--force sets min_length to 0: give it without another.")
+    settings = Settings(length, document, model, config, device, dtype, repeats, seed, force=force)
     make_folder(output)
     results = run_demo(settings, Progress())
     _save(results, output)

@@ -15,14 +15,17 @@ from ..writing import replacing, write_text
 from .results import Lookups, Results
 
 BAR = 30
+NAMES = {"eager": "eager", "inductor": "Inductor", "s2o": "s2o"}
+"""How the prefills are called in tables."""
 
 
 def print_report(results: Results, console: Console) -> None:
     """Print every table."""
     console.print(f"\n[bold]{results.model}[/bold], {results.tokens:,} tokens, {results.dtype} on {results.device}")
-    console.print(f"Attention sites rewritten: [bold]{results.rewritten} of {len(results.sites)}[/bold]")
-    for reason, count in Counter(site.reason for site in results.sites if not site.rewritten).items():
-        console.print(f"  {count} kept dense: {reason}")
+    console.print(f"Attention sites that are sparse: [bold]{results.rewritten} of {len(results.sites)}[/bold]")
+    dense = Counter((site.kind, site.reason) for site in results.sites if not site.rewritten)
+    for (kind, reason), count in dense.items():
+        console.print(f"  {count} {kind}: {reason}")
     console.print(_comparison(results))
     console.print(_agreement(results))
     if results.density is not None:
@@ -45,33 +48,32 @@ def save_picture(results: Results, path: Path) -> None:
 
 def _comparison(results: Results) -> Table:
     table = Table(title="Prefill", title_justify="left")
-    for name in ("", "dense", "s2o"):
+    for name in ("", *NAMES.values()):
         table.add_column(name, justify="right" if name else "left")
-    seconds = {name: statistics.median(times) for name, times in results.seconds.items()}
-    runs = len(results.seconds["dense"])
-    label = "seconds" if runs == 1 else f"seconds, median of {runs}"
-    table.add_row(label, f"{seconds['dense']:.3g}", f"{seconds['s2o']:.3g} ({results.speedup:.2f}x)")
-    compiled = results.compile_seconds
-    table.add_row("seconds to compile, once", f"{compiled['dense']:.0f}", f"{compiled['s2o']:.0f}")
-    density = "not measured" if results.density is None else f"{results.density:.3f}"
-    table.add_row("share of attention computed", "1", density)
-    perplexity = results.perplexity
-    table.add_row(
-        f"perplexity, last {results.scored:,} tokens of text",
-        f"{perplexity['dense']:.3f}",
-        f"{perplexity['s2o']:.3f}",
-    )
+    runs = len(results.seconds["s2o"])
+    seconds = {name: f"{statistics.median(times):.3g}" for name, times in results.seconds.items()}
+    table.add_row("seconds" if runs == 1 else f"seconds, median of {runs}", *_by_name(seconds))
+    table.add_row("s2o is so many times as fast", f"{results.ratio('eager'):.2f}x", f"{results.speedup:.2f}x", "")
+    compiled = {name: f"{took:.0f}" for name, took in results.compile_seconds.items()} | {"eager": ""}
+    table.add_row("seconds to compile, once", *_by_name(compiled))
+    kinds = dict.fromkeys(site.kind for site in results.sites)
+    table.add_row("attention", "dense", "dense", "; ".join(kinds))
+    density = "1" if results.density is None else f"{results.density:.3f}"
+    table.add_row("share of attention computed", "1", "1", density)
+    perplexity = {name: f"{value:.3f}" for name, value in results.perplexity.items()}
+    table.add_row(f"perplexity, last {results.scored:,} tokens of text", *_by_name(perplexity))
     for place, lookups in (("in the middle", results.middle), ("at the end", results.end)):
-        table.add_row(
-            f"hidden values found, asked {place}",
-            f"{lookups.dense} of {lookups.asked}",
-            f"{lookups.s2o} of {lookups.asked}",
-        )
+        label = f"hidden values found, asked {place}"
+        table.add_row(label, "", f"{lookups.dense} of {lookups.asked}", f"{lookups.s2o} of {lookups.asked}")
     return table
 
 
+def _by_name(cells: dict[str, str]) -> list[str]:
+    return [cells[name] for name in NAMES]
+
+
 def _agreement(results: Results) -> Table:
-    table = Table(title="s2o against dense", title_justify="left")
+    table = Table(title="s2o against Inductor, which is dense", title_justify="left")
     table.add_column("")
     table.add_column("same", justify="right")
     table.add_row(f"next token, last {results.scored:,} tokens of text", f"{results.agreement:.1%}")

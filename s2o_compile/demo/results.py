@@ -36,12 +36,14 @@ class Site:
     Attributes:
         location: Where it is in the model's code.
         rewritten: Whether it became sparse.
+        kind: 'sparse', 'dense', or 'dense, no mask' where the mask is proven and not computed.
         reason: Why, or why not.
         density: Share of the attention computed, by head; None where it was not measured.
     """
 
     location: str
     rewritten: bool
+    kind: str
     reason: str
     density: list[float] | None
 
@@ -56,8 +58,8 @@ class Results:
         dtype: Of the weights.
         tokens: Length of the document.
         config: Settings of sparse attention.
-        seconds: Times of the prefills, by "dense" and "s2o".
-        compile_seconds: Time to compile, with a short prefill, by the same names.
+        seconds: Times of the prefills, by "eager" (not compiled), "inductor" and "s2o".
+        compile_seconds: Of a first, short prefill, with what is compiled for it, by the same names.
         perplexity: Over the last stretch of text, by the same names.
         scored: Tokens in that stretch.
         agreement: Share of that stretch where both expect the same next token.
@@ -82,8 +84,12 @@ class Results:
 
     @property
     def speedup(self) -> float:
-        """Median time of dense prefills over that of sparse ones."""
-        return statistics.median(self.seconds["dense"]) / statistics.median(self.seconds["s2o"])
+        """Median time of Inductor's prefills over that of s2o's."""
+        return self.ratio("inductor")
+
+    def ratio(self, name: str) -> float:
+        """Median time of the prefills of a name over that of s2o's."""
+        return statistics.median(self.seconds[name]) / statistics.median(self.seconds["s2o"])
 
     @property
     def rewritten(self) -> int:
@@ -114,5 +120,6 @@ def compare(document: Document, dense: Prediction, s2o: Prediction, spans: list[
 def read_sites(report: Report) -> list[Site]:
     """The attention sites of a report of `s2o_compile.explain`."""
     return [
-        Site(decision.location, decision.rewritten, decision.reason, decision.density) for decision in report.decisions
+        Site(decision.location, decision.rewritten, decision.kind, decision.reason, decision.density)
+        for decision in report.decisions
     ]

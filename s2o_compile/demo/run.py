@@ -37,6 +37,7 @@ class Settings:
         repeats: Timed prefills of each kind; None for 1 on a CPU and 5 on a GPU.
         seed: Of the hidden values.
         dense_backend: The backend of ``torch.compile`` to compare with.
+        force: Whether attention is sparse also where it would run dense, as it does not pay.
     """
 
     length: int = 8192
@@ -48,6 +49,7 @@ class Settings:
     repeats: int | None = None
     seed: int = 3
     dense_backend: str = "inductor"
+    force: bool = False
 
 
 def run_demo(settings: Settings, progress: Progress) -> Results:
@@ -68,18 +70,19 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
     check_length(model, name, settings.length)
     document = build_document(tokenizer, read_texts(settings.document), settings.length, settings.seed)
     check_memory(model, document)
-    config = _force_sparse(settings.config, model, settings.length, device, progress)
+    config = _choose(settings, model, device, progress)
 
     prefills = {
-        "dense": Prefill(model, settings.dense_backend),
+        "eager": Prefill(model, None),
+        "inductor": Prefill(model, settings.dense_backend),
         "s2o": Prefill(model, s2o.with_config(config)),
     }
     warm_up = build_document(tokenizer, read_texts(settings.document), LEAST_LENGTH)
-    compile_seconds = {kind: _compile(kind, prefill, warm_up, progress) for kind, prefill in prefills.items()}
+    compile_seconds = {kind: _first_seconds(kind, prefill, warm_up, progress) for kind, prefill in prefills.items()}
     with progress.step("Prefill") as update:
         runs = alternate(prefills, document, repeats, lambda kind: update(f"Prefill, {kind}"))
     report = explain_prefill(model, document, config, True, "Counting the work of each head", progress)
-    dense, sparse = runs["dense"][0], runs["s2o"][0]
+    dense, sparse = runs["inductor"][0], runs["s2o"][0]
     return Results(
         model=name,
         device=_describe(device),
@@ -97,18 +100,21 @@ def run_demo(settings: Settings, progress: Progress) -> Results:
     )
 
 
-def _force_sparse(config: S2OConfig, model: Any, length: int, device: torch.device, progress: Progress) -> S2OConfig:
-    """Lower `min_length` where it was left open and `length` would otherwise run dense."""
-    reason = "" if config.min_length is not None else why_prefill_is_dense(model, length, device, config)
+def _choose(settings: Settings, model: Any, device: torch.device, progress: Progress) -> S2OConfig:
+    """The settings of sparse attention; a prefill that runs dense, as it would not gain, is said to, or forced."""
+    reason = why_prefill_is_dense(model, settings.length, device, settings.config)
     if not reason:
-        return config
-    progress.note(f"By default this runs dense: {reason}. So min_length is 0 here.")
-    return replace(config, min_length=0)
+        return settings.config
+    if settings.force:
+        progress.note(f"s2o is forced to be sparse here, by min_length=0. By default this runs dense: {reason}.")
+        return replace(settings.config, min_length=0)
+    progress.note(f"s2o runs this dense: {reason}. --force makes it sparse.")
+    return settings.config
 
 
-def _compile(kind: str, prefill: Prefill, document: Document, progress: Progress) -> float:
+def _first_seconds(kind: str, prefill: Prefill, document: Document, progress: Progress) -> float:
     start = time.perf_counter()
-    with progress.step(f"Compiling, {kind}"):
+    with progress.step(f"Warming up, {kind}" if kind == "eager" else f"Compiling, {kind}"):
         prefill(document)
     return time.perf_counter() - start
 

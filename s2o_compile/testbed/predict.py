@@ -41,15 +41,15 @@ class Prediction:
 
 
 class Prefill:
-    """A compiled model, run over whole documents.
+    """A model, run over whole documents.
 
     Args:
         model: A causal language model of transformers.
-        backend: A backend of ``torch.compile``, by name or as an object.
+        backend: A backend of ``torch.compile``, by name or as an object; None to leave the model as it is.
     """
 
     def __init__(self, model: Any, backend: Any) -> None:
-        self._model = torch.compile(model, backend=backend, dynamic=True)
+        self._model = model if backend is None else torch.compile(model, backend=backend, dynamic=True)
         self._device = next(model.parameters()).device
 
     def __call__(self, document: Document) -> Prediction:
@@ -82,9 +82,14 @@ def predict(model: Any, document: Document, device: torch.device) -> Prediction:
 
 
 def prefill_inputs(document: Document, device: torch.device) -> dict[str, Any]:
-    """Arguments of a model for one prefill that gives logits where the document is looked at."""
+    """Arguments of a model for one prefill that gives logits where the document is looked at.
+
+    As with ``model(**tokenizer(text))``, the mask of ones that a tokenizer gives is among them.
+    """
+    tokens = torch.tensor([document.tokens], device=device)
     return {
-        "input_ids": torch.tensor([document.tokens], device=device),
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
         "logits_to_keep": torch.tensor([i - 1 for i in document.positions], device=device),
         "use_cache": True,  # as in serving; without a cache transformers builds a mask for packed documents
     }

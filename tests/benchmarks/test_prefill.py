@@ -1,9 +1,8 @@
-"""Whole prefills: a random model visits the density asked for, and both backends have a row."""
+"""Whole prefills: a random model visits the density asked for, and each way to run and to call it has a row."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +11,12 @@ from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend
 from torch.profiler import profile
 
+from benchmarks.prefill.backends import BACKENDS, INDUCTOR, KEPT_DENSE, S2O, Contender, first_tokens, preferring
 from benchmarks.prefill.budget import visited_density, with_density
-from benchmarks.prefill.measure import Row, attention_share, compiled, first_token, measure, preferring
+from benchmarks.prefill.calls import Call, padded_calls, plain_calls
+from benchmarks.prefill.measure import Row, attention_share, measure
 from benchmarks.prefill.models import RANDOM_LLAMA, Subject, llama, load, random_model
-from benchmarks.prefill.report import as_dict, describe, table
+from benchmarks.prefill.report import as_dict, cells, describe, table
 from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
 
@@ -60,28 +61,91 @@ def test_a_preferred_backend_is_that_of_no_other_row() -> None:
     """Though Inductor caches what it compiles."""
     torch.compiler.reset()
     subject = tiny()
-    prompt = inputs(subject, 100)
+    call = Call("alone", (inputs(subject, 100),))
 
-    def fuses(run: Callable[[dict[str, Any]], int]) -> bool:
-        run(prompt)
-        with profile() as profiled:
-            run(prompt)
+    def fuses(backends: list[SDPBackend]) -> bool:
+        torch.compiler.reset()
+        with preferring(backends):
+            run = Contender(subject.model, INDUCTOR, call, S2OConfig())
+            run()
+            with profile() as profiled:
+                run()
         return any("scaled_dot_product_flash" in event.key for event in profiled.key_averages())
 
     with fresh_cache():
-        assert not fuses(preferring([SDPBackend.MATH], subject.model))
-        assert fuses(compiled(subject.model, S2OConfig())["inductor"])
+        assert not fuses([SDPBackend.MATH])
+        assert fuses([])
+
+
+def eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let graphs run as they are, rewritten: Inductor takes half a minute for all rows."""
+    compile_model = torch.compile
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: module.forward)
+    monkeypatch.setattr(
+        "benchmarks.prefill.backends.torch.compile",
+        lambda model, backend, **options: compile_model(
+            model, backend="eager" if backend == "inductor" else backend, **options
+        ),
+    )
+
+
+def test_calls_are_those_of_a_tokenizer() -> None:
+    tokens = torch.arange(1, 17)[None]
+    with_mask, without = plain_calls(tokens, (True, False))
+    assert with_mask.inputs[0]["attention_mask"].tolist() == [[1] * 16]
+    assert with_mask.inputs[0]["attention_mask"].dtype == torch.int64
+    assert "attention_mask" not in without.inputs[0]
+    alone, batch = padded_calls(tokens)
+    assert [prompt["input_ids"].shape[1] for prompt in alone.inputs] == [16, 14, 12, 8] and alone.is_dynamic
+    (padded,) = batch.inputs
+    assert padded["attention_mask"].sum(1).tolist() == [16, 14, 12, 8] and not batch.is_dynamic
+    for prompt, row, mask in zip(alone.inputs, padded["input_ids"], padded["attention_mask"], strict=True):
+        assert torch.equal(row[mask.bool()], prompt["input_ids"][0]) and bool(mask[-1])
 
 
 def test_rows_are_whole() -> None:
+    """With Inductor."""
     subject, steps = tiny(), list[str]()
     prompt = subject.tokens(600, None)
-    dense, sparse = measure(subject.model, prompt, S2OConfig(min_length=0), 0.6, 1, steps.append)
-    assert (dense.backend, sparse.backend) == ("inductor", "s2o") and not dense.reason and not sparse.reason
-    assert dense.speedup == 1 and dense.seconds and sparse.seconds and sparse.speedup
-    assert sparse.density == pytest.approx(0.6, rel=0.2) and sparse.threshold and dense.threshold is None
-    assert "compiling with s2o" in steps
-    assert 0 <= first_token(subject.model, inputs(subject, 100)) < 64
+    calls = plain_calls(prompt, (True,))
+    rows = measure(subject.model, prompt, calls, S2OConfig(min_length=0), 0.6, 1, steps.append)
+    assert tuple(row.backend for row in rows) == BACKENDS and not any(row.reason for row in rows)
+    eager, inductor, kept, sparse = rows
+    assert eager.to_eager == 1 and eager.compile_seconds is None
+    assert all(row.seconds and row.to_eager and row.compile_seconds for row in (inductor, kept, sparse))
+    assert sparse.density == pytest.approx(0.6, rel=0.2) and sparse.threshold and inductor.threshold is None
+    assert (eager.sites, inductor.sites, kept.sites, sparse.sites) == ("", "", "1 dense", "1 sparse")
+    assert "warming up s2o, mask of ones" in steps
+    assert 0 <= first_tokens(subject.model, inputs(subject, 100))[0] < 64
+
+
+def test_long_calls_kept_dense_have_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    eagerly(monkeypatch)
+    subject = tiny()
+    prompt = subject.tokens(1100, None)
+    rows = measure(subject.model, prompt, plain_calls(prompt, (True, False)), S2OConfig(), None, 1, lambda step: None)
+    assert [(row.call, row.backend) for row in rows] == [
+        (call, backend) for call in ("mask of ones", "no mask") for backend in BACKENDS
+    ]
+    found = {(row.call, row.sites) for row in rows if row.backend in (KEPT_DENSE, S2O)}
+    # Without the tokenizer's mask, transformers sets is_causal and there is none.
+    assert found == {("mask of ones", "1 dense, no mask"), ("no mask", "1 dense")}
+    assert all(row.density == pytest.approx(1, abs=0.1) and not row.reason for row in rows)
+
+
+def test_a_padded_batch_and_its_prompts_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    eagerly(monkeypatch)
+    torch.compiler.reset()
+    subject, config = tiny(), S2OConfig(min_length=0, threshold=0)
+    prompt = subject.tokens(300, None)
+    calls = padded_calls(prompt)
+    rows = measure(subject.model, prompt, calls, config, None, 1, lambda step: None)
+    assert len(rows) == 8 and not any(row.reason for row in rows)
+    assert {row.sites for row in rows if row.backend == S2O} == {"1 sparse"}
+    assert all(row.density is None for row in rows)
+    for call in calls:
+        expected = Contender(subject.model, "eager", call, config)()
+        assert len(expected) == 4 and Contender(subject.model, S2O, call, config)() == expected
 
 
 def test_what_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,13 +153,16 @@ def test_what_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("no room here\nand more")
 
     subject = tiny()
-    monkeypatch.setattr("benchmarks.prefill.measure.torch.compile", fail)
+    prompt = subject.tokens(100, None)
+    calls = plain_calls(prompt, (False,))
+    monkeypatch.setattr("benchmarks.prefill.backends.torch.compile", fail)
     with pytest.raises(RuntimeError):
-        measure(subject.model, subject.tokens(100, None), S2OConfig(), None, 1, lambda step: None)
-    monkeypatch.setattr("benchmarks.prefill.measure.torch.compile", lambda *_, **__: fail)
-    rows = measure(subject.model, subject.tokens(100, None), S2OConfig(), None, 1, lambda step: None)
-    assert [row.reason for row in rows] == ["no room here"] * 2
-    assert all(row.seconds is None for row in rows)
+        measure(subject.model, prompt, calls, S2OConfig(), None, 1, lambda step: None)
+    monkeypatch.setattr("benchmarks.prefill.backends.torch.compile", lambda *_, **__: fail)
+    eager, *compiled = measure(subject.model, prompt, calls, S2OConfig(), None, 1, lambda step: None)
+    assert not eager.reason and eager.seconds
+    assert [row.reason for row in compiled] == ["no room here"] * 3
+    assert all(row.seconds is None and row.to_eager is None for row in compiled)
 
 
 def test_attention_is_told_by_the_names_of_kernels() -> None:
@@ -110,9 +177,11 @@ def test_attention_is_told_by_the_names_of_kernels() -> None:
 
 def test_reports() -> None:
     subject = tiny()
-    rows = [Row(8192, "inductor", 1.0, 0.1, 1.0), Row(200_000, "s2o", reason="no room")]
+    rows = [Row(8192, "no mask", "inductor", 1.0, 0.1, 1.0), Row(200_000, "no mask", "s2o", reason="no room")]
     note = describe(subject, 0.1)
     assert "random tokens" in note and "to visit about 0.1" in note
+    assert "prefers cuDNN" in describe(subject, 0.1, cudnn=True)
+    assert cells(rows[0])[:4] == ["1,000.0", "10%", "1.00", ""]
     shown = table(rows, note, subject.positions)
     assert shown.row_count == 2 and "no room" in str(shown.caption) and "131,072 positions" in str(shown.caption)
     assert json.loads(json.dumps(as_dict(subject, rows, note, 3)))["rows"][1]["reason"] == "no room"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,17 +14,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from s2o_compile import S2OConfig
 from s2o_compile._console import Progress, UsageError
-from s2o_compile.demo import Settings, run_demo
+from s2o_compile.demo import Results, Settings, run_demo
 from s2o_compile.demo import run as run_module
-from s2o_compile.demo.report import save_json, save_picture
+from s2o_compile.demo.report import print_report, save_json, save_picture
 from s2o_compile.demo.results import compare
+from s2o_compile.ops.break_even import BreakEven
 from s2o_compile.testbed import memory as memory_module
 from s2o_compile.testbed import model as model_module
 from s2o_compile.testbed.document import DIGITS, LEAST_LENGTH, Document, build_document, read_texts
-from s2o_compile.testbed.predict import Prediction, Prefill, compiled_graphs
+from s2o_compile.testbed.predict import Prediction, Prefill, compiled_graphs, prefill_inputs
 
 from ..passes.models import tiny
 
@@ -162,12 +165,55 @@ class TestChecks:
         with pytest.raises(UsageError, match="use a smaller --length"):
             memory_module.check_memory(model, document)
 
-    def test_short_documents_are_made_sparse(self) -> None:
-        device = torch.device("cpu")
-        for given_length, length, wanted in ((None, 2048, 0), (None, 10**6, None), (4096, 2048, 4096)):
-            config = S2OConfig(min_length=given_length)
-            forced = run_module._force_sparse(config, tiny("llama"), length, device, Progress(False))
-            assert forced.min_length == wanted
+    @pytest.mark.parametrize(
+        ("given_length", "length", "force", "wanted", "note"),
+        [
+            (None, 2048, False, None, "s2o runs this dense: a query sees too few keys"),
+            (None, 2048, True, 0, "s2o is forced to be sparse here"),
+            (None, 10**6, True, None, ""),
+            (4096, 2048, False, 4096, "s2o runs this dense: 2048 keys are fewer than min_length=4096"),
+        ],
+    )
+    def test_short_documents_run_dense_unless_forced(
+        self,
+        given_length: int | None,
+        length: int,
+        force: bool,
+        wanted: int | None,
+        note: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """By the break-even of a CPU with bfloat16 instructions, whatever this one has."""
+        limits = BreakEven(1e6, 3072.0, "a test")
+        monkeypatch.setattr("s2o_compile.ops.dispatch.break_even", lambda device: limits)
+        notes: list[str] = []
+        progress = Progress(False)
+        monkeypatch.setattr(progress, "note", notes.append)
+        settings = Settings(length=length, config=S2OConfig(min_length=given_length), force=force)
+        chosen = run_module._choose(settings, tiny("llama"), torch.device("cpu"), progress)
+        assert chosen.min_length == wanted
+        assert "".join(notes).startswith(note) and len(notes) == bool(note)
+
+
+def small_demo(monkeypatch: pytest.MonkeyPatch, layers: int, config: S2OConfig, length: int) -> Results:
+    """The demo on the first layers of the real model, whose rewritten graphs run as they are, without Inductor."""
+    for package in (model_module.SMOLLM2_PACKAGE, *model_module.PACKAGES):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+
+    def load_model(*arguments: Any) -> Any:
+        model, tokenizer = model_module.load_model(*arguments)
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+        return model, tokenizer
+
+    torch._dynamo.reset()
+    # transformers reads a file three times.
+    monkeypatch.setattr("gguf.GGUFReader", functools.cache(importlib.import_module("gguf").GGUFReader))
+    monkeypatch.setattr(run_module, "load_model", load_model)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: module.forward)
+    settings = Settings(length=length, config=config, device="cpu", dense_backend="eager", force=config.min_length == 0)
+    return run_demo(settings, Progress(False))
 
 
 @pytest.mark.parametrize("layers", [2, pytest.param(30, marks=pytest.mark.slow)])
@@ -176,26 +222,15 @@ def test_the_whole_demo(layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     The rewritten graphs run as they are: Inductor would take minutes for 30 layers.
     """
-    for package in (model_module.SMOLLM2_PACKAGE, *model_module.PACKAGES):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}")
-
-    def load_model(*arguments: Any) -> Any:
-        model, tokenizer = model_module.load_model(*arguments)
-        model.model.layers = model.model.layers[:layers]
-        return model, tokenizer
-
-    torch._dynamo.reset()
-    # transformers reads a file three times.
-    monkeypatch.setattr("gguf.GGUFReader", functools.cache(importlib.import_module("gguf").GGUFReader))
-    monkeypatch.setattr(run_module, "load_model", load_model)
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: module.forward)
-    config = S2OConfig(threshold=0.0)
-    settings = Settings(length=1024, config=config, device="cpu", dense_backend="eager")
-    results = run_demo(settings, Progress(False))
+    results = small_demo(monkeypatch, layers, S2OConfig(threshold=0.0, min_length=0), 1024)
     assert results.rewritten == len(results.sites) == layers
+    assert {site.kind for site in results.sites} == {"sparse"}
+    assert (
+        set(results.seconds) == set(results.perplexity) == set(results.compile_seconds) == {"eager", "inductor", "s2o"}
+    )
     assert results.agreement > 0.99
-    assert results.perplexity["s2o"] == pytest.approx(results.perplexity["dense"], rel=1e-3)
+    assert results.perplexity["s2o"] == pytest.approx(results.perplexity["inductor"], rel=1e-3)
+    assert results.perplexity["eager"] == pytest.approx(results.perplexity["inductor"], rel=1e-3)
     assert results.middle.asked == results.end.asked == 2
     assert results.density is not None and 1 <= results.density < 1.5
     assert all(site.density is not None and len(site.density) == 9 for site in results.sites)
@@ -205,5 +240,24 @@ def test_the_whole_demo(layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_prefill_takes_a_backend_by_name() -> None:
-    assert Prefill(torch.nn.Linear(2, 2), "eager")
+def test_what_stays_dense_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the model is called with a tokenizer's, and the report says so."""
+    results = small_demo(monkeypatch, 1, S2OConfig(), 1030)
+    assert results.rewritten == 0 and [site.kind for site in results.sites] == ["dense, no mask"]
+    assert results.density is None and results.agreement > 0.99
+    console = Console(file=io.StringIO(), width=120)
+    print_report(results, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1 dense, no mask: " in shown
+    assert any("attention" in line and "dense, no mask" in line for line in shown.splitlines() if "│" in line)
+    assert "Inductor" in shown and "eager" in shown
+
+
+def test_a_prefill_is_called_as_with_a_tokenizer() -> None:
+    inputs = prefill_inputs(Document([5, 6, 7], [], [], range(1, 3)), torch.device("cpu"))
+    assert inputs["input_ids"].tolist() == [[5, 6, 7]] and inputs["attention_mask"].tolist() == [[1, 1, 1]]
+
+
+def test_prefill_takes_a_backend_by_name_or_none() -> None:
+    model = torch.nn.Linear(2, 2)
+    assert Prefill(model, "eager")._model is not model and Prefill(model, None)._model is model

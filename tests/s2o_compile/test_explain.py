@@ -34,6 +34,14 @@ def test_dense_sites_say_why() -> None:
     assert "too few" in str(report)
 
 
+def test_dense_sites_that_lose_their_mask() -> None:
+    ids, mask = tokens(1100), padding(1100, "left")
+    model = tiny("llama", layers=1)
+    report = explain(model, ids, attention_mask=mask, config=S2OConfig(min_length=4096))
+    assert (report.rewritten, report.dense) == (0, 1)
+    assert report.decisions[0].kind == "dense, no mask" and "dense, no mask" in str(report)
+
+
 def test_report_is_json_and_text() -> None:
     report = explain(tiny("llama", layers=1), tokens(40), config=EXACT, measure=True)
     assert json.loads(json.dumps(report.to_dict()))["decisions"][0]["rewritten"] is True
