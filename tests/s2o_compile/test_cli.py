@@ -152,7 +152,7 @@ def test_explain(json_only: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     if json_only:
         report = json.loads(printed)
         assert (report["rewritten"], report["dense"]) == (2, 0)
-        assert report["decisions"][0]["mask"] == "causal, offset 0"
+        assert report["decisions"][0]["mask"] == "causal, offset 0; key padding from input attention_mask"
         assert len(report["decisions"][0]["density"]) == 4
     else:
         assert "2 of 2 attention sites rewritten" in printed and "density" in printed
