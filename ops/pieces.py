@@ -99,10 +99,18 @@ def _attend(
     elif not terms.is_causal or terms.causal_offset == 0 or terms.causal_offset >= key.shape[2] - 1:
         is_causal = terms.is_causal and terms.causal_offset == 0
         output.copy_(_sdpa(query, key, value, scale, is_causal=is_causal))
-    elif key.shape[2] == query.shape[2] + terms.causal_offset and can_give_lse(query, key, value):
+    elif _can_merge(query, key, value, terms.causal_offset):
         output.copy_(_past_and_present(query, key, value, terms.causal_offset, scale))
     else:
         _attend_masked(query, key, value, terms, scale, output)
+
+
+def _can_merge(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int) -> bool:
+    """Whether `_past_and_present` takes these tensors."""
+    parts = (slice(offset), slice(offset, None))
+    return key.shape[2] == query.shape[2] + offset and all(
+        can_give_lse(query, key[:, :, part], value[:, :, part]) for part in parts
+    )
 
 
 def _past_and_present(

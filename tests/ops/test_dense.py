@@ -159,11 +159,13 @@ def test_opcheck(operand: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("width", [64, 96, 128, 256])
-@pytest.mark.parametrize("kind", ["bottom right", "window", "narrow window", "padding", "documents", "sinks"])
+@pytest.mark.parametrize(
+    "kind", ["bottom right", "after one key", "window", "narrow window", "padding", "documents", "sinks"]
+)
 def test_on_a_gpu(kind: str, width: int, dtype: torch.dtype) -> None:
     """What a call chooses there, at lengths that fill tiles."""
     torch.manual_seed(width)
-    queries = 700 if kind == "bottom right" else 2000
+    queries = {"bottom right": 700, "after one key": 1999}.get(kind, 2000)
     query = torch.randn(2, queries, 6, width, device="cuda", dtype=dtype).transpose(1, 2)
     key, value = (torch.randn(2, 2, 2000, width, device="cuda", dtype=dtype) for _ in range(2))
     terms, sinks = Visibility(True, 2000 - queries), None
@@ -172,7 +174,7 @@ def test_on_a_gpu(kind: str, width: int, dtype: torch.dtype) -> None:
         terms = terms._replace(key_padding=places >= torch.tensor([[500], [3]], device="cuda"))
     elif kind == "documents":
         terms = terms._replace(query_documents=places // 700, key_documents=places // 700)
-    elif kind != "bottom right":
+    elif "window" in kind or kind == "sinks":
         terms = terms._replace(window=100 if kind == "narrow window" else 1500)
         sinks = torch.randn(6, device="cuda") if kind == "sinks" else None
     if sinks is not None and not dense_module.attends_by_kernel(query):
