@@ -276,8 +276,8 @@ def test_opcheck(min_length: int, block_size: int | None) -> None:
     torch.library.opcheck(torch.ops.s2o.varlen.default, [out, *packed, *inner, "a site", text])
 
 
-def test_batches_of_any_lengths_compile_once() -> None:
-    counter = CompileCounterWithBackend("aot_eager")
+def test_batches_of_other_lengths_are_not_compiled_again() -> None:
+    counter, counts = CompileCounterWithBackend("aot_eager"), []
     config = S2OConfig(min_length=150)
     config.arguments()  # Dynamo cannot enter the lock of a cached property that has no value yet.
 
@@ -288,10 +288,11 @@ def test_batches_of_any_lengths_compile_once() -> None:
     for lengths in (BATCH.lengths, ((40, 170), (1, 3), (2, 2)), ((1, 5), (60, 160))):
         arguments = dataclasses.replace(BATCH, lengths=lengths).arguments()
         arguments |= {"max_q": 200, "max_k": 400}
-        del arguments["softcap"]  # Dynamo compiles a second time for a number that is not an integer.
         query = arguments.pop("query").nan_to_num(0)
         assert torch.equal(compiled(query, arguments), model(query, arguments))
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    # The first time twice, for the numbers that are not integers.
+    assert counts[0] <= 2 and set(counts) == {counts[0]}
 
 
 @pytest.mark.parametrize("min_length", [0, 10**6])
