@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 
+from .upload import uploaded
+
 _aten = torch.ops.aten
 
 
@@ -94,19 +96,13 @@ def attend_packed(
         Output, like `query`, and log-sum-exp [Hq, sum of `query_lengths`], float32, -inf for rows that see nothing.
     """
     left, right = window_size
-    starts = [_starts(lengths, query.device) for lengths in (query_lengths, key_lengths)]
+    starts = (uploaded([0, *itertools.accumulate(x)], query.device) for x in (query_lengths, key_lengths))
     output, lse, *_ = _aten._flash_attention_forward(
         *(x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)), *starts,
         max(query_lengths), max(key_lengths), 0.0, (left, right) == (-1, 0), False,
         scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
     return output, lse.masked_fill(lse == math.inf, -math.inf)
-
-
-def _starts(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Where each of some lengths starts and the last ends, int32; pinned memory, so that the host does not wait."""
-    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, pin_memory=True)
-    return starts.to(device, non_blocking=True)
 
 
 def _backend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:

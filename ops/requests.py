@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+from .visibility import Visibility
 
 
 class Request(NamedTuple):
@@ -118,3 +121,12 @@ def check_room(requests: list[Request], queries: int, keys: int, max_q: int, max
         for name, most, count in (("max_q", max_q, request.query_count), ("max_k", max_k, request.key_count)):
             if count > most:
                 raise ValueError(f"{name} must be at least what request {request.number} has ({count}), not {most}")
+
+
+def visibility_of(queries: int, keys: int, window_size: Sequence[int]) -> Visibility:
+    """What (left, right) lets queries see that stand at the last keys; -1 bounds nothing on its side."""
+    left, right = window_size
+    # The key that is `right` after the own one counts as the last of a causal mask and of a window.
+    ahead = max(right, 0)
+    window = None if left < 0 else left + ahead + 1
+    return Visibility(right >= 0, keys - queries + ahead, window=window)

@@ -3,12 +3,12 @@
 Both are compositions that validate, cast under autocast and call `varlen`, which is opaque to the compiler: which
 requests run sparse depends on their lengths, and these change from call to call. Each request that is worth it is
 gathered and attended alone, by ``torch.ops.s2o.attention``. All others run dense: on a GPU by one call of
-FlashAttention, elsewhere, or with what that lacks, by the same operator one by one.
+FlashAttention, or with what that lacks in a few batches and one by one; on a CPU one by one, which costs little there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +19,16 @@ from .dispatch import DENSE_AT_ANY_LENGTH, choose_sparse
 from .distributed import refuse_context_parallel, refuse_dtensors
 from .fused import attend_packed, can_attend_packed
 from .operator import autocast, library
+from .padded import attend_padded, of_similar_length
 from .paged import check_pages, gathered, joined, merged
-from .requests import Request, check_room, read_requests
+from .requests import Request, check_room, read_requests, visibility_of
 from .result import AttentionResult
 from .rule.sinks import add_sinks
 from .validation import validate_varlen
 from .visibility import Visibility
+
+_FEW_QUERIES = 8
+"""Up to how many queries a request may have to be padded into a batch with others."""
 
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor cu_seq_q, Tensor? cu_seq_k, SymInt max_q, SymInt max_k, *, "
@@ -114,19 +118,43 @@ class _Call(NamedTuple):
         """What a request's queries see of its keys."""
         return visibility_of(request.query_count, request.key_count, self.window_size)
 
-    def operands(self, requests: Sequence[Request]) -> tuple[torch.Tensor, ...]:
+    def operands(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value of some requests, one request after the other: [L, H, D] each."""
         query = joined(self.query, [request.rows for request in requests])
-        return query, *(gathered(pool, self.table, requests) for pool in (self.key, self.value))
+        return query, gathered(self.key, self.table, requests), gathered(self.value, self.table, requests)
 
-    def attend_alone(self, request: Request, config: S2OConfig) -> torch.Tensor:
+    @property
+    def pads(self) -> bool:
+        """Whether requests of few queries are padded into a batch, as each call costs the host much of its time."""
+        return self.query.is_cuda
+
+    def attend_sparsely(self, request: Request) -> torch.Tensor:
         """The output of the operator for one request, [Lq, Hq, Dv]."""
-        is_causal, offset, _, window, *_ = self.terms(request)
+        return self._attend(request, self.config)
+
+    def attend_densely(self, requests: Sequence[Request]) -> torch.Tensor:
+        """The output of the operator for a single request, dense, [Lq, Hq, Dv]."""
+        (request,) = requests
+        return self._attend(request, self._dense_config)
+
+    def attend_padded(self, requests: Sequence[Request]) -> torch.Tensor:
+        """The output of the operator for a batch of requests, dense, [sum of their queries, Hq, Dv]."""
+        return attend_padded(
+            *self.operands(requests), requests, self.window_size, scale=self.scale, softcap=self.softcap,
+            sinks=self.sinks, site=self.site, **self._dense_config.arguments(),
+        )  # fmt: skip
+
+    def _attend(self, request: Request, config: S2OConfig) -> torch.Tensor:
+        query, key, value = (x.transpose(0, 1)[None] for x in self.operands([request]))
         output = torch.ops.s2o.attention(
-            *(x.transpose(0, 1)[None] for x in self.operands([request])), is_causal, offset, scale=self.scale,
-            window=window, softcap=self.softcap, sinks=self.sinks, site=self.site, **config.arguments(),
+            query, key, value, **self.terms(request)._asdict(), scale=self.scale, softcap=self.softcap,
+            sinks=self.sinks, site=self.site, **config.arguments(),
         )  # fmt: skip
         return output[0].transpose(0, 1)
+
+    @property
+    def _dense_config(self) -> S2OConfig:
+        return replaced(self.config, min_length=DENSE_AT_ANY_LENGTH)
 
     def attend_together(self, requests: Sequence[Request]) -> torch.Tensor:
         """The output of FlashAttention for all of some requests, which have keys, [sum of their queries, Hq, Dv]."""
@@ -141,15 +169,6 @@ class _Call(NamedTuple):
         return add_sinks(of_heads, self.sinks).output[0].transpose(0, 1)
 
 
-def visibility_of(queries: int, keys: int, window_size: Sequence[int]) -> Visibility:
-    """What (left, right) lets queries see that stand at the last keys; -1 bounds nothing on its side."""
-    left, right = window_size
-    # The key that is `right` after the own one counts as the last of a causal mask and of a window.
-    ahead = max(right, 0)
-    window = None if left < 0 else left + ahead + 1
-    return Visibility(right >= 0, keys - queries + ahead, window=window)
-
-
 def _varlen(out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> None:
     cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size, seqused_k, table, softcap, sinks, site, settings = rest
     requests = read_requests(cu_seq_q, cu_seq_k, seqused_k, table is not None)
@@ -162,29 +181,44 @@ def _varlen(out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: to
     dense = []
     for request in requests:
         if request.query_count and call.is_sparse(request):
-            out[request.rows] = call.attend_alone(request, config)
+            out[request.rows] = call.attend_sparsely(request)
         elif request.query_count:
             dense.append(request)
     _attend_densely(out, dense, call)
 
 
 def _attend_densely(out: torch.Tensor, requests: Sequence[Request], call: _Call) -> None:
-    """Fill the rows of requests that have queries by dense attention."""
-    if call.softcap or not can_attend_packed(call.query, call.key, call.value):
-        config = replaced(call.config, min_length=DENSE_AT_ANY_LENGTH)
-        for request in requests:
-            out[request.rows] = call.attend_alone(request, config)
-        return
+    """Fill the rows of requests that have queries by dense attention, in as few calls as there is a way for."""
+    some = []
     for request in requests:
-        if not request.key_count:
+        if request.key_count:
+            some.append(request)
+        else:
             out[request.rows] = 0
-    some = [request for request in requests if request.key_count]
-    if not some:
+    if not call.softcap and can_attend_packed(call.query, call.key, call.value):
+        _attend_groups(out, [some], call.attend_together)
         return
-    runs = merged([request.rows for request in some])
-    outputs = call.attend_together(some).split([run.stop - run.start for run in runs])
-    for run, output in zip(runs, outputs, strict=True):
-        out[run] = output
+    few: list[Request] = []
+    alone: list[list[Request]] = []
+    for request in some:
+        if call.pads and request.query_count <= _FEW_QUERIES:
+            few.append(request)
+        else:
+            alone.append([request])
+    _attend_groups(out, of_similar_length(few), call.attend_padded)
+    _attend_groups(out, alone, call.attend_densely)
+
+
+def _attend_groups(
+    out: torch.Tensor, groups: Sequence[Sequence[Request]], attend: Callable[[Sequence[Request]], torch.Tensor]
+) -> None:
+    """Fill the rows of requests, group by group."""
+    for group in groups:
+        if group:
+            runs = merged([request.rows for request in group])
+            outputs = attend(group).split([run.stop - run.start for run in runs])
+            for run, output in zip(runs, outputs, strict=True):
+                out[run] = output
 
 
 def _varlen_fake(*_: Any) -> None:

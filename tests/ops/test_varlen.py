@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from s2o_compile import S2OConfig, attention, attention_varlen
-from s2o_compile.ops import observe, paged, requests, varlen
+from s2o_compile.ops import observe, padded, paged, requests, varlen
 from s2o_compile.ops.config import replaced
 from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.reference_varlen import reference_attention_varlen
@@ -257,6 +257,31 @@ def test_what_flash_attention_gets_and_gives(call: Packing, min_length: int) -> 
         patch.setattr(varlen, "attend_packed", attend_naively)
         got = attention_varlen(**call.arguments(), config=S2OConfig(threshold=0.0, min_length=min_length))
     assert_rows(call, got, dense_of(call), 2e-5)
+
+
+@settings(max_examples=examples(60))
+@given(packings())
+def test_requests_that_decode_are_padded_into_batches(call: Packing) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen._Call, "pads", True)
+        got = attention_varlen(**call.arguments(), config=S2OConfig(min_length=10**6))
+    assert_rows(call, got, dense_of(call), 2e-5)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_padded_batches_are_few(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def attend(query: torch.Tensor, key: Any, value: Any, some: Any, *rest: Any, **arguments: Any) -> torch.Tensor:
+        sizes.append(len(some))
+        return padded.attend_padded(query, key, value, some, *rest, **arguments)
+
+    monkeypatch.setattr(varlen._Call, "pads", True)
+    monkeypatch.setattr(varlen, "attend_padded", attend)
+    lengths = [(1, keys) for keys in (64, 65, 127, 130, 250, 3)]
+    call = dataclasses.replace(BATCH, lengths=(*lengths, (9, 70)), softcap=softcap)
+    assert_rows(call, attention_varlen(**call.arguments()), dense_of(call), 2e-5)
+    assert sizes == [3, 2, 1]
 
 
 @pytest.mark.parametrize("block_size", [None, 16])
