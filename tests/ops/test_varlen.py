@@ -206,13 +206,14 @@ def test_lengths_on_a_device_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("min_length", [0, 10**6])
 def test_the_output_is_written_to_its_rows_alone(min_length: int) -> None:
-    arguments, config = BATCH.arguments(DEVICE), S2OConfig(min_length=min_length)
+    call = dataclasses.replace(BATCH, lengths=((3, 0), *BATCH.lengths))
+    arguments, config = call.arguments(DEVICE), S2OConfig(min_length=min_length)
     want = attention_varlen(**arguments, config=config)
     buffer = torch.full((len(want) + 9, 2 * BATCH.heads, BATCH.value_channels + 2), 7.0, device=DEVICE)
     out = buffer[4:-5, ::2, 1:-1]
     assert attention_varlen(**arguments, out=out, config=config) is out
-    end = BATCH.rows[-1].stop
-    assert torch.equal(out[:end], want[:end])
+    end = call.rows[-1].stop
+    assert torch.equal(out[:end], want[:end]) and not out[:3].any()
     out[:end] = 7
     assert (buffer == 7).all()
 
@@ -234,8 +235,8 @@ def test_nothing_to_do() -> None:
 
 
 def attend_naively(query: Any, key: Any, value: Any, query_lengths: Any, key_lengths: Any, window: Any, scale: Any):
-    """`attend_packed` on a CPU."""
-    assert all(key_lengths), "a request without keys"
+    """`attend_packed` on a CPU, and what it asks for."""
+    assert all(key_lengths) and (scale is None or scale > 0)
     outputs, lses = [], []
     parts = query.split(query_lengths), key.split(key_lengths), value.split(key_lengths)
     for q, k, v in zip(*parts, strict=True):
@@ -278,10 +279,23 @@ def test_padded_batches_are_few(softcap: float, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(varlen._Call, "pads", True)
     monkeypatch.setattr(varlen, "attend_padded", attend)
-    lengths = [(1, keys) for keys in (64, 65, 127, 130, 250, 3)]
+    lengths = [(1, 64), (3, 65), (8, 127), (2, 130), (1, 250), (1, 3)]
     call = dataclasses.replace(BATCH, lengths=(*lengths, (9, 70)), softcap=softcap)
     assert_rows(call, attention_varlen(**call.arguments()), dense_of(call), 2e-5)
     assert sizes == [3, 2, 1]
+
+
+@pytest.mark.parametrize("min_length", [0, 10**6])
+@pytest.mark.parametrize("ends", [[300], [64, 300], [77, 100, 300], [1, 299, 300]])
+def test_every_cut_into_chunks_is_the_same_at_threshold_zero(ends: list[int], min_length: int) -> None:
+    """And at others not: docs/limits.md."""
+    call = dataclasses.replace(BATCH, lengths=((300, 300),), window_size=(100, 0), padding=0)
+    arguments, config = call.arguments(), S2OConfig(threshold=0.0, min_length=min_length)
+    query, parts = arguments.pop("query"), []
+    for start, end in zip([0, *ends], ends, strict=False):
+        lengths = {"cu_seq_q": [0, end - start], "seqused_k": [end]}
+        parts.append(attention_varlen(query[start:end], **arguments | lengths, config=config))
+    assert largest_difference(torch.cat(parts), dense_of(call)[0]) < 2e-5
 
 
 @pytest.mark.parametrize("block_size", [None, 16])
