@@ -53,7 +53,7 @@ def choose_sparse(
     """
     if config.min_length == 0:
         return True
-    has_rows = _exceeds(query[2], _dense_queries(config))
+    has_rows = _exceeds(query[2], dense_queries(config))
     if has_rows is False:
         return False
     if config.min_length is None:
@@ -74,7 +74,7 @@ def why_dense(
     config: S2OConfig,
 ) -> str:
     """Why `choose_sparse`, asked the same, is false, and what to do about it."""
-    if _exceeds(query[2], _dense_queries(config)) is False:
+    if _exceeds(query[2], dense_queries(config)) is False:
         return f"{query[2]} queries over {key[2]} keys are too few to gain; {_FORCE}"
     if config.min_length is not None:
         return f"{key[2]} keys are fewer than min_length={config.min_length}; a lower one asks for sparse attention"
@@ -82,7 +82,7 @@ def why_dense(
     return f"{_why_too_little(most, _wanted(query, value, device), device)}; {_FORCE}"
 
 
-def _dense_queries(config: S2OConfig) -> int:
+def dense_queries(config: S2OConfig) -> int:
     """How many queries are attended densely in any call."""
     return max(config.last_queries, config.ranking.segment)
 

@@ -5,8 +5,14 @@ These operators have no public names. This module alone calls them, with `ops.cp
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
+
 import torch
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+
+from .upload import uploaded
 
 _aten = torch.ops.aten
 
@@ -56,6 +62,47 @@ def attend_window(
         scale=scale, window_size_left=window - 1, window_size_right=0,
     )  # fmt: skip
     return output.transpose(1, 2)
+
+
+def can_attend_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `attend_packed` takes queries, keys and values like these: [..., heads, D], on a GPU and of one width."""
+    width = query.shape[-1]
+    if not query.is_cuda or not width or width % 8 or value.shape[-1] != width or not key.shape[-2]:
+        return False
+    return can_use_flash_attention(_parameters(*(x.new_empty(1, x.shape[-2], 1, width) for x in (query, key, value))))
+
+
+def attend_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    window_size: Sequence[int],
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by FlashAttention of packed requests, whose last query stands at the last key, without waiting.
+
+    Args:
+        query: [sum of `query_lengths`, Hq, D].
+        key: [sum of `key_lengths`, Hkv, D].
+        value: As `key`.
+        query_lengths: Of each request.
+        key_lengths: Of each request, above 0.
+        window_size: The keys before and after the own one that a query sees; -1 for all.
+        scale: Factor of the logits above 0, by default D ** -0.5.
+
+    Returns:
+        Output, like `query`, and log-sum-exp [Hq, sum of `query_lengths`], float32, -inf for rows that see nothing.
+    """
+    left, right = window_size
+    starts = (uploaded([0, *itertools.accumulate(x)], query.device) for x in (query_lengths, key_lengths))
+    output, lse, *_ = _aten._flash_attention_forward(
+        *(x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)), *starts,
+        max(query_lengths), max(key_lengths), 0.0, (left, right) == (-1, 0), False,
+        scale=scale, window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    return output, lse.masked_fill(lse == math.inf, -math.inf)
 
 
 def _backend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str | None:

@@ -124,7 +124,7 @@ class _Call(NamedTuple):
         """
         refuse_context_parallel()
         config = S2OConfig.from_arguments(**settings)
-        query, key, value = _autocast(query, key, value)
+        query, key, value = autocast(query, key, value)
         terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
         validate(query, key, value, terms, scale, softcap, sinks)
         query, key = _with_channels(query), _with_channels(key)
@@ -250,7 +250,7 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -72,6 +73,102 @@ def validate(
         )
 
 
+def validate_varlen(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    window_size: Sequence[int],
+    scale: float | None,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Check the tensors and numbers of a call of packed requests, but for what lengths and pages say.
+
+    Shapes are those of ``s2o_compile.attention_varlen``.
+
+    Raises:
+        TypeError: A tensor has a dtype that is not supported.
+        ValueError: Ranks, shapes, devices or a number do not fit, or a gradient is asked for.
+    """
+    _validate_packed(query, key, value, paged=block_table is not None)
+    in_a_batch = [
+        x.transpose(0, 1)[None] for x in (query, *(x if block_table is None else x[:, 0] for x in (key, value)))
+    ]
+    validate(in_a_batch[0], in_a_batch[1], in_a_batch[2], Visibility(), scale, softcap, sinks)
+    if out.dtype != query.dtype:
+        raise TypeError(f"out must have the dtype of query ({dtype_name(query.dtype)}), not {dtype_name(out.dtype)}")
+    shape = (*query.shape[:2], value.shape[-1])
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must be [rows, heads of query, channels of value] {shape}, not {tuple(out.shape)}")
+    _validate_device("out", out, query)
+    if len(window_size) != 2 or any(size < -1 for size in window_size):
+        raise ValueError(
+            f"window_size must be (left, right), each at least 0 or -1 for no bound, not {tuple(window_size)}"
+        )
+    _validate_lengths(query, cu_seq_q, cu_seq_k, seqused_k, block_table)
+
+
+def _validate_packed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, paged: bool) -> None:
+    packed, pages = "3 dimensions [rows, heads, channels]", "4 dimensions [blocks, block size, heads, channels]"
+    if query.dim() != 3:
+        raise ValueError(f"query must have {packed}, not {query.dim()}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dim() != 3 + paged:
+            reason = "with a block_table" if paged else "without a block_table"
+            raise ValueError(f"{name} must have {pages if paged else packed} {reason}, not {tensor.dim()}")
+    if not paged:
+        return
+    if key.shape[1] < 1:
+        raise ValueError("key must have blocks of at least 1 key, not of 0")
+    if value.shape[:2] != key.shape[:2]:
+        sizes, others = tuple(key.shape[:2]), tuple(value.shape[:2])
+        raise ValueError(f"value must have the blocks and the block size of key {sizes}, not {others}")
+
+
+def _validate_lengths(
+    query: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> None:
+    if cu_seq_q.dim() != 1 or cu_seq_q.shape[0] < 1:
+        raise ValueError(f"cu_seq_q must be [requests + 1], not {tuple(cu_seq_q.shape)}")
+    requests = cu_seq_q.shape[0] - 1
+    if block_table is None and cu_seq_k is None:
+        raise ValueError("cu_seq_k must be a tensor, not None, without a block_table")
+    if block_table is not None and seqused_k is None:
+        raise ValueError("seqused_k must be a tensor, not None, with a block_table")
+    for name, tensor, size in (
+        ("cu_seq_q", cu_seq_q, requests + 1),
+        ("cu_seq_k", cu_seq_k, requests + 1),
+        ("seqused_k", seqused_k, requests),
+    ):
+        if tensor is None:
+            continue
+        _validate_integers(name, tensor)
+        if tensor.dim() != 1 or tensor.shape[0] != size:
+            what = "requests" if name == "seqused_k" else "requests + 1"
+            raise ValueError(f"{name} must be [{what}] ({size},), not {tuple(tensor.shape)}")
+        if tensor.device.type != "cpu":
+            _validate_device(name, tensor, query)
+    if block_table is not None:
+        _validate_integers("block_table", block_table)
+        if block_table.dim() != 2 or block_table.shape[0] != requests:
+            raise ValueError(f"block_table must be [requests, blocks] ({requests}, ..), not {tuple(block_table.shape)}")
+        _validate_device("block_table", block_table, query)
+
+
+def _validate_integers(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, not {dtype_name(tensor.dtype)}")
+
+
 def _validate_visibility(query: torch.Tensor, key: torch.Tensor, visibility: Visibility) -> None:
     queries, keys = query.shape[2], key.shape[2]
     if visibility.key_padding is not None:
@@ -88,8 +185,7 @@ def _validate_visibility(query: torch.Tensor, key: torch.Tensor, visibility: Vis
     for (name, tensor), length in zip(documents.items(), (queries, keys), strict=True):
         if tensor is None:
             continue
-        if tensor.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name} must be int32 or int64, not {dtype_name(tensor.dtype)}")
+        _validate_integers(name, tensor)
         _validate_by_position(name, tensor, query, "queries" if name == "query_documents" else "keys", length)
     if visibility.mask is not None:
         _validate_mask(visibility.mask, query, keys)

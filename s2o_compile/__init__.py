@@ -16,6 +16,7 @@ from .after_import import after_import
 
 if TYPE_CHECKING:
     from ._attention import attention
+    from ._attention_varlen import attention_varlen
     from ._explain import explain
     from ._export import export
     from ._profile import Profile, SiteProfile, profile
@@ -40,6 +41,7 @@ __all__ = [
     "SiteProfile",
     "__version__",
     "attention",
+    "attention_varlen",
     "calibrate",
     "configure",
     "explain",
@@ -59,6 +61,7 @@ _HOMES = {
     "S2OConfig": "ops",
     "SiteProfile": "_profile",
     "attention": "_attention",
+    "attention_varlen": "_attention_varlen",
     "calibrate": "calibration.calibrate",
     "configure": "integrations.settings",
     "explain": "_explain",

@@ -1,0 +1,166 @@
+"""Attention of packed requests: each that is worth it runs sparse alone, and all others run dense.
+
+Those that run sparse are gathered and given to ``torch.ops.s2o.attention``. The others run on a GPU in one call of
+FlashAttention, or with what that lacks in a few batches and one by one; on a CPU one by one, which costs little there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .config import S2OConfig, replaced
+from .dense import positive_scale
+from .dispatch import DENSE_AT_ANY_LENGTH, choose_sparse, dense_queries
+from .fused import attend_packed, can_attend_packed
+from .memory import workspace
+from .padded import attend_padded, of_similar_length
+from .paged import gathered, joined, merged
+from .requests import Request, visibility_of
+from .result import AttentionResult
+from .rule.sinks import add_sinks
+from .visibility import Visibility
+
+_FEW_QUERIES = 8
+"""Up to how many queries a request may have to be padded into a batch with others."""
+
+
+class Packed(NamedTuple):
+    """What all requests of a call share; shapes as in ``s2o_compile.attention_varlen``."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    table: torch.Tensor | None
+    scale: float | None
+    window_size: Sequence[int]
+    softcap: float
+    sinks: torch.Tensor | None
+    site: str
+    config: S2OConfig
+
+    def is_sparse(self, request: Request) -> bool:
+        """Whether a request is worth the sparse path, by its own shape."""
+        if self.config.min_length != 0 and request.query_count <= dense_queries(self.config):
+            return False  # As `choose_sparse` says, in a tenth of the time: most requests decode.
+        (_, heads, width), (kv_heads, wide) = self.query.shape, self.value.shape[-2:]
+        queries, keys = request.query_count, request.key_count
+        shapes = (1, heads, queries, width), (1, kv_heads, keys, width), (1, kv_heads, keys, wide)
+        terms = self.terms(request).simplified(queries, keys)
+        return bool(choose_sparse(*shapes, terms, self.query.device, self.config))
+
+    def terms(self, request: Request) -> Visibility:
+        """What a request's queries see of its keys."""
+        return visibility_of(request.query_count, request.key_count, self.window_size)
+
+    def operands(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value of some requests, one request after the other: [L, H, D] each."""
+        query = joined(self.query, [request.rows for request in requests])
+        return query, gathered(self.key, self.table, requests), gathered(self.value, self.table, requests)
+
+    def that_fit(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Requests in groups whose gathered keys and values fit into a workspace, or of one; all at once if packed."""
+        if self.table is None or not requests:
+            return [list(requests)] if requests else []
+        groups: list[list[Request]] = [[]]
+        size = self.key.element_size() * sum(pool.shape[-2] * pool.shape[-1] for pool in (self.key, self.value))
+        room = workspace()
+        for request in requests:
+            room -= request.key_count * size
+            if room < 0 and groups[-1]:
+                groups.append([])
+                room = workspace() - request.key_count * size
+            groups[-1].append(request)
+        return groups
+
+    @property
+    def pads(self) -> bool:
+        """Whether requests of few queries are padded into a batch, as each call costs the host much of its time."""
+        return self.query.is_cuda
+
+    def attend_sparsely(self, request: Request) -> torch.Tensor:
+        """The output of the operator for one request, [Lq, Hq, Dv]."""
+        return self._attend(request, self.config)
+
+    def attend_densely(self, requests: Sequence[Request]) -> torch.Tensor:
+        """The output of the operator for a single request, dense, [Lq, Hq, Dv]."""
+        (request,) = requests
+        return self._attend(request, self._dense_config)
+
+    def attend_padded(self, requests: Sequence[Request]) -> torch.Tensor:
+        """The output of the operator for a batch of requests, dense, [sum of their queries, Hq, Dv]."""
+        return attend_padded(
+            *self.operands(requests), requests, self.window_size, scale=self.scale, softcap=self.softcap,
+            sinks=self.sinks, site=self.site, **self._dense_config.arguments(),
+        )  # fmt: skip
+
+    def _attend(self, request: Request, config: S2OConfig) -> torch.Tensor:
+        query, key, value = (x.transpose(0, 1)[None] for x in self.operands([request]))
+        output = torch.ops.s2o.attention(
+            query, key, value, **self.terms(request)._asdict(), scale=self.scale, softcap=self.softcap,
+            sinks=self.sinks, site=self.site, **config.arguments(),
+        )  # fmt: skip
+        return output[0].transpose(0, 1)
+
+    @property
+    def _dense_config(self) -> S2OConfig:
+        return replaced(self.config, min_length=DENSE_AT_ANY_LENGTH)
+
+    def attend_together(self, requests: Sequence[Request]) -> torch.Tensor:
+        """The output of FlashAttention for all of some requests, which have keys, [sum of their queries, Hq, Dv]."""
+        query, key, value = self.operands(requests)
+        query, scale = positive_scale(query, self.scale)
+        query_lengths = [request.query_count for request in requests]
+        key_lengths = [request.key_count for request in requests]
+        output, lse = attend_packed(query, key, value, query_lengths, key_lengths, self.window_size, scale)
+        if self.sinks is None:
+            return output
+        of_heads = AttentionResult(output.transpose(0, 1)[None], lse[None], lse)
+        return add_sinks(of_heads, self.sinks).output[0].transpose(0, 1)
+
+
+def attend_requests(out: torch.Tensor, requests: Sequence[Request], call: Packed) -> None:
+    """Fill the rows of requests in `out` [T, Hq, Dv]."""
+    dense = []
+    for request in requests:
+        if request.query_count and call.is_sparse(request):
+            out[request.rows] = call.attend_sparsely(request)
+        elif request.query_count:
+            dense.append(request)
+    _attend_densely(out, dense, call)
+
+
+def _attend_densely(out: torch.Tensor, requests: Sequence[Request], call: Packed) -> None:
+    """Fill the rows of requests that have queries by dense attention, in as few calls as there is a way for."""
+    some = []
+    for request in requests:
+        if request.key_count:
+            some.append(request)
+        else:
+            out[request.rows] = 0
+    if not call.softcap and can_attend_packed(call.query, call.key, call.value):
+        _attend_groups(out, call.that_fit(some), call.attend_together)
+        return
+    few: list[Request] = []
+    alone: list[list[Request]] = []
+    for request in some:
+        if call.pads and request.query_count <= _FEW_QUERIES:
+            few.append(request)
+        else:
+            alone.append([request])
+    batches = (batch for group in of_similar_length(few) for batch in call.that_fit(group))
+    _attend_groups(out, batches, call.attend_padded)
+    _attend_groups(out, alone, call.attend_densely)
+
+
+def _attend_groups(
+    out: torch.Tensor, groups: Iterable[Sequence[Request]], attend: Callable[[Sequence[Request]], torch.Tensor]
+) -> None:
+    """Fill the rows of requests, group by group."""
+    for group in groups:
+        runs = merged([request.rows for request in group])
+        outputs = attend(group).split([run.stop - run.start for run in runs])
+        for run, output in zip(runs, outputs, strict=True):
+            out[run] = output
