@@ -21,7 +21,14 @@ _EVERY_QUERY = 2**62
 
 
 class _Settings:
-    """Refuses names of settings that an earlier release had, before ``__init__`` calls them unexpected."""
+    """Refuses names of settings that an earlier release had, before ``__init__`` calls them unexpected.
+
+    The forms in which operators take settings are made with them: Dynamo cannot trace ``functools.cached_property``,
+    which takes a lock before Python 3.12.
+    """
+
+    _as_text: str
+    _arguments: dict[str, Any]
 
     def __new__(cls, *_: Any, **fields: Any) -> Any:
         sentence = sentence_on_old_name(fields, _names(cls))
@@ -97,6 +104,8 @@ class Ranking(_Settings):
             _check(self, "channels", self.channels is None, "None when rule is 'gain'")
             _check(self, "lists", self.lists == "head", "'head' when rule is 'gain'")
             _check(self, "measure", self.measure == "mass", "'mass' when rule is 'gain'")
+        changed = {name: getattr(self, name) for name in _names(Ranking) if not _is_default(self, name)}
+        object.__setattr__(self, "_as_text", json.dumps(changed) if changed else "")
 
     @property
     def tile(self) -> int:
@@ -108,11 +117,10 @@ class Ranking(_Settings):
         """How many keys at the start are always visited: one, usually an attention sink; the paper keeps none."""
         return 0 if self.rule == "gain" else 1
 
-    @functools.cached_property
+    @property
     def as_json(self) -> str:
         """The fields that are not at their defaults, as the operator's `settings`; "" where all are."""
-        changed = {name: getattr(self, name) for name in _names(Ranking) if not _is_default(self, name)}
-        return json.dumps(changed) if changed else ""
+        return self._as_text
 
     @classmethod
     @functools.cache
@@ -171,6 +179,16 @@ class S2OConfig(_Settings):
         _check(self, "min_length", self.min_length is None or self.min_length >= 0, "None or at least 0")
         _check(self, "last_queries", self.last_queries >= 0, "at least 0")
         self._check_budget()
+        if self.calibration is None:
+            config = self.resolved()
+            arguments = {
+                "threshold": config.threshold,
+                "min_length": config.min_length,
+                "last_queries": config.last_queries,
+                "settings": config.ranking.as_json,
+            }
+            object.__setattr__(self, "_arguments", arguments)
+            object.__setattr__(self, "_as_text", json.dumps(arguments))
 
     def _check_budget(self) -> None:
         """Only one field may decide the threshold, and a budget only under the ranking that it was measured with."""
@@ -236,7 +254,7 @@ class S2OConfig(_Settings):
         """
         if config is not None and not isinstance(config, cls):
             raise TypeError(f"config must be an S2OConfig or None, not {config!r}")
-        return config or _default()
+        return config or _DEFAULT
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> S2OConfig:
@@ -290,11 +308,14 @@ class S2OConfig(_Settings):
         Raises:
             ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
         """
-        _check(self, "calibration", self.calibration is None, "None where no attention site of a model is known")
+        self._check_calibration()
         if self.error_budget is None:
             return self
         changed = dataclasses.replace(self, error_budget=None, threshold=self.error_budget)
         return changed.with_ranking(measure="output")
+
+    def _check_calibration(self) -> None:
+        _check(self, "calibration", self.calibration is None, "None where no attention site of a model is known")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the `resolved` configuration, in types that JSON has and `from_options` takes.
@@ -311,17 +332,8 @@ class S2OConfig(_Settings):
         Raises:
             ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
         """
+        self._check_calibration()
         return dict(self._arguments)
-
-    @functools.cached_property
-    def _arguments(self) -> dict[str, Any]:
-        config = self.resolved()
-        return {
-            "threshold": config.threshold,
-            "min_length": config.min_length,
-            "last_queries": config.last_queries,
-            "settings": config.ranking.as_json,
-        }
 
     @classmethod
     @functools.cache
@@ -336,21 +348,21 @@ class S2OConfig(_Settings):
         """
         return cls(threshold, min_length, last_queries, ranking=Ranking.from_json(settings))
 
-    @functools.cached_property
+    @property
     def as_json(self) -> str:
-        """The `arguments` as one text, in which form the implementations take them."""
-        return json.dumps(self.arguments())
+        """The `arguments` as one text, in which form the implementations take them.
+
+        Raises:
+            ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
+        """
+        self._check_calibration()
+        return self._as_text
 
     @classmethod
     @functools.cache
     def from_json(cls, text: str) -> S2OConfig:
         """The configuration that a text of `as_json` stands for, read once."""
         return cls.from_arguments(**json.loads(text))
-
-
-@functools.cache
-def _default() -> S2OConfig:
-    return S2OConfig()
 
 
 @functools.cache
@@ -425,3 +437,6 @@ def _check(settings: S2OConfig | Ranking, name: str, holds: bool, allowed: str) 
 
 def _is_power_of_two(value: int, least: int, most: int) -> bool:
     return least <= value <= most and value & (value - 1) == 0
+
+
+_DEFAULT = S2OConfig()

@@ -55,7 +55,7 @@ def attend_without_mask(
     [B, Lq, Hq, Dv]. docs/decisions/010-dense-without-masks.md says what was measured.
     """
     is_plain = not softcap and sinks is None
-    if is_plain and _is_narrow(visibility) and can_attend_window(query, key, visibility.causal_offset):
+    if is_plain and _is_narrow(visibility) and can_attend_window(query, key, value, visibility.causal_offset):
         assert visibility.window is not None
         return attend_window(query, key, value, visibility.window, scale)
     by_sdpa = is_plain and visibility.window is None and visibility.is_positional

@@ -45,11 +45,12 @@ def with_lse(
     return output, lse.view(query.shape[:3]).float()
 
 
-def can_attend_window(query: torch.Tensor, key: torch.Tensor, offset: int) -> bool:
+def can_attend_window(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int) -> bool:
     """Whether `attend_window` takes these tensors, of which query i stands at key i + offset."""
-    if not query.is_cuda or query.shape[3] % 8 or key.shape[2] != query.shape[2] + offset:
+    width = query.shape[3]
+    if not query.is_cuda or width % 8 or value.shape[3] != width or key.shape[2] != query.shape[2] + offset:
         return False
-    return can_use_flash_attention(_parameters(query, key, key))
+    return can_use_flash_attention(_parameters(query, key, value))
 
 
 def attend_window(

@@ -160,22 +160,24 @@ def test_opcheck(operand: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("width", [64, 96, 128, 256])
 @pytest.mark.parametrize(
-    "kind", ["bottom right", "after one key", "window", "narrow window", "padding", "documents", "sinks"]
+    "kind", ["bottom right", "after one key", "wide", "window", "narrow window", "padding", "documents", "sinks"]
 )
 def test_on_a_gpu(kind: str, width: int, dtype: torch.dtype) -> None:
     """What a call chooses there, at lengths that fill tiles."""
     torch.manual_seed(width)
     queries = {"bottom right": 700, "after one key": 1999}.get(kind, 2000)
     query = torch.randn(2, queries, 6, width, device="cuda", dtype=dtype).transpose(1, 2)
-    key, value = (torch.randn(2, 2, 2000, width, device="cuda", dtype=dtype) for _ in range(2))
+    # FlashAttention takes no values of another width.
+    wide = width // 2 if kind == "wide" else width
+    key, value = (torch.randn(2, 2, 2000, size, device="cuda", dtype=dtype) for size in (width, wide))
     terms, sinks = Visibility(True, 2000 - queries), None
     places = torch.arange(2000, device="cuda").expand(2, -1)
     if kind == "padding":
         terms = terms._replace(key_padding=places >= torch.tensor([[500], [3]], device="cuda"))
     elif kind == "documents":
         terms = terms._replace(query_documents=places // 700, key_documents=places // 700)
-    elif "window" in kind or kind == "sinks":
-        terms = terms._replace(window=100 if kind == "narrow window" else 1500)
+    elif "window" in kind or kind in ("sinks", "wide"):
+        terms = terms._replace(window=100 if kind in ("narrow window", "wide") else 1500)
         sinks = torch.randn(6, device="cuda") if kind == "sinks" else None
     if sinks is not None and not dense_module.attends_by_kernel(query):
         pytest.skip("the operator does not take this path")

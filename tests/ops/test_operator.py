@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
+from s2o_compile import attention
 from s2o_compile.integrations import settings
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, config
 from s2o_compile.ops.kernels import pipeline
@@ -531,6 +532,16 @@ def test_windows_of_any_length_compile_once() -> None:
         query, key = torch.randn(1, 2, length, 16), torch.randn(1, 1, length, 16)
         torch.testing.assert_close(compiled(query, key), model(query, key))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "config", [None, S2OConfig(threshold=0.0123, ranking=Ranking(sample=3))], ids=["default", "new"]
+)
+def test_compiles_without_a_break(config: S2OConfig | None) -> None:
+    """Also with settings that were never used before."""
+    query, key, value = inputs(40)
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(query, key, value, True, config=config), attention(query, key, value, True))
 
 
 @pytest.mark.parametrize("min_length", [0, 150])
