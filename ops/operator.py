@@ -173,9 +173,7 @@ class _Call(NamedTuple):
         is_plain = not self.softcap and self.sinks is None
         if self.visibility.mask is None and (is_plain or attends_by_kernel(self.query)):
             terms = self.visibility[:-1]
-            return torch.ops.s2o.dense(
-                self.query, self.key, self.value, *terms, self.factor, self.softcap, self.sinks
-            )
+            return torch.ops.s2o.dense(self.query, self.key, self.value, *terms, self.factor, self.softcap, self.sinks)
         return self.spans().output
 
     @property
