@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed
+import typer
 from models import Length, load
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
-import typer
 
 import s2o_compile
 

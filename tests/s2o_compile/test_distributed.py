@@ -182,9 +182,7 @@ def calibration_under_tensor_parallel(folder: Path) -> None:
     distributed.barrier()
     calibrated = s2o_compile.S2OConfig(calibration=file, min_length=0)
     plan = DistributedConfig(tp_plan="auto")
-    model = AutoModelForCausalLM.from_pretrained(
-        path, attn_implementation="s2o", distributed_config=plan
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="s2o", distributed_config=plan).eval()
     s2o_compile.configure(model, calibrated)
     logits(model)
 
@@ -231,7 +229,6 @@ def in_two_processes(rank: int, folder: Path) -> None:
     )
     failed = []
     for name, function in CHECKS.items():
-        print(rank, name, flush=True)
         own = folder / name
         own.mkdir(exist_ok=True)
         torch._dynamo.reset()
