@@ -247,7 +247,7 @@ def test_what_is_worth_being_sparse_is_the_part_of_a_rank(mesh_of: Callable[...,
 
 
 def all_placed(placements: list[Placement]) -> dict[str, list[Placement]]:
-    return {name: placements for name in ("query", "key", "value")}
+    return dict.fromkeys(("query", "key", "value"), placements)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], tuple[int, ...], str]] = {
