@@ -7,7 +7,6 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .distributed import is_dtensor
 from .fused import attend_window, can_attend_window
 from .pieces import attend_in_pieces
 from .result import AttentionResult
@@ -80,7 +79,7 @@ def is_large(query: torch.Tensor, key: torch.Tensor) -> bool:
 def _avoids_mask(query: torch.Tensor, key: torch.Tensor, visibility: Visibility) -> bool:
     if visibility.mask is not None or not is_large(query, key):
         return False
-    return not (is_packaging() or is_transformed() or is_dtensor(query))
+    return not (is_packaging() or is_transformed())
 
 
 def _is_narrow(visibility: Visibility) -> bool:

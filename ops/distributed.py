@@ -38,8 +38,40 @@ def refuse_context_parallel() -> None:
         )
 
 
+def validate_placements(**tensors: torch.Tensor | None) -> None:
+    """Check where the tensors of a call lie, named as in `ops.operator`, if any is a DTensor.
+
+    Raises:
+        TypeError: Some are DTensors, and others are not.
+        ValueError: They are sharded in a way that attention would need communication for.
+    """
+    placed = {name: tensor for name, tensor in tensors.items() if is_dtensor(tensor)}
+    if not placed:
+        return
+    from .placements import placements_of_inputs
+    from .sharding import replicates_plain_tensors
+
+    plain = [name for name, tensor in tensors.items() if tensor is not None and name not in placed]
+    if plain and not replicates_plain_tensors():
+        raise TypeError(
+            f"{plain[0]} must be a DTensor, as {next(iter(placed))} is one: distribute_tensor makes one of a tensor, "
+            "and to_local() plain tensors of DTensors"
+        )
+    if "query" in placed and "key" in placed:
+        placements_of_inputs(placed)
+
+
+def local_shape(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """The shape of a tensor; of a DTensor the largest shape of a part, which is the same on all ranks."""
+    if not is_dtensor(tensor):
+        return tensor.shape
+    from .placements import local_shape as largest
+
+    return largest(tensor)
+
+
 def refuse_dtensors(**tensors: torch.Tensor) -> None:
-    """Refuse DTensors, for which the sparse operator has no sharding rule.
+    """Refuse DTensors, for which an operator has no sharding rule.
 
     Raises:
         TypeError: A tensor is a DTensor.
@@ -47,6 +79,5 @@ def refuse_dtensors(**tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         if is_dtensor(tensor):
             raise TypeError(
-                f"{name} must be a plain tensor, not a DTensor: where only the batch or heads are sharded, call "
-                "s2o.attention on the parts that to_local() returns"
+                f"{name} must be a plain tensor, not a DTensor: call this on the parts that to_local() returns"
             )

@@ -20,7 +20,7 @@ from . import cpu
 from .config import S2OConfig
 from .dense import attend_without_mask, attends_by_kernel, decode_attention, dense_attention, positive_scale
 from .dispatch import choose_sparse, has_kernels
-from .distributed import refuse_context_parallel, refuse_dtensors
+from .distributed import is_dtensor, local_shape, refuse_context_parallel, validate_placements
 from .memory import fit_into_memory
 from .observe import SparseInputs, recorded
 from .result import AttentionResult
@@ -127,6 +127,10 @@ class _Call(NamedTuple):
         query, key, value = autocast(query, key, value)
         terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
         validate(query, key, value, terms, scale, softcap, sinks)
+        validate_placements(
+            query=query, key=key, value=value, key_padding=key_padding, query_documents=query_documents,
+            key_documents=key_documents, mask=mask, sinks=sinks,
+        )  # fmt: skip
         query, key = _with_channels(query), _with_channels(key)
         query, scale = positive_scale(query, scale)
         if terms.mask is not None:
@@ -136,7 +140,7 @@ class _Call(NamedTuple):
 
     def chooses_sparse(self) -> bool | None:
         """Whether the call is worth the sparse path; None where that is known at run time only."""
-        shapes = self.query.shape, self.key.shape, self.value.shape
+        shapes = local_shape(self.query), local_shape(self.key), local_shape(self.value)
         return choose_sparse(*shapes, self.visibility, self.query.device, self.config)
 
     def dynamic(self) -> torch.Tensor:
@@ -151,6 +155,8 @@ class _Call(NamedTuple):
     def dense(self) -> torch.Tensor:
         """The output of dense attention, in whichever way is fastest."""
         query, key, value = self.query, self.key, self.value
+        if is_dtensor(query):
+            return self.dense_of_dtensors()
         if 0 in (*query.shape, *key.shape, *value.shape):
             return query.new_zeros(*query.shape[:3], value.shape[3])
         if not self.softcap and self.sinks is None:
@@ -160,6 +166,14 @@ class _Call(NamedTuple):
         if self.visibility.mask is None and attends_by_kernel(query) and not is_packaging():
             terms = self.visibility[:-1]
             return torch.ops.s2o.dense(query, key, value, *terms, self.factor, self.softcap, self.sinks)
+        return self.spans().output
+
+    def dense_of_dtensors(self) -> torch.Tensor:
+        """The output of dense attention by operators that have sharding rules, which SDPA has not on all devices."""
+        is_plain = not self.softcap and self.sinks is None
+        if self.visibility.mask is None and (is_plain or attends_by_kernel(self.query)):
+            terms = self.visibility[:-1]
+            return torch.ops.s2o.dense(self.query, self.key, self.value, *terms, self.factor, self.softcap, self.sinks)
         return self.spans().output
 
     @property
@@ -173,7 +187,6 @@ class _Call(NamedTuple):
 
     def sparse(self) -> AttentionResult:
         """Sparse attention as the configuration says."""
-        refuse_dtensors(query=self.query, key=self.key, value=self.value)
         settings, value = self.config.as_json, _with_channels(self.value)
         arguments = (self.query, self.key, value, *self.visibility, self.factor, self.softcap)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
@@ -183,6 +196,10 @@ class _Call(NamedTuple):
         if by_kernels and not symbolic and is_packaging():
             from .kernels.pipeline import sparse_triton
 
+            if is_dtensor(self.query):
+                from .sharding import register_rule
+
+                register_rule(torch.ops.s2o.sparse_triton.default)
             result = AttentionResult(*sparse_triton(*arguments, settings))
         else:
             result = AttentionResult(*torch.ops.s2o.sparse(*arguments, self.site, settings))

@@ -110,6 +110,16 @@ def _register_with_transformers() -> None:
         warnings.warn(f"attn_implementation='s2o' needs transformers 5.10 or later: {error}", stacklevel=2)
 
 
+def _register_sharding_rules() -> None:
+    try:
+        from .ops.sharding import register_rules
+
+        register_rules()
+    except (AttributeError, ImportError, TypeError) as error:
+        warnings.warn(f"s2o.attention takes no DTensors with this version of PyTorch: {error}", stacklevel=2)
+
+
 after_import("torch", _register_operator)
+after_import("torch.distributed.tensor", _register_sharding_rules)
 after_import("torch._dynamo", _register_backend)
 after_import("transformers.modeling_utils", _register_with_transformers)

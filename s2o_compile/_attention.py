@@ -95,9 +95,10 @@ def attention(
 
     Raises:
         RuntimeError: The call is inside torch's ``context_parallel``.
-        TypeError: A dtype is not supported, a tensor that sparse attention takes is a DTensor, or `config` has the
-            wrong type.
-        ValueError: Shapes, devices or a number do not fit, or a gradient is asked for.
+        TypeError: A dtype is not supported, some tensors are DTensors and others are not, or `config` has the wrong
+            type.
+        ValueError: Shapes, devices or a number do not fit, DTensors are sharded over the sequence or the channels, or a
+            gradient is asked for.
     """
     operator = torch.ops.s2o.attention_stats if return_stats else torch.ops.s2o.attention
     result = operator(

@@ -157,7 +157,8 @@ def _position(reader: Reader, index: Any, size: sympy.Expr) -> sympy.Expr:
 HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "clone", "contiguous", "detach"), _same),
     **dict.fromkeys(("view", "reshape", "unsqueeze", "squeeze"), _reshape),
-    **dict.fromkeys(("transpose", "permute", "getattr"), _permute),
+    **dict.fromkeys(("transpose", "permute", "getattr", "numpy_T", "mT", "t"), _permute),
+    **dict.fromkeys(("swapaxes", "swapdims", "movedim", "moveaxis"), _permute),
     "getitem": _getitem,
     "index": _index,
     "slice": _slice,

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
+from ..ops.distributed import is_dtensor
 from ..passes.graph.torch_internals import input_sources
 from ..passes.report import module_path
 
@@ -49,8 +50,14 @@ class Identity:
 
 
 def digest(weight: torch.Tensor) -> str:
-    """A checksum of the shape and of up to 256 evenly spread elements, the same in float32 and bfloat16."""
-    flat = weight.detach().reshape(-1)
+    """A checksum of the shape and of up to 256 evenly spread elements, the same in float32 and bfloat16.
+
+    Of a DTensor it is that of the whole, which all ranks have to ask for.
+    """
+    weight = weight.detach()
+    if is_dtensor(weight):
+        weight = weight.full_tensor()  # type: ignore[attr-defined]
+    flat = weight.reshape(-1)
     count = min(_SAMPLED, len(flat))
     sample = flat[torch.arange(count, device=flat.device) * len(flat) // max(1, count)]
     return _short(f"{list(weight.shape)} {sample.bfloat16().tolist()}")

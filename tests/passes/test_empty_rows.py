@@ -206,6 +206,15 @@ NEVER_EMPTY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "causal": lambda scores, padding: causal(scores),
     "window": lambda scores, padding: causal(scores) & (i(scores) - j(scores) < 4),
     "documents": lambda scores, padding: causal(scores) & ((ids := padding.long().cumsum(-1)) == ids.mT),
+    "documents, swapped": lambda scores, padding: (
+        causal(scores) & ((ids := padding.long().cumsum(-1)) == torch.swapaxes(ids, -1, -2))
+    ),
+    "documents, moved": lambda scores, padding: (
+        causal(scores) & ((ids := padding.long().cumsum(-1)) == ids.movedim(-1, -2))
+    ),
+    "documents, by the operator": lambda scores, padding: (
+        causal(scores) & ((ids := padding.long().cumsum(-1)) == torch.ops.aten.mT(ids))
+    ),
     "or the first": lambda scores, padding: (causal(scores) & padding) | (j(scores) == 0),
 }
 

@@ -134,7 +134,7 @@ def test_an_error_in_a_pass(name: str, arguments: list[torch.Tensor], monkeypatc
     fail_at(monkeypatch, name, len(calls))
     with pytest.warns(RuntimeWarning, match=r"Failure: no pass expects this\. .* Please report") as caught:
         backend, output = compiled(model, arguments)
-    assert len(caught) == 1
+    assert sum("Please report" in str(warning.message) for warning in caught) == 1
     assert backend.untouched and backend.decisions == []
     with torch.no_grad():
         torch.testing.assert_close(output, model(*arguments), rtol=0, atol=0)
