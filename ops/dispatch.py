@@ -69,15 +69,17 @@ def why_dense(
     query: Sequence[Size],
     key: Sequence[Size],
     value: Sequence[Size],
-    terms: Visibility,
+    terms: Visibility | None,
     device: torch.device,
     config: S2OConfig,
 ) -> str:
-    """Why `choose_sparse`, asked the same, is false, and what to do about it."""
-    if _exceeds(query[2], dense_queries(config)) is False:
-        return f"{query[2]} queries over {key[2]} keys are too few to gain; {_FORCE}"
-    if config.min_length is not None:
+    """Why `choose_sparse`, asked the same, is false, and what to do about it; `terms` are None if nothing is known."""
+    has_rows = _exceeds(query[2], dense_queries(config))
+    if config.min_length is not None and has_rows is not False:
         return f"{key[2]} keys are fewer than min_length={config.min_length}; a lower one asks for sparse attention"
+    if has_rows is False or (terms is None and not _wanted(query, value, device).is_never):
+        return f"{query[2]} queries over {key[2]} keys are too few to gain; {_FORCE}"
+    terms = terms or Visibility()
     _, most = work_of(query, key, value, terms)
     return f"{_why_too_little(most, _wanted(query, value, device), device)}; {_FORCE}"
 

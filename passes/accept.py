@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -51,13 +52,22 @@ def check_call(site: AttentionSite) -> None:
         raise Refused("gradients are needed and the operator has no backward; run under torch.no_grad()")
 
 
-def check_length(site: AttentionSite, config: S2OConfig) -> None:
-    """Check that a call may be enough work to be sparse, whatever its mask hides; its tensors are known."""
+def check_length(site: AttentionSite, config: S2OConfig, mask: Mask | None = None) -> None:
+    """Check that a call may be enough work to be sparse, whatever its mask hides if that is not known yet."""
     query, key, value = (item.tensor for item in (site.query, site.key, site.value))
     assert query is not None and key is not None and value is not None
-    call = (query.shape, key.shape, value.shape, Visibility(), query.device, config)
-    if choose_sparse(*call) is False:
-        raise Refused(why_dense(*call))
+    terms = None if mask is None else _known_terms(mask)
+    shapes = query.shape, key.shape, value.shape
+    if choose_sparse(*shapes, terms or Visibility(), query.device, config) is False:
+        raise Refused(why_dense(*shapes, terms, query.device, config))
+
+
+def _known_terms(mask: Mask) -> Visibility:
+    """What of a mask bounds the keys that a query sees, as far as that is known while compiling."""
+    if not isinstance(mask.offset, sympy.Integer):
+        return Visibility()
+    window = int(mask.window) if isinstance(mask.window, sympy.Integer) else None
+    return Visibility(mask.is_causal, int(mask.offset), window=window)
 
 
 def check_scores(site: AttentionSite, unused: set[Node]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..ops.config import S2OConfig
+from ..ops.dense import is_large
 from .accept import check_call, check_inputs, check_length, check_scores, proven_mask
 from .fuse import fuse
 from .graph.metadata import as_computed
@@ -127,10 +128,13 @@ class _Rewriter:
         Raises:
             Refused: It cannot.
         """
-        check_inputs(site)
+        query, key = check_inputs(site)
         check_call(site)
-        check_length(site, self.config)
-        return proven_mask(site, self.prover)
+        if not is_large(query, key):  # Else the mask is read in any case.
+            check_length(site, self.config)
+        mask = proven_mask(site, self.prover)
+        check_length(site, self.config, mask)
+        return mask
 
     def drop_mask(self, site: AttentionSite) -> bool:
         """Let a site that stays dense attend what its mask shows without the mask; whether that is possible."""

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from s2o_compile import S2OConfig
+from s2o_compile.ops.break_even import BreakEven
 from s2o_compile.passes.report import module_path
 
 from .capture import EXACT, Capture, capture, inputs
@@ -152,6 +153,20 @@ def test_heads_that_broadcast() -> None:
 
 def test_refuses_short_calls() -> None:
     assert "20 keys are too few" in refusal(lambda *x: sdpa(*x), *inputs(), config=S2OConfig())
+
+
+@pytest.mark.parametrize(("window", "seen"), [(None, "1,550"), (100, "98")])
+def test_what_a_proven_mask_hides_is_no_work(window: int | None, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report says what the operator does, and how many keys a query sees."""
+    monkeypatch.setattr("s2o_compile.ops.dispatch.break_even", lambda device: BreakEven(0.0, 2000.0, "a test"))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        rows, columns = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        mask = columns <= rows
+        return sdpa(q, k, v, mask if window is None else mask & (rows - columns < window))
+
+    reason = refusal(attend, *inputs(1, 1, 3099), config=S2OConfig())
+    assert reason.startswith(f"a query sees too few keys to gain, {seen} on average")
 
 
 def test_refuses_values_of_other_lengths() -> None:
