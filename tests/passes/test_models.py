@@ -93,7 +93,7 @@ def test_a_chunk_that_continues_a_cache() -> None:
 def test_short_calls_stay_dense() -> None:
     captured, _ = capture(tiny("llama"), tokens(LENGTH), config=type(EXACT)())
     assert {decision.rewritten for decision in captured.decisions} == {False}
-    assert "too few keys to gain, 40 on average" in captured.decisions[0].reason
+    assert "40 queries over 40 keys are too few to gain" in captured.decisions[0].reason
 
 
 def test_unknown_lengths_are_left_to_the_operator() -> None:
