@@ -169,6 +169,7 @@ def test_what_a_proven_mask_hides_is_no_work(window: int | None, seen: str, monk
     assert reason.startswith(f"a query sees too few keys to gain, {seen} on average")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="fake tensors of torch 2.11 refuse what SDPA takes")
 def test_refuses_values_of_other_lengths() -> None:
     """SDPA takes them where there are no keys."""
     query, key, value = torch.randn(2, 4, 13, 8), torch.randn(2, 4, 0, 8), torch.randn(2, 4, 8, 0)
