@@ -77,11 +77,11 @@ def why_dense(
     has_rows = _exceeds(query[2], dense_queries(config))
     if config.min_length is not None and has_rows is not False:
         return f"{key[2]} keys are fewer than min_length={config.min_length}; a lower one asks for sparse attention"
-    if has_rows is False or (terms is None and not _wanted(query, value, device).is_never):
+    wanted = _wanted(query, value, device)
+    if has_rows is False or (terms is None and not wanted.is_never):
         return f"{query[2]} queries over {key[2]} keys are too few to gain; {_FORCE}"
-    terms = terms or Visibility()
-    _, most = work_of(query, key, value, terms)
-    return f"{_why_too_little(most, _wanted(query, value, device), device)}; {_FORCE}"
+    _, most = work_of(query, key, value, terms or Visibility())
+    return f"{_why_too_little(most, wanted, device)}; {_FORCE}"
 
 
 def dense_queries(config: S2OConfig) -> int:

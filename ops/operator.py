@@ -164,17 +164,20 @@ class _Call(NamedTuple):
         if statically_known_true(query.shape[2] <= _FEW_QUERIES):
             return decode_attention(query, key, value, self.visibility, self.factor, self.softcap, self.sinks)
         if self.visibility.mask is None and attends_by_kernel(query) and not is_packaging():
-            terms = self.visibility[:-1]
-            return torch.ops.s2o.dense(query, key, value, *terms, self.factor, self.softcap, self.sinks)
+            return self.without_mask()
         return self.spans().output
 
     def dense_of_dtensors(self) -> torch.Tensor:
         """The output of dense attention by operators that have sharding rules, which SDPA has not on all devices."""
         is_plain = not self.softcap and self.sinks is None
         if self.visibility.mask is None and (is_plain or attends_by_kernel(self.query)):
-            terms = self.visibility[:-1]
-            return torch.ops.s2o.dense(self.query, self.key, self.value, *terms, self.factor, self.softcap, self.sinks)
+            return self.without_mask()
         return self.spans().output
+
+    def without_mask(self) -> torch.Tensor:
+        """The output of dense attention that writes no mask out; there is no general mask."""
+        terms = self.visibility[:-1]
+        return torch.ops.s2o.dense(self.query, self.key, self.value, *terms, self.factor, self.softcap, self.sinks)
 
     @property
     def factor(self) -> float:

@@ -131,8 +131,8 @@ def s2o_mask(
                 padding = _padding(attention_mask, kv_length, kv_offset)
                 if padding is not None and not padding[:, :keys].all():
                     terms = terms._replace(key_padding=padding.clone())
-            if is_sparse or (q_length * keys >= LARGE_MASK and _needs_mask(terms, q_length, kv_length)):
-                return LazyMask(terms, (batch_size, 1, q_length, kv_length), torch.device(device))
+                if is_sparse or _needs_mask(terms, q_length, kv_length):
+                    return LazyMask(terms, (batch_size, 1, q_length, kv_length), torch.device(device))
     return sdpa_mask(
         batch_size,
         q_length,
