@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ _AnySettings = TypeVar("_AnySettings", bound="S2OConfig | Ranking")
 class Ranking(_Settings):
     """How keys are ranked, and what becomes of those that do not matter. Advanced: it may change between releases.
 
-    The defaults rank keys for segments of 32 positions by the largest probability that any single query of any head of
-    the KV head gives them, and sample the keys below the threshold.
+    The defaults rank keys for segments of 32 positions by the largest probability that any query of any head of the KV
+    head gives them, alike queries being asked as one, and sample the keys below the threshold.
 
     Attributes:
         rule: What becomes of keys whose importance is below the threshold. "sampled" visits each with probability
@@ -55,7 +56,13 @@ class Ranking(_Settings):
             importance with the threshold: it sorts the whole history by importance, and stops after the first 128
             keys in which no query of a tile gains the threshold's share of its softmax mass; it needs lists="head",
             channels=None and measure="mass".
-        pool: Consecutive queries averaged into one guide; a power of two, at most `segment`. 1 scores every query.
+        pool: Consecutive queries averaged into one guide; a power of two, at most `segment`. 1 averages none.
+        radius: How far, in logits, a query may lie from the others that score keys together with it: among 32 positions
+            of a head, queries are merged whose logits differ by a standard deviation over keys of about this much, and
+            what they differ by is added to the merged query's logits, so that more keys are visited and none of
+            importance is lost. 0 scores every query. Guides that are averaged anyway (`pool` above 1, `guides`
+            "kv_head", `combine` "mean") are not merged, nor are queries where a window, documents or a mask let
+            neighbours see different keys.
         guides: "head" for guides of each query head, "kv_head" for guides averaged over the query heads of a KV head.
         channels: How many directions of the head dimension keys are scored in: those that carry most of the products
             of this call's queries and keys (`ops.rule.channels`); None, or as many as there are, for all channels.
@@ -80,6 +87,7 @@ class Ranking(_Settings):
 
     rule: str = "sampled"
     pool: int = 1
+    radius: float = 1.75
     guides: str = "head"
     channels: int | None = 64
     lists: str = "kv_head"
@@ -92,6 +100,7 @@ class Ranking(_Settings):
     def __post_init__(self) -> None:
         _check_types(self)
         _check(self, "segment", _is_power_of_two(self.segment, 16, 1024), "a power of two from 16 to 1024")
+        _check(self, "radius", 0 <= self.radius < math.inf, "a finite number of at least 0")
         up_to_segment = f"a power of two up to segment ({self.segment})"
         _check(self, "pool", _is_power_of_two(self.pool, 1, self.segment), up_to_segment)
         _check(self, "channels", self.channels is None or self.channels >= 1, "None or at least 1")
@@ -111,6 +120,11 @@ class Ranking(_Settings):
     def tile(self) -> int:
         """Query positions that one program handles, and that stop together under the "gain" rule."""
         return min(self.segment, _LARGEST_TILE)
+
+    @property
+    def merges(self) -> bool:
+        """Whether alike queries are merged."""
+        return self.radius > 0 and self.pool == 1 and self.guides == "head" and self.combine == "max"
 
     @property
     def first_keys(self) -> int:
@@ -378,10 +392,10 @@ _CHOICES = {
     "measure": ("mass", "output"),
     "combine": ("max", "mean"),
 }
-_MEASURED = ("pool", "guides", "channels", "measure", "combine", "rule")
+_MEASURED = ("pool", "radius", "guides", "channels", "measure", "combine", "rule")
 """The fields of `Ranking` at whose defaults an error budget was measured."""
 _OPTIONAL = {"min_length", "channels", "error_budget", "calibration"}
-_NUMBERS = {"threshold", "error_budget"}
+_NUMBERS = {"threshold", "error_budget", "radius"}
 
 
 def _names(settings: Any) -> tuple[str, ...]:

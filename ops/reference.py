@@ -6,15 +6,17 @@ heads and for other settings.
 
 The method is S2O (Early Stopping for Sparse Attention via Online Permutation, arXiv 2602.22575): the queries of a
 *segment* visit keys in order of importance, gathered through an index, and stop where the rest no longer matters.
-This project's own are: every query scores keys (the paper: the segment's mean query), one choice for all query heads
-of a KV head, estimated denominators, scores in at most 64 channels, and a sampled tail instead of a hard stop.
+This project's own are: queries score keys as one only if they are alike (the paper: the segment's mean query), one
+choice for all query heads of a KV head, estimated denominators, scores in at most 64 channels, and a sampled tail
+instead of a hard stop.
 
-For a segment S with *dense span* D and *history* H, queries i in S of all query heads of a KV head, keys j:
+For a segment S with *dense span* D and *history* H, queries i in S of all query heads of a KV head, keys j; those i that
+score keys are *guides*, means of alike queries, within sigma_i of which all logits of those lie (`merge`):
 
     l_ij = scale q_i . k_j                                                      logits            `logits`
     Z_i  = sum_{j in D} exp(l_ij) + r sum_{every r-th j in H} exp(l_ij)         denominators      `log_normalisers`
     l'_ij = scale (q_i P) . k_j, P keeps few channels, nu is what they lack     scores            `channels`
-    p_ij = exp(l'_ij + nu) / Z_i                                                shares of mass
+    p_ij = exp(l'_ij + (sigma_i^2 + nu^2)^(1/2)) / Z_i                          shares of mass
     a_j  = max_i p_ij                                                           importance        `importance`
     pi_j = min(1, a_j / theta)                                                  chance of a visit `chance`
     J    = {j in H: pi_j >= u_j}, u_j as if uniform in (0, 1)                   visited keys      `select`, `draws`
@@ -44,6 +46,8 @@ from .visibility import Visibility
 
 Count = TypeVar("Count", int, Tensor)
 
+MERGED = 32
+"""Consecutive positions whose queries may be merged."""
 BLOCK = 64
 """Keys per block, in which spans start and end and visited keys are counted."""
 
@@ -63,6 +67,19 @@ class Call(NamedTuple):
     scale: float
     softcap: float
     sinks: Tensor
+
+
+class Guides(NamedTuple):
+    """The queries that score keys: `query` [B, H, G, n, D] of n guides, and what they see, `seen` [B, H, G, n, N].
+
+    `owner` [B, H, G, R] is the guide of each query of the segment; `reach` [B, H, G, n] is how far its logits may lie
+    from the guide's. A guide without queries sees nothing.
+    """
+
+    query: Tensor
+    seen: Tensor
+    owner: Tensor
+    reach: Tensor
 
 
 class Segment(NamedTuple):
@@ -117,7 +134,7 @@ def span(index: int, segment: int, near_keys: int, queries: int, keys: int, term
 
 
 def guides(query: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """The queries that score keys [B, H, G, n, D], and what they see [B, H, G, n, N]: all queries."""
+    """The queries that may score keys [B, H, G, n, D], and what they see [B, H, G, n, N]: all queries."""
     return query, seen
 
 
@@ -127,25 +144,74 @@ def projection(guide_moments: Tensor, key_moments: Tensor, count: int) -> Tensor
     return torch.diag_embed(torch.zeros_like(energy).scatter(-1, energy.topk(count).indices, 1))
 
 
+def key_sample(call: Call) -> tuple[Tensor, Tensor]:
+    """About 2^11 of the keys, evenly spread, what is not finite being 0 [B, H, n, D]; which count [B, 1, n, 1]."""
+    step = max(1, call.key.shape[3] // 2**11)
+    return call.key[:, :, 0, ::step].nan_to_num(0, 0, 0), call.valid[:, None, ::step, None]
+
+
+def key_covariance(call: Call) -> Tensor:
+    """C [B, H, D, D], the covariance of the valid keys of each KV head."""
+    keys, counted = key_sample(call)
+    total = counted.sum(-2, keepdim=True).clamp_min(1)
+    centred = (keys - keys.sum(-2, keepdim=True) / total) * counted
+    return centred.mT @ centred / total
+
+
 def channels(call: Call, guide: Tensor, count: int, projection: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-    """P [B, H, 1, D, D] and nu [B, H, 1, 1, 1] of each KV head, from the moments of all its guides and valid keys.
+    """P [B, H, 1, D, D] and nu [B, H, 1, 1] of each KV head, from the moments of all its queries and valid keys.
 
     nu = scale^2 E_i Var_j (q_i - q_i P) . k_j is the variance of what scores lack. A score that is off by a normal
     variable of variance nu is as often too small as too large, and too small costs more; the factor e^nu makes up for
-    it (measured, not derived). Where nu > 2, all channels are scored: P = 1, nu = 0. About 2^11 of the guides and of
+    it (measured, not derived). Where nu > 2, all channels are scored: P = 1, nu = 0. About 2^11 of the queries and of
     the keys, evenly spread, give the moments; what is not finite counts as 0.
     """
     step = max(1, guide.shape[2] * guide.shape[3] // 2**11)
     rows = guide[..., ::step, :].flatten(2, 3).nan_to_num(0, 0, 0)
-    step = max(1, call.key.shape[3] // 2**11)
-    keys, counted = call.key[:, :, 0, ::step].nan_to_num(0, 0, 0), call.valid[:, None, ::step, None]
-    total = counted.sum(-2, keepdim=True).clamp_min(1)
-    centred = (keys - keys.sum(-2, keepdim=True) / total) * counted
-    kept = projection(rows.mT @ rows / rows.shape[2], keys.mT @ keys / total, count)
+    keys, counted = key_sample(call)
+    kept = projection(rows.mT @ rows / rows.shape[2], keys.mT @ keys / counted.sum(-2, keepdim=True).clamp_min(1), count)
     lack = rows - rows @ kept
-    nu = call.scale**2 * (lack @ (centred.mT @ centred / total) * lack).sum(-1).mean(-1)[:, :, None, None, None]
+    nu = call.scale**2 * (lack @ key_covariance(call) * lack).sum(-1).mean(-1)[:, :, None, None]
     everything = torch.eye(rows.shape[3], dtype=rows.dtype, device=rows.device)
-    return torch.where(nu > 2, everything, kept[:, :, None]), nu.masked_fill(nu > 2, 0)
+    return torch.where(nu[..., None] > 2, everything, kept[:, :, None]), nu.masked_fill(nu > 2, 0)
+
+
+def merge(call: Call, query: Tensor, seen: Tensor, covariance: Tensor, radius: float) -> Guides:
+    """Alike queries of a head merged: guides are the means m of clusters of queries.
+
+    The distance of two queries is the standard deviation over keys of the difference of their logits,
+    d(x, y)^2 = scale^2 (x - y) C (x - y)'. Among the queries of `MERGED` positions, the first centre is the one closest
+    to their mean, each next one that farthest from all centres so far (Gonzalez, Clustering to minimize the maximum
+    intercluster distance, 1985), until every query lies within `radius` of a centre; each joins the nearest.
+    sigma_g = max over members i of d(m_g, q_i): with it, a guide's logit is about the largest of its members. A guide
+    sees what the first of its members sees, so that its denominator is none too large. A distance that is NaN is 0.
+    """
+
+    def squares(gap: Tensor) -> Tensor:
+        return (call.scale**2 * (gap @ covariance[:, :, None, None]) * gap).sum(-1).nan_to_num(0)
+
+    parts = []
+    for first in range(0, query.shape[3], MERGED):
+        x, sees = query[..., first : first + MERGED, :], seen[..., first : first + MERGED, :]
+        apart = squares(x[..., :, None, :] - x[..., None, :, :])
+        farthest = squares(x[..., None, :, :] - x.mean(-2, keepdim=True)[..., None, :]).squeeze(-2).argmin(-1)
+        nearest = torch.full_like(apart[..., 0], math.inf)
+        owner = torch.zeros_like(nearest, dtype=torch.int64)
+        for number in range(x.shape[3]):
+            goes_on = nearest.amax(-1, keepdim=True) > radius**2
+            distance = apart.take_along_dim(farthest[..., None, None], -2).squeeze(-2)
+            owner = torch.where(goes_on & (distance < nearest), number, owner)
+            nearest = torch.where(goes_on, nearest.minimum(distance), nearest)
+            farthest = nearest.argmax(-1)
+        guide = positions(owner)[:, None]
+        is_member = owner[..., None, :] == guide
+        size = is_member.sum(-1, keepdim=True)
+        mean = torch.where(is_member[..., None], x[..., None, :, :], 0).sum(-2) / size.clamp_min(1)
+        reach = squares(mean[..., :, None, :] - x[..., None, :, :]).masked_fill(~is_member, 0).amax(-1).sqrt()
+        sees = sees.take_along_dim(is_member.int().argmax(-1)[..., None], -2) & (size > 0)
+        parts.append(Guides(mean, sees, owner + first, reach))
+    query, seen, owner, reach = zip(*parts, strict=True)
+    return Guides(torch.cat(query, -2), torch.cat(seen, -2), torch.cat(owner, -1), torch.cat(reach, -1))
 
 
 def log_normalisers(segment: Segment, logits: Tensor, seen: Tensor, sample: int, first_keys: int) -> Tensor:
@@ -224,6 +290,7 @@ class Steps(NamedTuple):
 
     span: Callable[..., tuple[int, int, int]] = span
     guides: Callable[..., tuple[Tensor, Tensor]] = guides
+    merge: Callable[..., Guides] = merge
     projection: Callable[..., Tensor] = projection
     by_list: Callable[..., Tensor] = by_list
     importance: Callable[..., Tensor] = importance
@@ -255,14 +322,14 @@ def attend(
         scale: Factor of the logits, by default D ** -0.5.
         softcap: Bound of the logits, 0 for none.
         sinks: [H G], one more logit per head in the softmax, without a value; None for none.
-        config: `threshold`, and of its ranking `segment`, `near_keys`, `sample` and `channels`, as far as `visibility`
-            lets a call follow them; the rest matters only to `steps_of`, and `min_length` not at all.
+        config: `threshold`, and of its ranking `segment`, `near_keys`, `sample`, `channels` and `radius`, as far as
+            `visibility` lets a call follow them; the rest matters only to `steps_of`, and `min_length` not at all.
         steps_of: The steps of other settings, by default those of this file.
     """
     terms = visibility or Visibility()
     config = terms.effective_config(config or S2OConfig())
     ranking = config.ranking
-    theta, size, tile, sample = config.threshold, ranking.segment, ranking.tile, ranking.sample
+    theta, size, tile, sample, radius = config.threshold, ranking.segment, ranking.tile, ranking.sample, ranking.radius
     first_keys, near_keys, count = ranking.first_keys, ranking.near_keys, ranking.channels or query.shape[3]
 
     call = call_of(query, key, value, terms, scale, softcap, sinks)
@@ -274,6 +341,7 @@ def attend(
     steps = steps_of(config, call)
     guide, _ = steps.guides(call.query, call.seen)
     few, nu = channels(call, guide, min(count, width), steps.projection)
+    covariance = key_covariance(call)
     for index in range(-(-length // size)):
         rows = slice(index * size, min((index + 1) * size, length))
         start, low, high = steps.span(index, size, near_keys, length, keys, terms)
@@ -281,12 +349,13 @@ def attend(
         history = (position >= start) & (position < low if terms.is_causal else ~dense)
         segment = Segment(index, call.query[..., rows, :], call.seen[..., rows, :], dense, history)
 
-        guide, guide_sees = steps.guides(segment.query, segment.seen)
-        log_z = log_normalisers(segment, logits(call, guide), guide_sees, sample, first_keys)
-        share = (logits(call, guide @ few) + nu - log_z[..., None]).exp().masked_fill(~guide_sees, 0)
-        a = ranked(steps.importance(steps.by_list(share)), steps.by_list(guide_sees), history, first_keys)
+        guide, sees, owner, reach = steps.merge(call, *steps.guides(segment.query, segment.seen), covariance, radius)
+        log_z = log_normalisers(segment, logits(call, guide), sees, sample, first_keys)
+        allowance = (reach.square() + nu.square()).sqrt() - log_z
+        share = (logits(call, guide @ few) + allowance[..., None]).exp().masked_fill(~sees, 0)
+        a = ranked(steps.importance(steps.by_list(share)), steps.by_list(sees), history, first_keys)
         listed = steps.select(segment, a, theta)
-        log_weight = steps.log_weights(segment, a, theta, log_z)
+        log_weight = steps.log_weights(segment, a, theta, log_z.gather(-1, owner))
         output[..., rows, :], lse[..., rows] = steps.softmax(call, segment, listed, log_weight)
 
         for first in range(rows.start, rows.stop, tile):

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from . import reference
 from .config import GAIN_CHUNK, S2OConfig
-from .reference import BLOCK, Call, Segment, Steps, logits, up
+from .reference import BLOCK, Call, Guides, Segment, Steps, logits, up
 from .visibility import Visibility
 
 MOST = 4.0
@@ -29,6 +29,8 @@ def steps_of(config: S2OConfig, call: Call) -> Steps:
         steps = steps._replace(span=partial(span_of_last_queries, last_queries=config.last_queries))
     if has_mean_guides:
         steps = steps._replace(guides=partial(mean_guides, pool=ranking.pool, over_heads=ranking.guides == "kv_head"))
+    if not ranking.merges:
+        steps = steps._replace(merge=partial(unmerged, pool=ranking.pool))
     if has_few_channels:
         steps = steps._replace(projection=subspace)
     if ranking.lists == "head":
@@ -43,7 +45,7 @@ def steps_of(config: S2OConfig, call: Call) -> Steps:
     elif ranking.rule != "sampled" or config.threshold == 0:
         steps = steps._replace(select=select_by_threshold)
     elif has_few_channels or has_mean_guides:
-        steps = steps._replace(log_weights=partial(bounded_log_weights, call, pool=ranking.pool))
+        steps = steps._replace(log_weights=partial(bounded_log_weights, call))
     if config.has_means:
         steps = steps._replace(softmax=softmax_with_means, visited_keys=visited_keys_with_means)
     return steps
@@ -71,6 +73,12 @@ def mean_guides(query: Tensor, seen: Tensor, pool: int, over_heads: bool) -> tup
     guide = torch.stack([some.mean(-2) for some in query.split(pool, -2)], -2)
     seen = seen[..., ::pool, :]
     return (guide.mean(2, keepdim=True), seen[:, :, :1]) if over_heads else (guide, seen)
+
+
+def unmerged(call: Call, query: Tensor, seen: Tensor, covariance: Tensor, radius: float, pool: int) -> Guides:
+    """Guides as they are, each that of `pool` queries."""
+    owner = torch.arange(query.shape[3], device=query.device).repeat_interleave(pool)
+    return Guides(query, seen, owner.expand(*query.shape[:3], -1), query.new_zeros(query.shape[:4]))
 
 
 def subspace(guide_moments: Tensor, key_moments: Tensor, count: int) -> Tensor:
@@ -162,15 +170,14 @@ def no_log_weights(segment: Segment, importance: Tensor, threshold: float, log_z
 
 
 def bounded_log_weights(
-    call: Call, segment: Segment, importance: Tensor, threshold: float, log_z: Tensor, pool: int
+    call: Call, segment: Segment, importance: Tensor, threshold: float, log_z: Tensor
 ) -> Tensor:
     """Weights by row where guides or few channels may misjudge keys: w_j exp(l_ij) <= max(exp(l_ij), 4 theta Z_i).
 
     Z_i is that of the row's guide. A little bias for much variance (truncated importance sampling, Ionides, 2008).
     """
     log_w = reference.log_weights(segment, importance, threshold, log_z)
-    log_z = log_z.repeat_interleave(pool, -1)[..., : segment.query.shape[3], None]
-    bound = (log_z + math.log(MOST * threshold)).nan_to_num(math.inf, math.inf, -math.inf)
+    bound = (log_z[..., : segment.query.shape[3], None] + math.log(MOST * threshold)).nan_to_num(math.inf, math.inf, -math.inf)
     return torch.minimum(log_w, (bound - logits(call, segment.query)).clamp_min(0))
 
 

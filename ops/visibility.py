@@ -124,11 +124,13 @@ class Visibility(NamedTuple):
         """The configuration as far as such a call can follow it.
 
         Neighbouring queries of other documents, or under a general mask, have no mean that could rank keys for them
-        all, so every query is a guide. A block's mean cannot stand for keys of which a query sees only some, so where
-        queries see different keys of the history they are sampled.
+        all, so every query is a guide. Queries that see different keys of the history are not merged, and a block's
+        mean cannot stand for keys of which a query sees only some, so there they are sampled.
         """
         if self.query_documents is not None or self.mask is not None:
             config = config.with_ranking(pool=1, guides="head")
+        if self.rows_differ and config.ranking.merges:
+            config = config.with_ranking(radius=0.0)
         if self.rows_differ and config.ranking.rule == "means":
             config = config.with_ranking(rule="sampled")
         return config

@@ -15,7 +15,7 @@ from ..rule.block_means import block_means
 from ..rule.sampling import most_logits
 from . import flash
 from .kv_head import KVHead
-from .rank import Lists
+from .rank import Lists, span
 
 _GATHERED = 2**14
 """How many keys are gathered at once: few enough to stay in the last-level cache."""
@@ -50,8 +50,14 @@ class Attention:
             self.limit = torch.full_like(self.lse, math.inf)
 
     def guide_lse(self) -> torch.Tensor:
-        """Each guide's log-sum-exp over its dense span [heads, segments, n]."""
-        guides, pool = self.kv_head.guides, self.config.ranking.pool
+        """Each guide's log-sum-exp over its dense span [heads, segments, n], [lists, segments, n] if they are merged."""
+        guides, pool, merged = self.kv_head.guides, self.config.ranking.pool, self.kv_head.merged
+        if merged is not None:
+            first = self.kv_head.arange(self.geometry.segments)[:, None] * self.config.ranking.segment
+            low, high = self.kv_head.spans[:, 1:].repeat_interleave(self.kv_head.lists, 0).unbind(1)
+            rows = (first[..., None] + merged.rows).flatten(0, 1)
+            lse = self.spans(guides.transpose(0, 1).flatten(0, 1)[:, None], rows, low, high)[1]
+            return lse[:, 0].unflatten(0, (-1, self.kv_head.lists)).transpose(0, 1)
         if pool == 1 and self.config.ranking.guides == "head":
             lse = self.lse.transpose(0, 1).flatten(1)[:, : self.geometry.queries]
             return self.kv_head.by_segment(lse[..., None])[..., 0]
@@ -81,7 +87,7 @@ class Attention:
         segment = self.kv_head.arange(end - first) // per_segment
         start, count = (x[segment].flatten() for x in (lists.start, lists.count))
         if self.limit is not None and lists.lse is not None:
-            self.limit[first:end] = self.bound(lists.lse)[: end - first]
+            self.limit[first:end] = self.bound(lists.lse, lists.segments)[: end - first]
         for units in batches(count):
             places = units + first * self.kv_head.lists
             if self.config.ranking.rule == "gain":
@@ -91,10 +97,14 @@ class Attention:
         if self.config.has_means:
             self.visit_means(lists, segment.repeat_interleave(self.kv_head.lists), first * self.kv_head.lists)
 
-    def bound(self, lse: torch.Tensor) -> torch.Tensor:
-        """The limits of weighed logits [tiles, G, tile], given guides' log-sum-exps [segments, heads, n]."""
-        limit = most_logits(lse, self.config.threshold)
-        rows = limit.repeat_interleave(self.config.ranking.pool, 2).expand(-1, self.kv_head.heads, -1)
+    def bound(self, lse: torch.Tensor, segments: range) -> torch.Tensor:
+        """The limits of weighed logits [tiles, G, tile], given guides' log-sum-exps [segments, heads or lists, n]."""
+        limit, merged = most_logits(lse, self.config.threshold), self.kv_head.merged
+        if merged is None:
+            rows = limit.repeat_interleave(self.config.ranking.pool, 2).expand(-1, self.kv_head.heads, -1)
+        else:
+            of_heads = limit.repeat_interleave(self.kv_head.heads // self.kv_head.lists, 1)
+            rows = of_heads.gather(2, merged.owner[span(segments)])
         return rows.unflatten(2, (-1, self.config.ranking.tile)).transpose(1, 2).flatten(0, 1)
 
     def visit_means(self, lists: Lists, segment: torch.Tensor, first: int) -> None:

@@ -11,10 +11,11 @@ from torch.nn.functional import pad
 
 from ..config import S2OConfig
 from ..geometry import Geometry
-from ..rule.channels import Projected, project_kv_head
+from ..rule.channels import Projected, key_covariance, project_kv_head
 from ..rule.guides import pool_guides
 from ..rule.output_weighting import sampled_rows, value_distances
 from ..visibility import Visibility, masked
+from .merged import MergedQueries
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,28 @@ class KVHead:
 
     @functools.cached_property
     def guides(self) -> torch.Tensor:
-        """The pooled queries of each segment [G or 1, segments, n, D]; zeros past a ragged end."""
-        return self.by_segment(self.pooled)
+        """The guides of each segment [G or 1, segments, n, D], or merged [lists, segments, n, D].
+
+        Zeros past a ragged end, and where fewer guides are left than elsewhere.
+        """
+        return self.by_segment(self.pooled) if self.merged is None else self.merged.means(self.pooled)
+
+    @functools.cached_property
+    def merged(self) -> MergedQueries | None:
+        """What queries are merged to guides; None where they are not."""
+        if not self.config.ranking.merges:
+            return None
+        covariance = key_covariance(self.key, self.valid).to(self.query.dtype)
+        return MergedQueries.of(self.pooled, self.lists, covariance, self.config.ranking)
 
     @functools.cached_property
     def scored(self) -> Projected:
-        """The factors of the scores: guides [G or 1, segments, n, channels] and keys [Lk, channels]."""
+        """The factors of the scores: guides [as in `guides`, channels] and keys [Lk, channels]."""
         scored = project_kv_head(self.pooled, self.key, self.config.ranking.channels, 1.0, self.valid)
-        whole = scored.neglected is None
-        return scored._replace(guides=self.guides if whole else self.by_segment(scored.guides))
+        if scored.neglected is None:
+            return scored._replace(guides=self.guides)
+        of_segments = self.by_segment if self.merged is None else self.merged.means
+        return scored._replace(guides=of_segments(scored.guides))
 
     @functools.cached_property
     def log_distances(self) -> torch.Tensor:
@@ -103,9 +117,11 @@ class KVHead:
 
     @functools.cached_property
     def real_guides(self) -> torch.Tensor:
-        """Guides of each segment that are not past a ragged end [segments, n], boolean."""
+        """Guides of each segment that are not past a ragged end [segments, G or 1, n], boolean; or `merged` ones."""
+        if self.merged is not None:
+            return self.merged.real
         pooled = -(-self.geometry.queries // self.config.ranking.pool)
-        return self.by_segment(self.query.new_ones(1, pooled, 1, dtype=torch.bool))[0, :, :, 0]
+        return self.by_segment(self.query.new_ones(1, pooled, 1, dtype=torch.bool))[:, :, :, 0].transpose(0, 1)
 
     def by_segment(self, guides: torch.Tensor) -> torch.Tensor:
         """Cut guides [heads, n, D] into segments [heads, segments, n, D], filled up with zeros."""

@@ -55,9 +55,11 @@ class Run:
 
     `reach` are the keys that they rank, and some between those. `history` [segments, keys] says which of these each
     segment ranks; `seen` [segments, heads or 1, n, keys] which each guide sees, None where that is the whole history.
+    `guides` is n, the most that a list of a segment has.
     """
 
     segments: range
+    guides: int
     reach: range
     history: torch.Tensor
     seen: torch.Tensor | None
@@ -79,7 +81,10 @@ class KeyRanking:
         is_exact = exact != torch.float32 or kv_head.softcap > 0 or not kv_head.query.is_cpu
         dtype = exact if is_exact or not has_fast_bfloat16() else torch.bfloat16
         self.comparable = dtype == torch.bfloat16 and kv_head.finite
-        guides, key, self.neglected = kv_head.scored
+        guides, key, neglected = kv_head.scored
+        self.allowance = self.near.new_zeros(self.near.shape) if kv_head.merged is None else kv_head.merged.reach
+        if neglected is not None:
+            self.allowance = self.allowance.hypot(neglected.to(self.near.dtype))
         self.guides = pad(guides.transpose(0, 1), (0, _EXTRA_CHANNELS)).to(dtype)
         self.key = pad(-key, (0, _EXTRA_CHANNELS)).to(dtype)
         self.all_channel_guides = self.guides[..., :-_EXTRA_CHANNELS]
@@ -150,7 +155,8 @@ class KeyRanking:
         if self.kv_head.valid is not None:
             history = history & self.kv_head.valid[span(reach)]
         seen = self.seen(segments, reach) if self.kv_head.visibility.rows_differ else None
-        return Run(segments, reach, history, seen)
+        guides = self.real.shape[2] if self.kv_head.merged is None else int(self.real[span(segments)].sum(-1).max())
+        return Run(segments, guides, reach, history, seen)
 
     def parts(self, run: Run) -> Iterator[Run]:
         """Parts of the run, each with all segments and as many keys as `scores_at_once` allows."""
@@ -158,7 +164,7 @@ class KeyRanking:
         for first in range(0, max(1, len(run.reach)), width):
             keys = slice(first, first + width)
             seen = None if run.seen is None else run.seen[..., keys]
-            yield Run(run.segments, run.reach[keys], run.history[:, keys], seen)
+            yield Run(run.segments, run.guides, run.reach[keys], run.history[:, keys], seen)
 
     def seen(self, segments: range, reach: range) -> torch.Tensor:
         """The keys in reach that each guide sees [segments, heads or 1, n, keys], boolean."""
@@ -166,7 +172,7 @@ class KeyRanking:
         row = self.kv_head.arange(segments.start * per_segment, segments.stop * per_segment) * self.config.ranking.pool
         row = row.view(-1, 1, per_segment, 1)
         seen = self.kv_head.seen(self.kv_head.arange(heads)[:, None, None], row, self.positions[span(reach)])
-        return (seen & self.real[span(segments), None, :, None]).expand(-1, -1, -1, len(reach))
+        return (seen & self.real[span(segments), ..., None]).expand(-1, -1, -1, len(reach))
 
     def by_list(self, x: torch.Tensor) -> torch.Tensor:
         """Values of heads and guides [segments, heads or 1, n, keys], by list [segments, lists, guides, keys]."""
@@ -174,9 +180,8 @@ class KeyRanking:
 
     def normaliser(self, run: Run) -> torch.Tensor:
         """Each guide's log-sum-exp [segments, heads or 1, n]."""
-        part = span(run.segments)
-        normaliser = torch.logaddexp(self.near[part], self.far(run)).clamp_min(-_NO_SHARE)
-        return normaliser.masked_fill(~self.real[part, None], _NO_SHARE)
+        near, real = (x[span(run.segments), :, : run.guides] for x in (self.near, self.real))
+        return torch.logaddexp(near, self.far(run)).clamp_min(-_NO_SHARE).masked_fill(~real, _NO_SHARE)
 
     def importance(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
         """The log of the importance of the keys in reach [segments, lists, keys]."""
@@ -184,10 +189,11 @@ class KeyRanking:
 
     def importance_of_part(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
         """`importance`, of no more keys than scores are held at once."""
-        config, part = self.config, span(run.segments)
-        real, guides = self.real[part], self.guides[part]
-        origin = normaliser if self.neglected is None else normaliser - self.neglected.to(normaliser.dtype)
-        surprisal = self.surprisal(guides, origin, run.reach)
+        config = self.config
+        real, guides, allowance = (
+            x[span(run.segments), :, : run.guides] for x in (self.real, self.guides, self.allowance)
+        )
+        surprisal = self.surprisal(guides, normaliser - allowance, run.reach)
         if run.seen is not None:
             surprisal.masked_fill_(~run.seen, math.inf)
         surprisal = self.by_list(surprisal)
@@ -195,9 +201,9 @@ class KeyRanking:
             least = least_by_bits(surprisal, 2) if self.comparable else surprisal.amin(2)
             importance = -least.to(normaliser.dtype)
         else:
-            guides_of_list = real.sum(1) * (guides.shape[1] // self.kv_head.lists)
+            guides_of_list = real.sum(-1, keepdim=True) * (guides.shape[1] // self.kv_head.lists)
             mean = surprisal.neg().logsumexp(2).to(normaliser.dtype)
-            importance = mean - guides_of_list.to(mean.dtype).log()[:, None, None]
+            importance = mean - guides_of_list.to(mean.dtype).log()
         if config.ranking.measure == "output":
             importance = importance + self.kv_head.log_distances[span(run.reach)]
         importance = importance.masked_fill(importance.isnan(), math.inf)
@@ -222,7 +228,7 @@ class KeyRanking:
 
     def far(self, run: Run) -> torch.Tensor:
         """Each guide's log-sum-exp over its history [segments, heads, guides], from one key in `sample` of it."""
-        guides = self.all_channel_guides[span(run.segments)]
+        guides = self.all_channel_guides[span(run.segments), :, : run.guides]
         chosen = slice(*(int((self.drawn < end).sum()) for end in (run.reach.start, run.reach.stop)))
         place = self.drawn[chosen] - run.reach.start
         weight = self.drawn_weight[chosen].masked_fill(~run.history[:, place], -math.inf)

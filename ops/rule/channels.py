@@ -103,6 +103,13 @@ def principal_directions(
     return of_queries.to(query.dtype), of_keys.to(key.dtype), neglected
 
 
+def key_covariance(key: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """The covariance of about `_ROWS` of the `valid` [..., Lk] keys [..., Lk, D]: [..., D, D], float64."""
+    some = _sampled(masked(key, valid), key.shape[-2])
+    keys, mean = _moments(some, counted_keys(valid, key.shape[-2]))
+    return keys - mean[..., :, None] * mean[..., None, :]
+
+
 def _improved(basis: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of subspace iteration, and the matrices of the subspace that it gives."""
     basis = keys @ (queries @ basis)
