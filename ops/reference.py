@@ -10,8 +10,8 @@ This project's own are: queries score keys as one only if they are alike (the pa
 choice for all query heads of a KV head, estimated denominators, scores in at most 64 channels, and a sampled tail
 instead of a hard stop.
 
-For a segment S with *dense span* D and *history* H, queries i in S of all query heads of a KV head, keys j; those i that
-score keys are *guides*, means of alike queries, within sigma_i of which all logits of those lie (`merge`):
+For a segment S with *dense span* D and *history* H, queries i in S of all query heads of a KV head, keys j. In shares
+and their denominators i are *guides*, means of alike queries, from whose logits they lie about sigma_i away (`merge`):
 
     l_ij = scale q_i . k_j                                                      logits            `logits`
     Z_i  = sum_{j in D} exp(l_ij) + r sum_{every r-th j in H} exp(l_ij)         denominators      `log_normalisers`
@@ -169,7 +169,9 @@ def channels(call: Call, guide: Tensor, count: int, projection: Callable[..., Te
     step = max(1, guide.shape[2] * guide.shape[3] // 2**11)
     rows = guide[..., ::step, :].flatten(2, 3).nan_to_num(0, 0, 0)
     keys, counted = key_sample(call)
-    kept = projection(rows.mT @ rows / rows.shape[2], keys.mT @ keys / counted.sum(-2, keepdim=True).clamp_min(1), count)
+    kept = projection(
+        rows.mT @ rows / rows.shape[2], keys.mT @ keys / counted.sum(-2, keepdim=True).clamp_min(1), count
+    )
     lack = rows - rows @ kept
     nu = call.scale**2 * (lack @ key_covariance(call) * lack).sum(-1).mean(-1)[:, :, None, None]
     everything = torch.eye(rows.shape[3], dtype=rows.dtype, device=rows.device)

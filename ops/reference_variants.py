@@ -169,15 +169,15 @@ def no_log_weights(segment: Segment, importance: Tensor, threshold: float, log_z
     return torch.zeros_like(importance)
 
 
-def bounded_log_weights(
-    call: Call, segment: Segment, importance: Tensor, threshold: float, log_z: Tensor
-) -> Tensor:
+def bounded_log_weights(call: Call, segment: Segment, importance: Tensor, threshold: float, log_z: Tensor) -> Tensor:
     """Weights by row where guides or few channels may misjudge keys: w_j exp(l_ij) <= max(exp(l_ij), 4 theta Z_i).
 
     Z_i is that of the row's guide. A little bias for much variance (truncated importance sampling, Ionides, 2008).
     """
     log_w = reference.log_weights(segment, importance, threshold, log_z)
-    bound = (log_z[..., : segment.query.shape[3], None] + math.log(MOST * threshold)).nan_to_num(math.inf, math.inf, -math.inf)
+    bound = (log_z[..., : segment.query.shape[3], None] + math.log(MOST * threshold)).nan_to_num(
+        math.inf, math.inf, -math.inf
+    )
     return torch.minimum(log_w, (bound - logits(call, segment.query)).clamp_min(0))
 
 

@@ -50,7 +50,7 @@ class Attention:
             self.limit = torch.full_like(self.lse, math.inf)
 
     def guide_lse(self) -> torch.Tensor:
-        """Each guide's log-sum-exp over its dense span [heads, segments, n], [lists, segments, n] if they are merged."""
+        """Each guide's log-sum-exp over its dense span [heads, segments, n], or [lists, segments, n] if merged."""
         guides, pool, merged = self.kv_head.guides, self.config.ranking.pool, self.kv_head.merged
         if merged is not None:
             first = self.kv_head.arange(self.geometry.segments)[:, None] * self.config.ranking.segment

@@ -72,6 +72,26 @@ class Arguments:
         """Whether importance is the mean over guides, not their maximum."""
         return self.config.ranking.combine == "mean"
 
+    @property
+    def guide_heads(self) -> int:
+        """Heads of guides of a KV head; lists, where queries are merged."""
+        if self.config.ranking.merges:
+            return self.lists
+        return self.group_size if self.config.ranking.guides == "head" else 1
+
+    @property
+    def guides_of_segment(self) -> int:
+        """Guides of a segment and guide head; where queries are merged, the most that there may be."""
+        ranking = self.config.ranking
+        return self.group_size // self.lists * ranking.segment if ranking.merges else ranking.segment // ranking.pool
+
+    @property
+    def guides_per_head(self) -> int:
+        """Guides of a guide head."""
+        if self.config.ranking.merges:
+            return self.geometry.segments * self.guides_of_segment
+        return -(-self.geometry.queries // self.config.ranking.pool)
+
     def capacity(self, segment: int) -> int:
         """The longest list of the segments up to `segment`, in whole blocks."""
         return round_up(self.geometry.longest_history(segment))
@@ -114,8 +134,8 @@ class Arguments:
             "scale": self.scale * LOG2_E,
             "softcap": self.softcap * LOG2_E,
             "POOL": self.config.ranking.pool,
-            "GUIDE_HEADS": self.group_size if self.config.ranking.guides == "head" else 1,
-            "guides_per_head": -(-self.geometry.queries // self.config.ranking.pool),
+            "GUIDE_HEADS": self.guide_heads,
+            "guides_per_head": self.guides_per_head,
             "HAS_PADDING": visibility.key_padding is not None,
             "DOCUMENTS": visibility.query_documents is not None,
             "MASK": visibility.mask is not None,

@@ -54,7 +54,7 @@ def attend(arguments: Arguments, lists: Lists, segments: range, result: Attentio
     launch(
         attend_kernel, (tiles, parts, arguments.batch_kv_heads),
         query, key, value, *arguments.masks,
-        lists.index, lists.count, lists.log_weights, lists.guide_lse, *result,
+        lists.index, lists.count, lists.log_weights, lists.guide_lse, lists.owner, *result,
         *query.stride()[:3], *key.stride()[:2], *value.stride()[:2], *arguments.mask_strides,
         *result.output.stride()[:3],
         **arguments.shared,
@@ -62,6 +62,7 @@ def attend(arguments: Arguments, lists: Lists, segments: range, result: Attentio
         D=key.shape[-1], BLOCK_D=padded(key.shape[-1]), DV=value.shape[-1], BLOCK_DV=padded(value.shape[-1]),
         first_segment=segments.start, segments=len(segments), tiles=geometry.tiles, capacity=lists.capacity,
         log2_max_weight=math.log2(MAX_WEIGHT_FACTOR * max(config.threshold, 1e-30)),
+        MOST_GUIDES=arguments.guides_of_segment if config.ranking.merges else 0,
         FIXED=is_fixed, BOUNDED=config.bounds_weights(key.shape[-1]), SAMPLED=config.has_samples,
         TILE=config.ranking.tile, GROUP_SIZE=arguments.group_size, LISTS_PER_KV_HEAD=arguments.lists, HEADS=heads,
         **tiling.arguments,
@@ -169,7 +170,7 @@ def _places(
 @kernel
 def attend_kernel(
     query, key, value, padding, query_documents, key_documents, mask,
-    index, count, log_weights, guide_lse,
+    index, count, log_weights, guide_lse, owner,
     output, lse, visited,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, value_stride_b, value_stride_h,
     padding_stride_b, query_documents_stride_b, key_documents_stride_b,
@@ -181,8 +182,8 @@ def attend_kernel(
     GROUP_SIZE: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr, HEADS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, SAMPLED: tl.constexpr, BOUNDED: tl.constexpr, FIXED: tl.constexpr,
-    POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, MOST_GUIDES: tl.constexpr, KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile, TILE positions of HEADS query heads that share one of the `Lists`.
@@ -226,8 +227,12 @@ def attend_kernel(
     limit = None
     if BOUNDED:
         guide_head = (batch * kv_heads + kv_head) * GUIDE_HEADS
-        guide_head += head - kv_head * GROUP_SIZE if GUIDE_HEADS > 1 else 0
-        guide = guide_lse + guide_head * guides_per_head + position // POOL
+        if MOST_GUIDES > 0:
+            slot = tl.load(owner + (batch * kv_heads * GROUP_SIZE + head) * queries + position, mask=real, other=0)
+            guide = guide_lse + (guide_head + which) * guides_per_head + segment * MOST_GUIDES + slot
+        else:
+            guide_head += head - kv_head * GROUP_SIZE if GUIDE_HEADS > 1 else 0
+            guide = guide_lse + guide_head * guides_per_head + position // POOL
         limit = tl.load(guide, mask=real, other=0.0) + log2_max_weight
         limit = tl.where(limit == limit, limit / unit, float("inf"))
     lane = tl.arange(0, BLOCK_N)

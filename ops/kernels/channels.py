@@ -1,4 +1,6 @@
-"""The selection of the channels that carry most of the products of guides and keys."""
+"""Second moments of queries and keys, and what follows from them: the channels that carry most of the products of both,
+and the covariance of keys.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,27 @@ _COLUMNS = 64
 """Rows and channels of a block."""
 
 
+class Moments(NamedTuple):
+    """Sums over a sample of the queries, or pooled guides, and of the keys of each KV head, in parts.
+
+    Attributes:
+        products: x x' [B * Hkv, queries or keys, parts, BLOCK_D, BLOCK_D] float32.
+        sums: x of keys [B * Hkv, parts, BLOCK_D] float32.
+        rows: How many queries and how many keys are summed, but for padding.
+        step: Every how many keys are.
+    """
+
+    products: torch.Tensor
+    sums: torch.Tensor
+    rows: tuple[int, int]
+    step: int
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the sums are."""
+        return self.sums.shape[1]
+
+
 class ChannelSubset(NamedTuple):
     """Channels of each KV head [B, Hkv, channels] int32, and `Projected.neglected` of them [B, Hkv] float32."""
 
@@ -28,30 +51,20 @@ class ChannelSubset(NamedTuple):
     neglected: torch.Tensor
 
 
-def select_channels(
-    guides: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None, channels: int, scale: float
-) -> ChannelSubset:
-    """`rule.channels.project` where it picks channels, without its products, in two launches.
+def sample_moments(guides: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None) -> Moments:
+    """The second moments of guides and keys, and the sum of keys; what is not finite counts as 0.
 
     Args:
         guides: [B, Hkv, guide heads, guides, D].
         key: [B, Hkv, Lk, D].
         padding: [B, Lk], False for keys that do not count; None for none.
-        channels: How many to pick, at least half of all.
-        scale: Factor of the logits.
     """
     batch, kv_heads, heads, per_head, size = guides.shape
     steps = sampling_step(heads * per_head), sampling_step(key.shape[2])
     rows = heads * -(-per_head // steps[0]), -(-key.shape[2] // steps[1])
-    parts = -(-max(rows) // _PART)
-    width = padded(size)
+    parts, width = -(-max(rows) // _PART), padded(size)
     moments = torch.empty(batch * kv_heads, 2, parts, width, width, dtype=torch.float32, device=key.device)
     sums = torch.empty(batch * kv_heads, parts, width, dtype=torch.float32, device=key.device)
-    energies = torch.empty(batch * kv_heads, width, dtype=torch.float32, device=key.device)
-    found = ChannelSubset(
-        torch.empty(batch, kv_heads, channels, dtype=torch.int32, device=key.device),
-        torch.empty(batch, kv_heads, dtype=torch.float32, device=key.device),
-    )
     columns = min(width, _COLUMNS)
     of_padding = (key, 0) if padding is None else (padding, padding.stride(0))
     launch(
@@ -62,13 +75,52 @@ def select_channels(
         HAS_PADDING=padding is not None, PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
         D=size, PART=_PART, BLOCK_N=_ROWS, BLOCK_D=width, BLOCK_C=columns, num_warps=4, num_stages=2,
     )  # fmt: skip
+    return Moments(moments, sums, rows, steps[1])
+
+
+def select_channels(
+    moments: Moments, key: torch.Tensor, padding: torch.Tensor | None, channels: int, scale: float
+) -> ChannelSubset:
+    """`rule.channels.project` where it picks channels, without its products.
+
+    Args:
+        moments: `sample_moments` of guides and of `key`.
+        key: [B, Hkv, Lk, D].
+        padding: [B, Lk], False for keys that do not count; None for none.
+        channels: How many to pick, at least half of all.
+        scale: Factor of the logits.
+    """
+    batch, kv_heads, keys, size = key.shape
+    width = padded(size)
+    energies = torch.empty(batch * kv_heads, width, dtype=torch.float32, device=key.device)
+    found = ChannelSubset(
+        torch.empty(batch, kv_heads, channels, dtype=torch.int32, device=key.device),
+        torch.empty(batch, kv_heads, dtype=torch.float32, device=key.device),
+    )
+    of_padding = (key, 0) if padding is None else (padding, padding.stride(0))
     launch(
         choose_kernel, (batch * kv_heads,),
-        moments, sums, energies, *found, *of_padding, *rows, kv_heads, key.shape[2], steps[1], scale,
-        HAS_PADDING=padding is not None, PARTS=parts, CHANNELS=channels,
+        moments.products, moments.sums, energies, *found, *of_padding, *moments.rows, kv_heads, keys, moments.step,
+        scale,
+        HAS_PADDING=padding is not None, PARTS=moments.parts, CHANNELS=channels,
         D=size, BLOCK_D=width, BLOCK_C=min(width, 32), num_warps=8, num_stages=1,
     )  # fmt: skip
     return found
+
+
+def key_covariance(moments: Moments, key: torch.Tensor, padding: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """The covariance of keys [B, Hkv, Lk, D], times `scale` squared: [B, Hkv, BLOCK_D, BLOCK_D] float32."""
+    batch, kv_heads, keys, size = key.shape
+    width = padded(size)
+    covariance = torch.empty(batch, kv_heads, width, width, dtype=torch.float32, device=key.device)
+    of_padding = (key, 0) if padding is None else (padding, padding.stride(0))
+    columns = min(width, 32)
+    launch(
+        covariance_kernel, (width // columns, batch * kv_heads),
+        moments.products, moments.sums, covariance, *of_padding, moments.rows[1], kv_heads, keys, moments.step, scale,
+        HAS_PADDING=padding is not None, PARTS=moments.parts, BLOCK_D=width, BLOCK_C=columns, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return covariance
 
 
 def pick_channels(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
@@ -191,6 +243,32 @@ def choose_kernel(
         missing += tl.sum(tl.where(left, product, 0.0), 1)
     variance = tl.sum(missing, 0) * scale * scale
     tl.store(neglected + tl.program_id(0), tl.where(variance < 0, 0.0, variance))
+
+
+@kernel
+def covariance_kernel(
+    moments, sums, covariance, padding, padding_stride_b, key_rows, kv_heads, keys, key_step, scale,
+    HAS_PADDING: tl.constexpr, PARTS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write columns of the covariance of the sampled keys that are not padding, times `scale` squared.
+
+    Program (block of columns; batch entry and KV head).
+    """
+    scale = float32(scale)
+    if HAS_PADDING:
+        padding += (tl.program_id(1) // kv_heads).to(tl.int64) * padding_stride_b
+        key_rows = _count(padding, keys, key_step)
+    square: tl.constexpr = BLOCK_D * BLOCK_D
+    place = tl.program_id(1).to(tl.int64)
+    of_keys = moments + (2 * place + 1) * (PARTS * square)
+    sums += place * (PARTS * BLOCK_D)
+    channel, column = tl.arange(0, BLOCK_D), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    everywhere = channel[:, None] + column[None, :] >= 0
+    tile = channel[:, None] * BLOCK_D + column[None, :]
+    product = _sum(of_keys, tile, everywhere, square, PARTS) / key_rows
+    mean = _sum(sums, channel, channel >= 0, BLOCK_D, PARTS) / key_rows
+    of_columns = _sum(sums, column, column >= 0, BLOCK_D, PARTS) / key_rows
+    tl.store(covariance + place * square + tile, (product - mean[:, None] * of_columns[None, :]) * (scale * scale))
 
 
 @triton.jit

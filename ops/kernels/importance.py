@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from ..rule import channels
+from . import quantise
+from . import tiling as tilings
 from .arguments import Arguments
 from .helpers import (
     FIRST_KEYS,
@@ -31,41 +31,24 @@ from .helpers import (
 )
 from .launch import launch
 from .lists import empty_importance
-from .quantise import Operands, sums_in_half
+from .merged_importance import score_merged
+from .products import LANES, by_segment, larger, pack_flags, place_rows
+from .quantise import Operands
+from .scoring import Scoring
 from .tiling import importance_tiling
 from .variants import kernel
 
-CHUNK = 4096
-"""Keys that one program scores."""
 NEGLECT_LIMIT = tl.constexpr(channels.NEGLECT_LIMIT)
-LANES = tl.constexpr(4)
-"""Threads that share a row of a product."""
-
-
-class Scoring(NamedTuple):
-    """The operands of the scores of a call's keys, and their corrections.
-
-    Attributes:
-        all_channels: Guides and keys.
-        subset: The same in fewer channels (`rule.channels`); None where all KV heads are scored in all channels.
-        guide_lse: [B, Hkv, guide heads, guides] float32, the guides' log-sum-exps from all channels, in units of log 2.
-        neglected: [B, Hkv] float32, `Projected.neglected`, by which each KV head chooses; None without a subset.
-        distances: [B, Hkv, Lk] float32, which shares of mass are multiplied by; None for none.
-    """
-
-    all_channels: Operands
-    subset: Operands | None
-    guide_lse: torch.Tensor
-    neglected: torch.Tensor | None
-    distances: torch.Tensor | None
 
 
 def score(arguments: Arguments, scoring: Scoring, segments: range) -> torch.Tensor:
     """The importance of the keys of each list's history, or flags where the tail is not sampled (`lists`)."""
     importance = empty_importance(arguments, segments)
-    if scoring.subset is not None:
-        _score(arguments, scoring, scoring.subset, segments, importance)
-    _score(arguments, scoring, scoring.all_channels, segments, importance)
+    for operands in (scoring.subset, scoring.all_channels):
+        if operands is not None and scoring.merged is None:
+            _score(arguments, scoring, operands, segments, importance)
+        elif operands is not None and scoring.merged is not None:
+            score_merged(arguments, scoring, scoring.merged, operands, segments, importance)
     return importance
 
 
@@ -76,65 +59,22 @@ def _score(
     config, guide_lse, distances, neglected = arguments.config, scoring.guide_lse, scoring.distances, scoring.neglected
     guides, key = operands.guides, operands.key
     capacity = arguments.capacity(segments[-1])
-    total = guides.shape[2] // arguments.lists * (config.ranking.segment // config.ranking.pool)
-    half = sums_in_half(operands, arguments.takes_mean, arguments.device)
+    total = guides.shape[2] // arguments.lists * arguments.guides_of_segment
+    half = quantise.sums_in_half(operands, arguments.takes_mean, arguments.device)
     tiling = importance_tiling(key.shape[-1], key.element_size(), total, half)
     together = tiling.guides.segments(total)
-    programs = -(-len(segments) // together) * -(-(capacity + config.ranking.segment * together) // CHUNK)
+    programs = -(-len(segments) // together) * -(-(capacity + config.ranking.segment * together) // tilings.CHUNK)
     launch(
         importance_kernel, (programs, arguments.lists, arguments.batch_kv_heads),
         guides, operands.ranges, guide_lse, key, guide_lse if distances is None else distances,
         guide_lse if neglected is None else neglected, *arguments.masks, importance,
         *guides.stride()[:4], *key.stride()[:3], *arguments.mask_strides,
-        first_segment=segments.start, segments=len(segments), capacity=capacity, chunk=CHUNK,
+        first_segment=segments.start, segments=len(segments), capacity=capacity, chunk=tilings.CHUNK,
         threshold=config.threshold, LISTS_PER_KV_HEAD=arguments.lists, SEGMENTS=together,
         HALF=half, TAKES_MEAN=arguments.takes_mean, SAMPLED=config.has_samples, MEASURES_OUTPUT=distances is not None,
         CHOICE_PER_KV_HEAD=neglected is not None, IS_SUBSET=operands is scoring.subset,
         **arguments.shared, **operands.arguments, **tiling.arguments,
     )  # fmt: skip
-
-
-@triton.jit
-def _larger(one, other):
-    """The larger, or NaN where either is."""
-    return tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _place_rows(row, SEGMENTS: tl.constexpr, BESIDE: tl.constexpr):
-    """The segment and the guide of each row of a part, which has as many guides of each of SEGMENTS segments.
-
-    Of each 8 columns of a product a thread holds the pair 2t and 2t + 1, t < 4. Pairs of guides of BESIDE segments
-    stand side by side: with 4, a thread holds the guides of its segments, and reduces them without asking others.
-    """
-    guides: tl.constexpr = row.shape[0] // SEGMENTS
-    beside: tl.constexpr = SEGMENTS if SEGMENTS < BESIDE else BESIDE
-    together: tl.constexpr = guides if guides < 2 else 2
-    block, lane = row // (beside * together), row // together % beside
-    pairs: tl.constexpr = guides // together
-    return block // pairs * beside + lane, block % pairs * together + row % together
-
-
-@triton.jit
-def _by_segment(products, SEGMENTS: tl.constexpr, BESIDE: tl.constexpr):
-    """The columns of the product of a part [N, SEGMENTS * guides], by segment and guide [N, SEGMENTS, guides]."""
-    guides: tl.constexpr = products.shape[1] // SEGMENTS
-    beside: tl.constexpr = SEGMENTS if SEGMENTS < BESIDE else BESIDE
-    together: tl.constexpr = guides if guides < 2 else 2
-    shape: tl.constexpr = [products.shape[0], SEGMENTS // beside, guides // together, beside, together]
-    products = tl.reshape(products, shape)
-    return tl.reshape(tl.permute(products, (0, 1, 3, 2, 4)), [products.shape[0], SEGMENTS, guides])
-
-
-@triton.jit
-def _pack(flags):
-    """Flags [N, SEGMENTS] as bits of int16 [N / 16, SEGMENTS], the first of each 16 low.
-
-    A warp holds 16 rows of a product, so bits stay within it.
-    """
-    bit = 1 << tl.arange(0, flags.shape[0]) % FLAGS_PER_WORD
-    bits = tl.where(flags, bit[:, None], 0)
-    return tl.sum(tl.reshape(bits, [flags.shape[0] // FLAGS_PER_WORD, FLAGS_PER_WORD, flags.shape[1]]), 1).to(tl.int16)
 
 
 @triton.jit
@@ -148,7 +88,7 @@ def _load_part(
     The latter negated and plus `correction`, with HALF in pairs as `scale_and_add` takes them.
     """
     row = tl.arange(0, ROWS * SEGMENTS)
-    segment, slot = _place_rows(row, SEGMENTS, BESIDE)
+    segment, slot = place_rows(row, SEGMENTS, BESIDE)
     head, guide, real = place_guides(first + segment, done + slot, guides_per_head, HEADS, PER_SEGMENT)
     rows = load_guides(guides, head, guide, real, stride_h, stride_n, D, BLOCK_D)
     if HALF:
@@ -167,7 +107,7 @@ def _origins(
     BESIDE: tl.constexpr,
 ):  # fmt: skip
     """The negated log-sum-exps at rows of a part, -inf where there is no guide."""
-    segment, slot = _place_rows(row, SEGMENTS, BESIDE)
+    segment, slot = place_rows(row, SEGMENTS, BESIDE)
     head, guide, real = place_guides(first + segment, done + slot, guides_per_head, HEADS, PER_SEGMENT)
     return -tl.load(lse + head.to(tl.int64) * guides_per_head + guide, mask=real, other=float("inf"))
 
@@ -277,23 +217,23 @@ def importance_kernel(
             else:
                 logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) + origin[None, :]
             if rows_differ:
-                segment, slot = _place_rows(tl.arange(0, rows.shape[0]), SEGMENTS, beside)
+                segment, slot = place_rows(tl.arange(0, rows.shape[0]), SEGMENTS, beside)
                 head, guide, real = place_guides(first + segment, done + slot, guides_per_head, heads, per_segment)
                 query_head, position = kv_head * GUIDE_HEADS + first_head + head, guide * POOL
                 seen = see(terms, query_head, position, real, column, column < keys, False, WINDOW, DOCUMENTS, MASK)
                 seen = tl.trans(seen & real[:, None])
                 logits = tl.where(seen, logits, float("-inf"))
-                visible = tl.maximum(visible, tl.max(_by_segment(seen.to(tl.int32), SEGMENTS, beside), 2))
-            of_segments = _by_segment(logits, SEGMENTS, beside)
+                visible = tl.maximum(visible, tl.max(by_segment(seen.to(tl.int32), SEGMENTS, beside), 2))
+            of_segments = by_segment(logits, SEGMENTS, beside)
             if HALF:
-                largest = _larger(largest, tl.reduce(of_segments, 2, _larger))
+                largest = larger(largest, tl.reduce(of_segments, 2, larger))
             elif TAKES_MEAN:
                 mean += tl.sum(tl.exp2(of_segments), 2)
             else:
                 # A maximum over guides does not propagate the NaN of one of them.
-                blind = _by_segment((origin != origin).to(tl.int32)[None, :], SEGMENTS, beside)
+                blind = by_segment((origin != origin).to(tl.int32)[None, :], SEGMENTS, beside)
                 blind = tl.where(tl.max(blind, 2) > 0, float("inf"), float("-inf"))
-                largest = _larger(_larger(largest, blind), tl.max(of_segments, 2))
+                largest = larger(larger(largest, blind), tl.max(of_segments, 2))
         score = mean * (step / (heads * present))[None, :] if TAKES_MEAN else tl.exp2(largest.to(tl.float32)) * step
         if MEASURES_OUTPUT:
             score *= tl.load(distances + column, mask=column < keys, other=1.0)[:, None]
@@ -318,4 +258,4 @@ def importance_kernel(
             if not CAUSAL:
                 score = tl.where((column < keys)[:, None], score, -1.0)
             # Not above or equal: a NaN is sure to be visited.
-            tl.store(words, _pack((score < 1.0) == 0), mask=written)
+            tl.store(words, pack_flags((score < 1.0) == 0), mask=written)

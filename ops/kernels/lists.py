@@ -20,6 +20,7 @@ import torch
 
 from .arguments import Arguments
 from .helpers import FLAGS_PER_WORD
+from .scoring import Scoring
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,23 @@ class Lists:
             where the tail is not sampled.
         guide_lse: [B, Hkv, guide heads, guides] float32, the guides' log-sum-exps to base 2. Read only where
             weights are bounded (`S2OConfig.bounds_weights`).
+        owner: [B, Hkv, G, Lq] int32, the place of each query's guide in its segment, where queries are merged; else
+            not read.
     """
 
     index: torch.Tensor
     count: torch.Tensor
     log_weights: torch.Tensor
     guide_lse: torch.Tensor
+    owner: torch.Tensor
 
     @classmethod
-    def to_fill(cls, arguments: Arguments, segments: range, importance: torch.Tensor, guide_lse: torch.Tensor) -> Lists:
+    def to_fill(cls, arguments: Arguments, segments: range, importance: torch.Tensor, scoring: Scoring) -> Lists:
         """Lists with an uninitialised index, of keys with this importance or these flags."""
         capacity = arguments.capacity(segments[-1])
         index = torch.empty(*importance.shape[:-1], capacity, dtype=torch.int32, device=importance.device)
-        return cls(index, index.new_empty(importance.shape[:-1]), importance, guide_lse)
+        owner = scoring.guide_lse if scoring.merged is None else scoring.merged.owner
+        return cls(index, index.new_empty(importance.shape[:-1]), importance, scoring.guide_lse, owner)
 
     @classmethod
     def without_keys(cls, arguments: Arguments) -> Lists:
@@ -54,7 +59,7 @@ class Lists:
         shape = _shape(arguments, range(arguments.geometry.segments))
         absent = arguments.key.new_empty(1)
         count = arguments.key.new_empty(shape, dtype=torch.int32).zero_()
-        return cls(count[..., None], count, absent, absent)
+        return cls(count[..., None], count, absent, absent, absent)
 
     @property
     def capacity(self) -> int:

@@ -25,28 +25,31 @@ from .helpers import (
     unit_scale,
 )
 from .launch import launch
+from .merge import MERGED, MergedGuides
 from .quantise import Operands
 from .tiling import normaliser_tiling
 from .variants import kernel
 
 
-def normalisers(arguments: Arguments, operands: Operands) -> torch.Tensor:
+def normalisers(arguments: Arguments, operands: Operands, merged: MergedGuides | None) -> torch.Tensor:
     """The log-sum-exp of each guide [B, Hkv, guide heads, guides], float32, in units of log 2.
 
-    Of all segments at once: those of a run are too few to fill a GPU.
+    Of all segments at once: those of a run are too few to fill a GPU. Undefined where there is no guide.
     """
     config, guides, key, segments = arguments.config, operands.guides, operands.key, arguments.geometry.segments
     lse = torch.empty(guides.shape[:-1], dtype=torch.float32, device=guides.device)
-    total = guides.shape[2] * (config.ranking.segment // config.ranking.pool)
+    total = guides.shape[2] * arguments.guides_of_segment
     tiling = normaliser_tiling(key.shape[-1], key.element_size(), total)
-    together = tiling.segments(total)
+    # Of merged guides there may be few, so programs have a few of many segments.
+    together = tiling.segments(total if merged is None else min(total, MERGED))
+    of_merged = (lse, lse) if merged is None else (merged.count, merged.first)
     grid = (-(-segments // together), -(-total * together // tiling.rows), arguments.batch_kv_heads)
     launch(
         normaliser_kernel, grid,
-        guides, operands.ranges, key, *arguments.masks, lse,
+        guides, operands.ranges, key, *arguments.masks, *of_merged, lse,
         *guides.stride()[:4], *key.stride()[:3], *arguments.mask_strides,
         first_segment=0, segments=segments, sample=config.ranking.sample, log2_sample=math.log2(config.ranking.sample),
-        SEGMENTS=together,
+        SEGMENTS=together, PER_SEGMENT=arguments.guides_of_segment, ARE_MERGED=merged is not None,
         **arguments.shared, **operands.arguments, **tiling.arguments,
     )  # fmt: skip
     return lse
@@ -74,7 +77,7 @@ def _add(maximum, mass, logits):
 
 @kernel
 def normaliser_kernel(
-    guides, ranges, key, padding, query_documents, key_documents, mask, lse,
+    guides, ranges, key, padding, query_documents, key_documents, mask, count, first_row, lse,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
     padding_stride_b, query_documents_stride_b, key_documents_stride_b,
     mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
@@ -82,7 +85,8 @@ def normaliser_kernel(
     sample, log2_sample, scale, softcap,
     SEGMENT: tl.constexpr, POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr, SEGMENTS: tl.constexpr, QUANTISED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    SOFTCAP: tl.constexpr, SEGMENTS: tl.constexpr, PER_SEGMENT: tl.constexpr, ARE_MERGED: tl.constexpr,
+    QUANTISED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write log-sum-exps [B, Hkv, guide heads, guides], in units of log 2, of the guides of some segments.
@@ -94,7 +98,6 @@ def normaliser_kernel(
     scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
     batch = (tl.program_id(2) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(2) % kv_heads).to(tl.int64)
-    per_segment: tl.constexpr = SEGMENT // POOL
     rows_per_segment: tl.constexpr = BLOCK_M // SEGMENTS
     guides += batch * guides_stride_b + kv_head * guides_stride_kv
     first_guide = (batch * kv_heads + kv_head) * GUIDE_HEADS * guides_per_head
@@ -109,10 +112,17 @@ def normaliser_kernel(
     part = tl.num_programs(0) - 1 - tl.program_id(0)
     segment = first_segment + part * SEGMENTS + row // rows_per_segment
     slot = tl.program_id(1) * rows_per_segment + row % rows_per_segment
-    head, guide, real = place_guides(segment, slot, guides_per_head, GUIDE_HEADS, per_segment)
+    head, guide, real = place_guides(segment, slot, guides_per_head, GUIDE_HEADS, PER_SEGMENT)
+    if ARE_MERGED:
+        of_list = (first_guide + head * guides_per_head) // PER_SEGMENT + segment
+        real = real & (slot % PER_SEGMENT < tl.load(count + of_list, mask=real, other=0))
+        if tl.max(real.to(tl.int32), 0) == 0:
+            return
     rows = load_guides(guides, head, guide, real, guides_stride_h, guides_stride_n, D, BLOCK_D)
     real = real & (segment < first_segment + segments)
     query_head, position = kv_head * GUIDE_HEADS + head, guide * POOL
+    if ARE_MERGED:
+        position = tl.load(first_row + first_guide + head.to(tl.int64) * guides_per_head + guide, mask=real, other=0)
     begin, low, high = span(segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     is_ranked = (segment < ranked_segments) & real
     end = tl.where(is_ranked, low if CAUSAL else keys, begin)

@@ -50,22 +50,27 @@ class Operands(NamedTuple):
         return self.key.dtype == FLOAT8
 
 
-def ranking_operands(arguments: Arguments, guides: torch.Tensor, key: torch.Tensor) -> Operands:
-    """Guides [B, Hkv, guide heads, guides, D] and keys [B, Hkv, Lk, D], in float8 where that is worth it."""
+def ranking_operands(
+    arguments: Arguments, guides: torch.Tensor, key: torch.Tensor, count: torch.Tensor | None
+) -> Operands:
+    """Guides [B, Hkv, guide heads, guides, D] and keys [B, Hkv, Lk, D], in float8 where that is worth it.
+
+    `count` [B, Hkv, guide heads, segments] are the guides of each segment, None where there are all of them.
+    """
     in_float8 = ranks_in_float8(guides, arguments.softcap, arguments.device)
-    return quantise(guides, key)[0] if in_float8 else Operands(guides, key, guides)
+    return quantise(guides, key, count=count)[0] if in_float8 else Operands(guides, key, guides)
 
 
 def operands_of_channels(
-    arguments: Arguments, guides: torch.Tensor, channels: torch.Tensor
+    arguments: Arguments, guides: torch.Tensor, channels: torch.Tensor, count: torch.Tensor | None
 ) -> tuple[Operands, Operands]:
     """`ranking_operands` of all channels, and of those that are picked for each KV head [B, Hkv, channels] int32."""
     key = arguments.key
     if ranks_in_float8(guides, arguments.softcap, arguments.device) and channels.shape[-1] >= _LEAST_CHANNELS:
-        all_channels, subset = quantise(guides, key, channels)
+        all_channels, subset = quantise(guides, key, channels, count)
         return all_channels, subset
     subset = Operands(pick_channels(guides, channels), pick_channels(key[:, :, None], channels)[:, :, 0], guides)
-    return ranking_operands(arguments, guides, key), subset
+    return ranking_operands(arguments, guides, key, count), subset
 
 
 def ranks_in_float8(guides: torch.Tensor, softcap: float, device: torch.device) -> bool:
@@ -82,7 +87,12 @@ def sums_in_half(operands: Operands, takes_mean: bool, device: torch.device) -> 
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def quantise(guides: torch.Tensor, key: torch.Tensor, channels: torch.Tensor | None = None) -> tuple[Operands, ...]:
+def quantise(
+    guides: torch.Tensor,
+    key: torch.Tensor,
+    channels: torch.Tensor | None = None,
+    count: torch.Tensor | None = None,
+) -> tuple[Operands, ...]:
     """Guides and keys in float8, each in units of how far they reach; keys from about their mean.
 
     Taking one vector from all keys shifts a query's logits by one number, which the softmax does not see; their mean
@@ -93,6 +103,7 @@ def quantise(guides: torch.Tensor, key: torch.Tensor, channels: torch.Tensor | N
         guides: [B, Hkv, guide heads, guides, D].
         key: [B, Hkv, Lk, D].
         channels: [B, Hkv, picked] int32, of which there are operands too; None for none of these.
+        count: [B, Hkv, guide heads, segments] int32, how many guides of each segment are defined; None where all are.
     """
     batch, kv_heads, heads, per_head, size = guides.shape
     total, keys = heads * per_head, key.shape[2]
@@ -105,8 +116,19 @@ def quantise(guides: torch.Tensor, key: torch.Tensor, channels: torch.Tensor | N
     sizes = (size,) if channels is None else (size, channels.shape[-1])
     results = [torch.empty(batch, kv_heads, total + keys, width, dtype=FLOAT8, device=key.device) for width in sizes]
     grid = (heads * -(-per_head // _ROWS) + -(-keys // _ROWS), batch * kv_heads)
-    operands = (guides, key, origin, *guides.stride()[:4], *key.stride()[:3], kv_heads, heads, per_head, keys)
-    options = {"D": size, "BLOCK_D": padded(size), "BLOCK_N": _ROWS, "num_warps": 4, "num_stages": 1}
+    operands = (
+        guides, key, origin, ranges if count is None else count,
+        *guides.stride()[:4], *key.stride()[:3], kv_heads, heads, per_head, keys,
+    )  # fmt: skip
+    of_segment = 0 if count is None else per_head // count.shape[-1]
+    options = {
+        "OF_SEGMENT": of_segment,
+        "D": size,
+        "BLOCK_D": padded(size),
+        "BLOCK_N": _ROWS,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
     launch(reach_kernel, grid, ranges, *operands, **options)
     launch(
         quantise_kernel, grid,
@@ -139,12 +161,20 @@ def origin_kernel(
 
 
 @triton.jit
-def _place(heads, per_head, keys, BLOCK_N: tl.constexpr):
-    """A program's head, where keys are one more head after the guides'; its rows [BLOCK_N]; and which are real."""
+def _place(count, heads, per_head, keys, OF_SEGMENT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program's head, where keys are one more head after the guides'; its rows [BLOCK_N]; and which are real.
+
+    Of OF_SEGMENT guides of a segment those are before its `count` [B, Hkv, heads, segments]; all, if OF_SEGMENT is 0.
+    """
     blocks = (per_head + BLOCK_N - 1) // BLOCK_N
     head = tl.minimum(tl.program_id(0) // blocks, heads)
     row = (tl.program_id(0) - head * blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return head, row, row < tl.where(head < heads, per_head, keys)
+    real = row < tl.where(head < heads, per_head, keys)
+    if OF_SEGMENT > 0:
+        count += (tl.program_id(1) * heads + head) * (per_head // OF_SEGMENT)
+        is_guide = row < tl.where(head < heads, per_head, 0)
+        real = real & (row % OF_SEGMENT < tl.load(count + row // OF_SEGMENT, mask=is_guide, other=OF_SEGMENT))
+    return head, row, real
 
 
 @triton.jit
@@ -169,15 +199,16 @@ def _load(
 
 @kernel
 def reach_kernel(
-    ranges, guides, key, origin,
+    ranges, guides, key, origin, count,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
-    kv_heads, heads, per_head, keys, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    kv_heads, heads, per_head, keys,
+    OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Raise `ranges` [2, B, Hkv] to the largest magnitudes of guides and of keys from `origin`, NaN for infinity.
 
     Program (block of guides or of keys; batch entry and KV head).
     """
-    place = _place(heads, per_head, keys, BLOCK_N)
+    place = _place(count, heads, per_head, keys, OF_SEGMENT, BLOCK_N)
     rows = _load(
         guides, key, origin, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
         key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, D, BLOCK_D,
@@ -191,17 +222,18 @@ def reach_kernel(
 
 @kernel
 def quantise_kernel(
-    ranges, result, of_picked, picked, guides, key, origin,
+    ranges, result, of_picked, picked, guides, key, origin, count,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
     kv_heads, heads, per_head, keys,
-    PICKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PICKED: tl.constexpr, OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write guides of all heads, then keys from `origin`, in units of range / FLOAT8_REACH: [B, Hkv, rows, D].
 
     The same of the channels `picked` [B, Hkv, PICKED]: `of_picked` [B, Hkv, rows, PICKED], where PICKED is not 0.
     Program (block of guides or of keys; batch entry and KV head).
     """
-    place = _place(heads, per_head, keys, BLOCK_N)
+    place = _place(count, heads, per_head, keys, OF_SEGMENT, BLOCK_N)
     head, row, real = place
     ranges += (head == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)
     unit = FLOAT8_REACH / tl.maximum(tl.load(ranges), 1e-30)

@@ -6,34 +6,43 @@ import torch
 
 from ..rule.channels import picks_channels, project
 from .arguments import Arguments
-from .channels import select_channels
-from .importance import Scoring, score
+from .channels import key_covariance, sample_moments, select_channels
+from .importance import score
 from .lists import Lists
+from .merge import merge
 from .normaliser import normalisers
 from .quantise import Operands, operands_of_channels, ranking_operands
 from .sample import sample
+from .scoring import Scoring
 from .select import select
 
 
-def scoring_of(arguments: Arguments, guides: torch.Tensor) -> Scoring:
-    """Operands, normalisers and corrections for all segments, given guides [B, Hkv, guide heads, guides, D]."""
+def scoring_of(arguments: Arguments, query: torch.Tensor) -> Scoring:
+    """Operands, normalisers and corrections for all segments, given queries or pooled guides [B, Hkv, G or 1, n, D]."""
     key, channels, scale = arguments.key, arguments.config.ranking.channels, arguments.scale
+    picks, padding = picks_channels(channels, key.shape[-1]), arguments.visibility.key_padding
+    moments = sample_moments(query, key, padding) if picks or arguments.config.ranking.merges else None
+    merged = None
+    if moments is not None and arguments.config.ranking.merges:
+        merged = merge(arguments, key_covariance(moments, key, padding, scale))
+    guides, count = (query, None) if merged is None else (merged.rows, merged.count)
     subset: Operands | None = None
     neglected: torch.Tensor | None
-    if picks_channels(channels, key.shape[-1]):
-        picked, neglected = select_channels(guides, key, arguments.visibility.key_padding, channels, scale)
-        all_channels, subset = operands_of_channels(arguments, guides, picked)
+    if moments is not None and picks_channels(channels, key.shape[-1]):
+        picked, neglected = select_channels(moments, key, padding, channels, scale)
+        all_channels, subset = operands_of_channels(arguments, guides, picked, count)
     else:
-        projected = project(guides, key, channels, scale, arguments.valid)
+        projected = project(query, key, channels, scale, arguments.valid, guides)
         neglected = None if projected.neglected is None else projected.neglected.float()
-        all_channels = ranking_operands(arguments, guides, key)
+        all_channels = ranking_operands(arguments, guides, key, count)
         if neglected is not None:
-            subset = ranking_operands(arguments, projected.guides, projected.key)
-    return Scoring(all_channels, subset, normalisers(arguments, all_channels), neglected, arguments.distances)
+            subset = ranking_operands(arguments, projected.guides, projected.key, count)
+    guide_lse = normalisers(arguments, all_channels, merged)
+    return Scoring(all_channels, subset, guide_lse, neglected, arguments.distances, merged)
 
 
 def rank(arguments: Arguments, scoring: Scoring, segments: range) -> Lists:
     """The keys that the segments of a run visit beside their dense spans."""
     importance = score(arguments, scoring, segments)
     choose = sample if arguments.config.has_samples else select
-    return choose(arguments, importance, scoring.guide_lse, segments)
+    return choose(arguments, importance, scoring, segments)

@@ -11,15 +11,16 @@ from .arguments import Arguments
 from .helpers import KEY_BLOCK, draws, place_list, round_up
 from .launch import launch
 from .lists import Lists
+from .scoring import Scoring
 from .variants import kernel
 
 RUN = tl.constexpr(8)
 """Keys that a thread loads at once in half precision, and counts without asking others."""
 
 
-def sample(arguments: Arguments, importance: torch.Tensor, guide_lse: torch.Tensor, segments: range) -> Lists:
+def sample(arguments: Arguments, importance: torch.Tensor, scoring: Scoring, segments: range) -> Lists:
     """The keys whose importance [B, Hkv, lists, segments, capacity] reaches their draw; their weights overwrite it."""
-    lists = Lists.to_fill(arguments, segments, importance, guide_lse)
+    lists = Lists.to_fill(arguments, segments, importance, scoring)
     launch(
         sample_kernel, (len(segments), lists.count.numel() // len(segments)),
         importance, lists.index, lists.count,

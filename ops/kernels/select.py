@@ -13,12 +13,13 @@ from .arguments import Arguments
 from .helpers import FLAGS_PER_WORD, place_list
 from .launch import launch
 from .lists import Lists
+from .scoring import Scoring
 from .variants import kernel
 
 
-def select(arguments: Arguments, flags: torch.Tensor, guide_lse: torch.Tensor, segments: range) -> Lists:
+def select(arguments: Arguments, flags: torch.Tensor, scoring: Scoring, segments: range) -> Lists:
     """The keys whose flags [B, Hkv, lists, segments, capacity / 16] are set."""
-    lists = Lists.to_fill(arguments, segments, flags, guide_lse)
+    lists = Lists.to_fill(arguments, segments, flags, scoring)
     launch(
         select_kernel, (len(segments), lists.count.numel() // len(segments)),
         flags, lists.index, lists.count,

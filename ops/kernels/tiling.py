@@ -12,6 +12,8 @@ MAX_ROWS = 128
 """Rows of queries that a kernel handles at once."""
 SHARED_MEMORY = 96 * 1024
 """Bytes that operands may take while they wait for their turn; every GPU that is supported has as many."""
+CHUNK = 4096
+"""Keys that one program scores."""
 MAX_GUIDE_BYTES = 32 * 1024
 """Bytes of guides that stay with a program while it goes through its keys."""
 
@@ -84,6 +86,12 @@ def importance_tiling(channels: int, itemsize: int, guides: int, half: bool) -> 
     stage = total + tiling.keys * channels * itemsize
     stages = max(1, min(tiling.num_stages, SHARED_MEMORY // stage))
     return ImportanceTiling(tiling._replace(num_stages=stages), rest, False)
+
+
+@functools.cache
+def merged_importance_tiling(channels: int, itemsize: int, half: bool) -> Tiling:
+    """Of `merged_importance_kernel`: a part of the guides of several segments at a time, two parts at most."""
+    return Tiling(MAX_ROWS, 128, 4, 3) if half else ranking_tiling(channels, itemsize)
 
 
 @functools.cache

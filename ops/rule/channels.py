@@ -44,7 +44,12 @@ class Projected(NamedTuple):
 
 
 def project(
-    guides: torch.Tensor, key: torch.Tensor, channels: int | None, scale: float, valid: torch.Tensor | None = None
+    guides: torch.Tensor,
+    key: torch.Tensor,
+    channels: int | None,
+    scale: float,
+    valid: torch.Tensor | None = None,
+    merged: torch.Tensor | None = None,
 ) -> Projected:
     """Guides and keys in `channels` channels, whose products are close to those in all of them.
 
@@ -56,14 +61,16 @@ def project(
         channels: How many; None for all, as more than D are.
         scale: Factor of the logits.
         valid: [..., Lk], False for keys that do not count; None for none of these.
+        merged: What is projected in place of the guides [..., g, n, D]; None for themselves.
     """
     if channels is None or channels >= key.shape[-1]:
-        return Projected(guides, key, None)
+        return Projected(guides if merged is None else merged, key, None)
     counted = masked(key, valid)
     some = _sampled(guides, guides.shape[-3] * guides.shape[-2]).flatten(-3, -2)
     some_keys = _sampled(counted, key.shape[-2])
     of_guides, of_keys, neglected = principal_directions(some, some_keys, channels, counted_keys(valid, key.shape[-2]))
-    return Projected(guides @ of_guides[..., None, :, :], counted @ of_keys, neglected * scale**2)
+    scored = guides if merged is None else merged
+    return Projected(scored @ of_guides[..., None, :, :], counted @ of_keys, neglected * scale**2)
 
 
 def project_kv_head(

@@ -68,9 +68,7 @@ def find_clusters(query: torch.Tensor, real: torch.Tensor, covariance: torch.Ten
     return Clusters(owner, count, *_extent(apart, owner, real))
 
 
-def _distances(
-    query: torch.Tensor, real: torch.Tensor, covariance: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _distances(query: torch.Tensor, real: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Squares of the distances of all pairs [..., n, n], 0 for pairs that are not real; the query closest to the mean.
 
     From their mean on, queries are small, and differences of their products exact enough.

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from s2o_compile.ops import Ranking, S2OConfig
-from s2o_compile.ops.kernels import attend, dense, importance, pipeline, quantise
+from s2o_compile.ops.kernels import attend, dense, pipeline, quantise
 from s2o_compile.ops.kernels.launch import launching
 from s2o_compile.ops.visibility import Visibility
 
@@ -100,7 +100,7 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
     has_float8 = dtype != torch.float32 and capability >= 89
     quantise.ranks_in_float8 = lambda guides, softcap, device: has_float8 and not softcap and guides.shape[-1] >= 32
-    importance.sums_in_half = lambda operands, takes_mean, device: (
+    quantise.sums_in_half = lambda operands, takes_mean, device: (
         capability == 90 and operands.are_quantised and not takes_mean
     )
     has_terms = dtype != torch.float32 and (is_all or not has_float8)

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from s2o_compile.ops import Ranking, S2OConfig
-from s2o_compile.ops.kernels import attend, dense, importance, pipeline, quantise
+from s2o_compile.ops.kernels import attend, dense, pipeline, quantise
 from s2o_compile.ops.kernels.plan import Launch, Layout, plan_of
 from s2o_compile.ops.visibility import Visibility
 
@@ -51,7 +51,7 @@ def main() -> None:
     pipeline.planned = dense.planned = look_up
     attend.shared_memory = dense.shared_memory = lambda device: 227 * 1024
     quantise.ranks_in_float8 = lambda guides, softcap, device: True
-    importance.sums_in_half = lambda operands, takes_mean, device: not takes_mean
+    quantise.sums_in_half = lambda operands, takes_mean, device: not takes_mean
     found: set[str] = set()
     new: list[str] = []
 

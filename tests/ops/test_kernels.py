@@ -11,7 +11,7 @@ import torch
 from hypothesis import Phase, given, settings
 
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig
-from s2o_compile.ops.kernels import importance, pipeline, quantise
+from s2o_compile.ops.kernels import pipeline, quantise, tiling
 from s2o_compile.ops.kernels.plan import plan_of
 from s2o_compile.ops.memory import limited_workspace
 from s2o_compile.ops.reference_variants import reference_attention
@@ -145,7 +145,7 @@ def test_head_dimensions(channels: int, value_channels: int, dtype: torch.dtype)
 
 
 def test_bounded_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importance, "CHUNK", 128)
+    monkeypatch.setattr(tiling, "CHUNK", 128)
     torch.manual_seed(3)
     query, key, value = (torch.randn(1, 2, 200, 16, device=DEVICE) for _ in "qkv")
     config = S2OConfig(threshold=1e-2, last_queries=20, ranking=Ranking(near_keys=0))
@@ -209,7 +209,7 @@ def test_ranking_in_float8_errs_no_more(
     length = 300 if DEVICE == "cuda" else 200
     bias = 30 * (torch.arange(32, device=DEVICE) % 8 == 0)
     query, key, value = (torch.randn(1, n, length, 32, device=DEVICE) * 2 for n in (heads, groups, groups))
-    monkeypatch.setattr(importance, "sums_in_half", lambda operands, *rest: half and operands.are_quantised)
+    monkeypatch.setattr(quantise, "sums_in_half", lambda operands, *rest: half and operands.are_quantised)
     tensors = [x.half() for x in (query, key + bias, value)]
     mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()
     want = dense(*tensors, mask)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.ops.kernels import guides as guides_kernel
-from s2o_compile.ops.kernels.channels import select_channels
+from s2o_compile.ops.kernels.channels import sample_moments, select_channels
 from s2o_compile.ops.kernels.helpers import FLOAT8_REACH
 from s2o_compile.ops.kernels.quantise import Operands, quantise
 from s2o_compile.ops.rule.channels import project
@@ -104,7 +104,7 @@ def test_the_strongest_channels_are_those_of_the_specification(
     key[0, 0, 0, 1] = torch.nan
     padding = torch.rand(sizes[0], keys, device=DEVICE) > 0.3 if pads else None
     want = project(guides, key, wanted, 0.5, None if padding is None else padding[:, None])
-    picked, neglected = select_channels(guides, key, padding, wanted, 0.5)
+    picked, neglected = select_channels(sample_moments(guides, key, padding), key, padding, wanted, 0.5)
     torch.testing.assert_close(neglected.double(), want.neglected, rtol=1e-3, atol=1e-7)
     got = [x.take_along_dim(picked.long()[:, :, None], -1) for x in (guides.flatten(2, 3), key)]
     counts = torch.arange(keys, device=DEVICE) > 0  # The product with zero in `project` spreads the NaN.

@@ -1,0 +1,244 @@
+"""The importance of keys, or whether it reaches the threshold, where guides are merged queries (`merge`)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..rule import channels
+from . import quantise
+from . import tiling as tilings
+from .arguments import Arguments
+from .helpers import (
+    FIRST_KEYS,
+    FLAGS_PER_WORD,
+    KEY_BLOCK,
+    LOG2_E,
+    dot_logits,
+    float32,
+    load_guides,
+    load_padding,
+    load_rows,
+    pack_halves,
+    round_up,
+    scale_and_add,
+    span,
+    unit_scale,
+)
+from .launch import launch
+from .merge import MergedGuides
+from .products import LANES, by_segment, larger, pack_flags, place_rows
+from .quantise import Operands
+from .scoring import Scoring
+from .tiling import merged_importance_tiling
+from .variants import kernel
+
+NEGLECT_LIMIT = tl.constexpr(channels.NEGLECT_LIMIT)
+MIN_ROWS = 32
+"""Guides of a segment that are multiplied at once; some of its last are fewer."""
+
+
+def score_merged(
+    arguments: Arguments,
+    scoring: Scoring,
+    merged: MergedGuides,
+    operands: Operands,
+    segments: range,
+    importance: torch.Tensor,
+) -> None:
+    """Write the importance of the keys of the KV heads that are scored by these operands."""
+    config, guide_lse, distances, neglected = arguments.config, scoring.guide_lse, scoring.distances, scoring.neglected
+    guides, key = operands.guides, operands.key
+    capacity, most = arguments.capacity(segments[-1]), arguments.guides_of_segment
+    half = quantise.sums_in_half(operands, False, arguments.device)
+    tiling = merged_importance_tiling(key.shape[-1], key.element_size(), half)
+    together = tiling.segments(min(most, MIN_ROWS))
+    programs = -(-len(segments) // together) * -(-(capacity + config.ranking.segment * together) // tilings.CHUNK)
+    launch(
+        merged_importance_kernel, (programs, arguments.lists, arguments.batch_kv_heads),
+        guides, operands.ranges, guide_lse, merged.reach, merged.count, key,
+        guide_lse if distances is None else distances, guide_lse if neglected is None else neglected,
+        arguments.masks[0], importance,
+        *guides.stride()[:4], *key.stride()[:3], arguments.mask_strides[0],
+        first_segment=segments.start, segments=len(segments), all_segments=arguments.geometry.segments,
+        capacity=capacity, chunk=tilings.CHUNK, threshold=config.threshold, **arguments.spans,
+        kv_heads=arguments.kv_heads, scale=arguments.shared["scale"], softcap=arguments.shared["softcap"],
+        SEGMENTS=together, PER_SEGMENT=most, HAS_PADDING=arguments.shared["HAS_PADDING"],
+        SOFTCAP=arguments.shared["SOFTCAP"], HALF=half, MEASURES_OUTPUT=distances is not None,
+        SAMPLED=config.has_samples, CHOICE_PER_KV_HEAD=neglected is not None, IS_SUBSET=operands is scoring.subset,
+        PRECISION=arguments.shared["PRECISION"], **operands.arguments, **tiling.arguments,
+    )  # fmt: skip
+
+
+@triton.jit
+def _origins(lse, reach, count, left, row, correction, done, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr):
+    """What is added to the logits of the guides at rows of a part, -inf where there is no guide."""
+    segment, slot = place_rows(row, SEGMENTS, LANES)
+    real = done + slot < tl.load(count + segment, mask=segment < left, other=0)
+    place = segment * PER_SEGMENT + done + slot
+    far = tl.load(reach + place, mask=real, other=0.0)
+    return tl.sqrt(far * far + correction * correction) - tl.load(lse + place, mask=real, other=float("inf"))
+
+
+@triton.jit
+def _load_part(
+    guides, lse, reach, count, left, correction, done, stride_n, PER_SEGMENT: tl.constexpr, ROWS: tl.constexpr,
+    SEGMENTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """ROWS guides of SEGMENTS segments in all, `done` of each being those before: channels, and `_origins`.
+
+    Only `left` of the segments exist. With HALF these are in pairs as `scale_and_add` takes them.
+    """
+    row = tl.arange(0, ROWS)
+    segment, slot = place_rows(row, SEGMENTS, LANES)
+    real = done + slot < tl.load(count + segment, mask=segment < left, other=0)
+    rows = load_guides(guides, segment * 0, segment * PER_SEGMENT + done + slot, real, 0, stride_n, D, BLOCK_D)
+    if HALF:
+        origin = pack_halves(
+            _origins(lse, reach, count, left, row & -2, correction, done, PER_SEGMENT, SEGMENTS),
+            _origins(lse, reach, count, left, row | 1, correction, done, PER_SEGMENT, SEGMENTS),
+        )
+    else:
+        origin = _origins(lse, reach, count, left, row, correction, done, PER_SEGMENT, SEGMENTS)
+    return rows, origin
+
+
+@triton.jit
+def _score_chunk(
+    parts, key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys, key_stride_n, scale, softcap,
+    step, done,
+    PARTS: tl.constexpr, SEGMENTS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr,
+    SOFTCAP: tl.constexpr, HALF: tl.constexpr, MEASURES_OUTPUT: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the importance of a chunk of keys by PARTS of the guides, or raise it, where some were `done` before."""
+    low, high, end = spans
+    for start in range(start_of_chunk, end_of_chunk, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        block = load_rows(key, column, column < keys, key_stride_n, D, BLOCK_D)
+        largest = tl.full([BLOCK_N, SEGMENTS], float("-inf"), tl.float16 if HALF else tl.float32)
+        for part in tl.static_range(PARTS):
+            rows, origin = parts[part]
+            if HALF:
+                logits = scale_and_add(tl.dot(block, tl.trans(rows), out_dtype=tl.float16), scale, origin)
+                largest = larger(largest, tl.reduce(by_segment(logits, SEGMENTS, LANES), 2, larger))
+            else:
+                logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) + origin[None, :]
+                # A maximum over guides does not propagate the NaN of one of them.
+                blind = by_segment((origin != origin).to(tl.int32)[None, :], SEGMENTS, LANES)
+                blind = tl.where(tl.max(blind, 2) > 0, float("inf"), float("-inf"))
+                largest = larger(larger(largest, blind), tl.max(by_segment(logits, SEGMENTS, LANES), 2))
+        score = tl.exp2(largest.to(tl.float32)) * step
+        if MEASURES_OUTPUT:
+            score *= tl.load(distances + column, mask=column < keys, other=1.0)[:, None]
+        score += tl.where(column < FIRST_KEYS, float("inf"), 0.0)[:, None]
+        if HAS_PADDING:
+            score = tl.where(load_padding(padding, column, column < keys, True)[:, None], score, -1.0)
+        if not CAUSAL:
+            score = tl.where((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]), score, -1.0)
+        if SAMPLED:
+            pointers = importance[None, :] + column[:, None]
+            written = column[:, None] < end[None, :]
+            if done > 0:
+                score = larger(score, tl.load(pointers, mask=written, other=0.0).to(tl.float32))
+            tl.store(pointers, score, mask=written)
+        else:
+            first_of_word = start + tl.arange(0, BLOCK_N // FLAGS_PER_WORD) * FLAGS_PER_WORD
+            pointers = importance[None, :] + (first_of_word // FLAGS_PER_WORD)[:, None]
+            written = first_of_word[:, None] < end[None, :]
+            if not CAUSAL:
+                score = tl.where((column < keys)[:, None], score, -1.0)
+            # Not above or equal: a NaN is sure to be visited.
+            flags = pack_flags((score < 1.0) == 0)
+            if done > 0:
+                flags |= tl.load(pointers, mask=written, other=0)
+            tl.store(pointers, flags, mask=written)
+
+
+@kernel
+def merged_importance_kernel(
+    guides, ranges, lse, reach, count, key, distances, neglected, padding, importance,
+    guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
+    padding_stride_b,
+    kv_heads, queries, keys, first_segment, segments, all_segments, ranked_segments, offset, window, near_keys,
+    capacity, chunk, threshold, scale, softcap,
+    SEGMENT: tl.constexpr, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_PADDING: tl.constexpr, SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr,
+    HALF: tl.constexpr, MEASURES_OUTPUT: tl.constexpr, SAMPLED: tl.constexpr, CHOICE_PER_KV_HEAD: tl.constexpr,
+    IS_SUBSET: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write importance as `importance_kernel` does, by as many guides as each of SEGMENTS segments has.
+
+    These are multiplied in parts of BLOCK_M, of all segments, two parts for each time that the keys of the program are
+    loaded; the largest score so far is then in memory.
+
+    Program (`chunk` keys for SEGMENTS consecutive segments, last first; list of the KV head; batch entry and KV head).
+    """
+    correction = 0.0
+    if CHOICE_PER_KV_HEAD:
+        variance = tl.load(neglected + tl.program_id(2))
+        is_above = (variance > NEGLECT_LIMIT).to(tl.int32)
+        if is_above == (1 if IS_SUBSET else 0):
+            return
+        if IS_SUBSET:
+            correction = variance * LOG2_E
+    softcap = float32(softcap)
+    scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
+    step = 1 / float32(threshold)
+    batch = (tl.program_id(2) // kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(2) % kv_heads).to(tl.int64)
+    lists = tl.num_programs(1)
+    of_part: tl.constexpr = BLOCK_M // SEGMENTS
+    key += batch * key_stride_b + kv_head * key_stride_h
+    distances += tl.program_id(2).to(tl.int64) * keys
+    padding += batch * padding_stride_b
+
+    quads = (segments + SEGMENTS - 1) // SEGMENTS
+    first = first_segment + (quads - 1 - tl.program_id(0) % quads) * SEGMENTS
+    part = first + tl.arange(0, SEGMENTS)
+    is_ranked = part < tl.minimum(ranked_segments, first_segment + segments)
+    begin, low, high = span(part, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
+    # Whole blocks, which lists have room for, so that importance is stored in vectors.
+    end = tl.where(is_ranked, low if CAUSAL else round_up(keys, KEY_BLOCK), begin)
+    of_list = tl.program_id(2) * lists + tl.program_id(1)
+    importance += ((of_list * segments + part - first_segment).to(tl.int64) * capacity) // (
+        1 if SAMPLED else FLAGS_PER_WORD
+    )
+    start_of_chunk = tl.program_id(0) // quads * chunk
+    end_of_chunk = tl.minimum(start_of_chunk + chunk, tl.max(end, 0))
+    if start_of_chunk >= end_of_chunk:
+        return
+    guides += batch * guides_stride_b + kv_head * guides_stride_kv + tl.program_id(1).to(tl.int64) * guides_stride_h
+    guides += first.to(tl.int64) * PER_SEGMENT * guides_stride_n
+    of_list = of_list.to(tl.int64) * all_segments + first
+    count += of_list
+    lse += of_list * PER_SEGMENT
+    reach += of_list * PER_SEGMENT
+    left = all_segments - first
+    most = tl.max(tl.load(count + tl.arange(0, SEGMENTS), mask=is_ranked, other=0), 0)
+    if HALF:
+        scale = pack_halves(scale, scale)
+    spans = (low, high, end)
+    for done in range(0, most, 2 * of_part):
+        one = _load_part(
+            guides, lse, reach, count, left, correction, done, guides_stride_n, PER_SEGMENT, BLOCK_M, SEGMENTS, D,
+            BLOCK_D, HALF,
+        )  # fmt: skip
+        if most - done > of_part:
+            two = _load_part(
+                guides, lse, reach, count, left, correction, done + of_part, guides_stride_n, PER_SEGMENT, BLOCK_M,
+                SEGMENTS, D, BLOCK_D, HALF,
+            )  # fmt: skip
+            _score_chunk(
+                (one, two), key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys,
+                key_stride_n, scale, softcap, step, done, 2, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF,
+                MEASURES_OUTPUT, SAMPLED, D, BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
+        else:
+            _score_chunk(
+                (one,), key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys,
+                key_stride_n, scale, softcap, step, done, 1, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF,
+                MEASURES_OUTPUT, SAMPLED, D, BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
