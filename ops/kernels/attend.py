@@ -183,8 +183,8 @@ def attend_kernel(
     CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, SAMPLED: tl.constexpr, BOUNDED: tl.constexpr, FIXED: tl.constexpr,
     POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, MOST_GUIDES: tl.constexpr, KEY_STRIDE: tl.constexpr,
-    VALUE_STRIDE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend one tile, TILE positions of HEADS query heads that share one of the `Lists`.
 
