@@ -18,8 +18,11 @@ from .launch import launch
 from .variants import kernel
 
 MERGED = merging.MERGED
+LARGEST = tl.constexpr(60000.0)
+"""Of squared distances: what float16 has room for."""
+_ROWS = 128
 _COLUMNS = 64
-"""Channels of a block."""
+"""Queries and channels of a block."""
 
 
 class MergedGuides(NamedTuple):
@@ -43,35 +46,50 @@ class MergedGuides(NamedTuple):
 def merge(arguments: Arguments, covariance: torch.Tensor) -> MergedGuides:
     """The queries merged, given the `covariance` of keys [B, Hkv, BLOCK_D, BLOCK_D], float32, times scale squared."""
     query, ranking, size = arguments.query, arguments.config.ranking, arguments.query.shape[-1]
-    heads, segments = arguments.group_size // arguments.lists, arguments.geometry.segments
-    most, run = heads * ranking.segment, min(MERGED, ranking.segment)
-    lists = query.shape[0], arguments.kv_heads, arguments.lists
-    found = MergedGuides(
-        query.new_empty(*lists, segments * most, size),
-        query.new_empty(*lists, segments, dtype=torch.int32),
-        query.new_empty(*lists, segments * most, dtype=torch.float32),
-        query.new_empty(*lists, segments * most, dtype=torch.int32),
-        query.new_empty(*lists[:2], arguments.group_size, query.shape[2], dtype=torch.int32),
-    )
-    runs = min(triton.next_power_of_2(most // run), max(1, (128 if padded(size) <= 128 else 64) // run))
-    is_exact = query.dtype == torch.float32
+    batch, heads, queries, _ = query.shape
+    run, segments = min(MERGED, ranking.segment), arguments.geometry.segments
+    runs = segments * (ranking.segment // run)
+    is_exact, width = query.dtype == torch.float32, padded(size)
+    apart = query.new_empty(batch, heads, runs, run, run, dtype=torch.float32 if is_exact else torch.float16)
+    central = query.new_empty(batch, heads, runs, dtype=torch.int32)
+    together = (_ROWS if width <= _ROWS else _ROWS // 2) // run
     launch(
-        merge_kernel, (segments, arguments.lists, arguments.batch_kv_heads),
-        query, covariance, *found, *query.stride()[:3],
-        kv_heads=arguments.kv_heads, queries=query.shape[2], radius=ranking.radius,
-        HEADS=heads, SEGMENT=ranking.segment, RUN=run, RUNS=runs, PRECISION="ieee" if is_exact else "tf32",
-        D=size, BLOCK_D=padded(size), BLOCK_C=min(padded(size), _COLUMNS), num_warps=8 if runs * run > 64 else 4,
-        num_stages=1,
+        distance_kernel, (-(-runs // together), heads, batch),
+        query, covariance, apart, central, *query.stride()[:3], heads // arguments.kv_heads, queries, runs,
+        RUN=run, RUNS=together, BFLOAT16=query.dtype == torch.bfloat16, PRECISION="ieee" if is_exact else "tf32",
+        D=size, BLOCK_D=width, BLOCK_C=min(width, _COLUMNS), num_warps=8, num_stages=1,
+    )  # fmt: skip
+    of_run = query.new_empty(batch, heads, queries, dtype=torch.int32)
+    clusters = query.new_empty(batch, heads, runs, dtype=torch.int32)
+    reach = query.new_empty(batch, heads, runs, run, dtype=torch.float32)
+    launch(
+        cluster_kernel, (runs, heads, batch), apart, central, of_run, clusters, reach, queries, ranking.radius,
+        RUN=run, num_warps=1, num_stages=1,
+    )  # fmt: skip
+    lists, most = arguments.lists, arguments.guides_of_segment
+    shape = batch, arguments.kv_heads, lists
+    found = MergedGuides(
+        query.new_empty(*shape, segments * most, size),
+        query.new_empty(*shape, segments, dtype=torch.int32),
+        query.new_empty(*shape, segments * most, dtype=torch.float32),
+        query.new_empty(*shape, segments * most, dtype=torch.int32),
+        query.new_empty(batch, arguments.kv_heads, heads // arguments.kv_heads, queries, dtype=torch.int32),
+    )
+    launch(
+        mean_kernel, (runs, heads, batch),
+        query, of_run, clusters, reach, *found, *query.stride()[:3], queries, segments,
+        HEADS=heads // (arguments.kv_heads * lists), SEGMENT=ranking.segment, RUN=run,
+        PARTS=triton.next_power_of_2(most // run), D=size, BLOCK_D=width, num_warps=2, num_stages=1,
     )  # fmt: skip
     return found
 
 
 @triton.jit
-def _centred(query, head, position, real, stride_h, stride_n, first, D, RUNS: tl.constexpr, BLOCK_C: tl.constexpr):
+def _centred(query, position, real, stride_n, first, D: tl.constexpr, RUNS: tl.constexpr, BLOCK_C: tl.constexpr):
     """The channels from `first` on of queries [RUNS * n, BLOCK_C], less their means over each run, float32."""
     channel = first + tl.arange(0, BLOCK_C)
-    pointers = query + head.to(tl.int64)[:, None] * stride_h + position.to(tl.int64)[:, None] * stride_n
-    rows = tl.load(pointers + channel[None, :], mask=real[:, None] & (channel < D)[None, :], other=0.0).to(tl.float32)
+    pointers = query + position.to(tl.int64)[:, None] * stride_n + channel[None, :]
+    rows = tl.load(pointers, mask=real[:, None] & (channel < D)[None, :], other=0.0).to(tl.float32)
     run: tl.constexpr = rows.shape[0] // RUNS
     number = tl.maximum(tl.sum(tl.reshape(real.to(tl.float32), [RUNS, run]), 1), 1.0)
     mean = tl.sum(tl.reshape(rows, [RUNS, run, BLOCK_C]), 1) / number[:, None]
@@ -79,121 +97,127 @@ def _centred(query, head, position, real, stride_h, stride_n, first, D, RUNS: tl
     return tl.where(real[:, None], rows - mean, 0.0)
 
 
-@triton.jit
-def _squares(
-    query, covariance, head, position, real, stride_h, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_C: tl.constexpr, RUNS: tl.constexpr, PRECISION: tl.constexpr,
+@kernel
+def distance_kernel(
+    query, covariance, apart, central, stride_b, stride_h, stride_n, group_size, queries, runs,
+    RUN: tl.constexpr, RUNS: tl.constexpr, BFLOAT16: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The squared distances of the queries of each run [RUNS, n, n], 0 where one is not real or the distance NaN.
+    """Write the squared distances of the queries of each run, `apart` [B, Hq, runs, RUN, RUN], and its first centre.
 
-    And those from the mean of each run [RUNS, n].
+    A distance is 0 where a query is past the end or it is NaN. The first centre, `central` [B, Hq, runs], is the query
+    closest to the mean. Program (RUNS runs; query head; batch entry).
     """
-    rows: tl.constexpr = real.shape[0]
-    run: tl.constexpr = rows // RUNS
+    batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first_run = tl.program_id(0) * RUNS
+    rows: tl.constexpr = RUNS * RUN
+    position = first_run * RUN + tl.arange(0, rows)
+    real = position < queries
+    query += batch * stride_b + head * stride_h
+    covariance += (batch * (tl.num_programs(1) // group_size) + head // group_size) * BLOCK_D * BLOCK_D
     channel, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
-    whole = _centred(query, head, position, real, stride_h, stride_n, 0, D, RUNS, BLOCK_D)
+    dtype: tl.constexpr = tl.bfloat16 if BFLOAT16 else tl.float32
+    whole = _centred(query, position, real, stride_n, 0, D, RUNS, BLOCK_D).to(dtype)
     gram = tl.zeros([rows, rows], tl.float32)
     for first in tl.static_range(0, BLOCK_D, BLOCK_C):
-        block = tl.load(covariance + channel[:, None] * BLOCK_D + (first + lane)[None, :])
-        part = _centred(query, head, position, real, stride_h, stride_n, first, D, RUNS, BLOCK_C)
-        product = tl.dot(whole, block, input_precision=PRECISION)
+        block = tl.load(covariance + channel[:, None] * BLOCK_D + (first + lane)[None, :]).to(dtype)
+        part = _centred(query, position, real, stride_n, first, D, RUNS, BLOCK_C).to(dtype)
+        product = tl.dot(whole, block, input_precision=PRECISION).to(dtype)
         gram = tl.dot(product, tl.trans(part), gram, input_precision=PRECISION)
-    number = tl.arange(0, RUNS)
+    number, place = tl.arange(0, RUNS), tl.arange(0, RUN)
     is_own = number[:, None, None, None] == number[None, None, :, None]
-    gram = tl.sum(tl.where(is_own, tl.reshape(gram, [RUNS, run, RUNS, run]), 0.0), 2)
-    place = tl.arange(0, run)
-    square = tl.sum(tl.where(place[None, :, None] == place[None, None, :], gram, 0.0), 2)
-    across = tl.sum(tl.where(place[None, :, None] == place[None, None, :], gram, 0.0), 1)
-    apart = square[:, :, None] + across[:, None, :] - 2 * gram
-    counts = tl.reshape(real, [RUNS, run])
-    apart = tl.where(counts[:, :, None] & counts[:, None, :] & (apart > 0), apart, 0.0)
-    central = tl.where(counts, tl.where(square > 0, square, 0.0), float("inf"))
-    return apart, central
-
-
-@triton.jit
-def _farthest_first(apart, central, real, radius):
-    """The cluster of each query [RUNS, n], and how many there are in each run [RUNS]."""
-    run: tl.constexpr = apart.shape[2]
-    place = tl.arange(0, run)
-    nearest = tl.where(real, float("inf"), 0.0)
-    owner = tl.zeros(real.shape, tl.int32)
-    count = tl.zeros([apart.shape[0]], tl.int32)
-    farthest = tl.argmin(central, 1)
-    number, left = 0, tl.max(tl.max(nearest, 1), 0)
-    while (left > radius * radius) & (number < run):
-        goes_on = tl.max(nearest, 1) > radius * radius
-        chosen = place[None, :] == farthest[:, None]
-        distance = tl.sum(tl.where(chosen[:, :, None], apart, 0.0), 1)
-        closer = goes_on[:, None] & (distance < nearest)
-        owner = tl.where(closer, number, owner)
-        nearest = tl.where(closer, distance, nearest)
-        count += goes_on.to(tl.int32)
-        farthest = tl.argmax(nearest, 1)
-        number += 1
-        left = tl.max(tl.max(nearest, 1), 0)
-    return owner, count
+    gram = tl.sum(tl.where(is_own, tl.reshape(gram, [RUNS, RUN, RUNS, RUN]), 0.0), 2)
+    is_same = place[None, :, None] == place[None, None, :]
+    square, across = tl.sum(tl.where(is_same, gram, 0.0), 2), tl.sum(tl.where(is_same, gram, 0.0), 1)
+    distance = tl.minimum(square[:, :, None] + across[:, None, :] - 2 * gram, LARGEST)
+    counts = tl.reshape(real, [RUNS, RUN])
+    distance = tl.where(counts[:, :, None] & counts[:, None, :] & (distance > 0), distance, 0.0)
+    of_head = (batch * tl.num_programs(1) + head) * runs
+    run = first_run + number
+    place_of_run = (of_head + run)[:, None, None] * RUN + place[None, :, None]
+    tl.store(apart + place_of_run * RUN + place[None, None, :], distance, mask=(run < runs)[:, None, None])
+    from_mean = tl.where(counts, tl.where(square > 0, square, 0.0), float("inf"))
+    tl.store(central + of_head + run, tl.argmin(from_mean, 1), mask=run < runs)
 
 
 @kernel
-def merge_kernel(
-    query, covariance, rows, count, reach, first, owner, stride_b, stride_h, stride_n, kv_heads, queries, radius,
-    HEADS: tl.constexpr, SEGMENT: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Write the `MergedGuides` of a list of HEADS heads and a segment; RUNS runs of RUN positions of a head at a time.
+def cluster_kernel(apart, central, owner, clusters, reach, queries, radius, RUN: tl.constexpr):
+    """Write the cluster of each query, `owner` [B, Hq, Lq]; how many a run has [B, Hq, runs]; how far each reaches.
 
-    Program (segment; list; batch entry and KV head).
+    The last, `reach` [B, Hq, runs, RUN], is in units of log 2. Program (run; query head; batch entry): a single warp,
+    whose steps wait for no other.
     """
-    radius = float32(radius)
-    batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), tl.program_id(2) % kv_heads
-    lists = tl.num_programs(1)
-    query += batch * stride_b
-    covariance += tl.program_id(2).to(tl.int64) * BLOCK_D * BLOCK_D
-    place = (tl.program_id(2) * lists + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    base = place.to(tl.int64) * (HEADS * SEGMENT)
+    of_head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    run = of_head * tl.num_programs(0) + tl.program_id(0)
+    apart += run * (RUN * RUN)
+    limit = float32(radius) * float32(radius)
+    place = tl.arange(0, RUN)
+    position = tl.program_id(0) * RUN + place
+    real = position < queries
+    nearest = tl.where(real, float("inf"), 0.0)
+    cluster = tl.zeros([RUN], tl.int32)
+    farthest, number, left = tl.load(central + run), 0, tl.max(nearest, 0)
+    while (left > limit) & (number < RUN):
+        distance = tl.load(apart + farthest * RUN + place).to(tl.float32)
+        closer = distance < nearest
+        cluster = tl.where(closer, number, cluster)
+        nearest = tl.where(closer, distance, nearest)
+        farthest, number, left = tl.argmax(nearest, 0), number + 1, tl.max(nearest, 0)
+
+    # The squared distance of a query from the mean of its cluster: that from its members, less half of what these have.
+    distance = tl.load(apart + place[:, None] * RUN + place[None, :]).to(tl.float32)
+    together = (cluster[:, None] == cluster[None, :]) & real[:, None] & real[None, :]
+    size = tl.maximum(tl.sum(together.to(tl.float32), 1), 1.0)
+    from_members = tl.sum(tl.where(together, distance, 0.0), 1) / size
+    of_members = tl.sum(tl.where(together, from_members[:, None], 0.0), 0)
+    of_members /= tl.maximum(tl.sum(together.to(tl.float32), 0), 1.0)
+    from_mean = tl.sqrt(tl.maximum(from_members - of_members / 2, 0.0))
+    is_member = (cluster[None, :] == place[:, None]) & real[None, :]
+    tl.store(reach + run * RUN + place, tl.max(tl.where(is_member, from_mean[None, :], 0.0), 1) * LOG2_E)
+    tl.store(owner + of_head * queries + position, cluster, mask=real)
+    tl.store(clusters + run, number)
+
+
+@kernel
+def mean_kernel(
+    query, of_run, clusters, reach_of_run, rows, count, reach, first, owner, stride_b, stride_h, stride_n, queries,
+    segments,
+    HEADS: tl.constexpr, SEGMENT: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write the guides of a run, the means of its clusters, behind those of other runs of its segment and list.
+
+    HEADS heads share a list; PARTS are at least their runs of a segment. Program (run; query head; batch entry).
+    """
     runs_of_head: tl.constexpr = SEGMENT // RUN
-    row, number, inner = tl.arange(0, RUNS * RUN), tl.arange(0, RUNS), tl.arange(0, RUN)
-    channel = tl.arange(0, BLOCK_D)
-    done = 0
-    for start in range(0, HEADS * runs_of_head, RUNS):
-        head = (start + row // RUN) // runs_of_head
-        position = tl.program_id(0) * SEGMENT + (start + row // RUN) % runs_of_head * RUN + row % RUN
-        real = (head < HEADS) & (position < queries)
-        query_head = (kv_head * lists + tl.program_id(1)) * HEADS + head
-        apart, central = _squares(
-            query, covariance, query_head, position, real, stride_h, stride_n, D, BLOCK_D, BLOCK_C, RUNS, PRECISION
-        )
-        counts = tl.reshape(real, [RUNS, RUN])
-        of_run, guides = _farthest_first(apart, central, counts, radius)
+    heads = tl.num_programs(1)
+    run, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    segment, part = run // runs_of_head, (head % HEADS) * runs_of_head + run % runs_of_head
+    other = tl.arange(0, PARTS)
+    of_other = (batch * heads + head // HEADS * HEADS + other // runs_of_head) * tl.num_programs(0)
+    of_other += segment * runs_of_head + other % runs_of_head
+    counts = tl.load(clusters + of_other, mask=other < HEADS * runs_of_head, other=0)
+    before = tl.sum(tl.where(other < part, counts, 0), 0)
+    here = tl.sum(tl.where(other == part, counts, 0), 0)
+    of_list = (batch * (heads // HEADS) + head // HEADS) * segments + segment
+    tl.store(count + of_list, before + here, mask=part == HEADS * runs_of_head - 1)
 
-        # The distance of each query from the mean of its cluster: that from its members, less half of what these have.
-        together = (of_run[:, :, None] == of_run[:, None, :]) & counts[:, :, None] & counts[:, None, :]
-        size = tl.maximum(tl.sum(together.to(tl.float32), 2), 1.0)
-        from_members = tl.sum(tl.where(together, apart, 0.0), 2) / size
-        of_members = tl.sum(tl.where(together, from_members[:, :, None], 0.0), 1)
-        of_members /= tl.maximum(tl.sum(together.to(tl.float32), 1), 1.0)
-        distance = tl.sqrt(tl.maximum(from_members - of_members / 2, 0.0))
-        is_member = (of_run[:, None, :] == inner[None, :, None]) & counts[:, None, :]
-        furthest = tl.max(tl.where(is_member, distance[:, None, :], 0.0), 2)
-        earliest = tl.min(tl.where(is_member, inner[None, None, :], RUN), 2)
-
-        before = done + tl.cumsum(guides, 0) - guides
-        target = tl.reshape(base + before[:, None] + inner[None, :], [RUNS * RUN])
-        is_guide = tl.reshape(inner[None, :] < guides[:, None], [RUNS * RUN])
-        of_place = tl.program_id(0) * SEGMENT + (start + number) % runs_of_head * RUN
-        tl.store(reach + target, tl.reshape(furthest, [RUNS * RUN]) * LOG2_E, mask=is_guide)
-        tl.store(first + target, tl.reshape(of_place[:, None] + earliest, [RUNS * RUN]), mask=is_guide)
-        within = tl.reshape(before[:, None] + of_run, [RUNS * RUN])
-        tl.store(owner + (batch * kv_heads * lists * HEADS + query_head) * queries + position, within, mask=real)
-
-        pointers = query + query_head.to(tl.int64)[:, None] * stride_h + position.to(tl.int64)[:, None] * stride_n
-        x = tl.load(pointers + channel[None, :], mask=real[:, None] & (channel < D)[None, :], other=0.0)
-        cluster = tl.reshape(number[:, None] * RUN + of_run, [RUNS * RUN])
-        members = (cluster[None, :] == row[:, None]) & real[None, :]
-        mean = tl.dot(members.to(x.dtype), x, input_precision="ieee")
-        mean /= tl.maximum(tl.sum(members.to(tl.float32), 1), 1.0)[:, None]
-        pointers = rows + target[:, None] * D + channel[None, :]
-        tl.store(pointers, mean.to(x.dtype), mask=is_guide[:, None] & (channel < D)[None, :])
-        done += tl.sum(guides, 0)
-    tl.store(count + place, done)
+    place, channel = tl.arange(0, RUN), tl.arange(0, BLOCK_D)
+    position = run * RUN + place
+    real = position < queries
+    of_head = batch * heads + head
+    cluster = tl.load(of_run + of_head * queries + position, mask=real, other=RUN)
+    tl.store(owner + of_head * queries + position, before + cluster, mask=real)
+    is_member = cluster[None, :] == place[:, None]
+    is_guide, target = place < here, of_list * (HEADS * SEGMENT) + before + place
+    far = tl.load(reach_of_run + (of_head * tl.num_programs(0) + run) * RUN + place)
+    tl.store(reach + target, far, mask=is_guide)
+    earliest = tl.min(tl.where(is_member, place[None, :], RUN), 1)
+    tl.store(first + target, run * RUN + earliest, mask=is_guide)
+    pointers = query + batch * stride_b + head.to(tl.int64) * stride_h
+    pointers += position.to(tl.int64)[:, None] * stride_n + channel[None, :]
+    x = tl.load(pointers, mask=real[:, None] & (channel < D)[None, :], other=0.0)
+    mean = tl.dot(is_member.to(x.dtype), x, input_precision="ieee")
+    mean /= tl.maximum(tl.sum(is_member.to(tl.float32), 1), 1.0)[:, None]
+    pointers = rows + target[:, None] * D + channel[None, :]
+    tl.store(pointers, mean.to(x.dtype), mask=is_guide[:, None] & (channel < D)[None, :])
