@@ -6,6 +6,7 @@ import math
 
 import triton
 import triton.language as tl
+from triton import next_power_of_2
 
 from ..result import AttentionResult
 from ..rule.sampling import MAX_WEIGHT_FACTOR
@@ -26,7 +27,7 @@ from .helpers import (
 )
 from .launch import launch
 from .lists import Lists
-from .tiling import MAX_ROWS, attend_tiling, shared_memory
+from .tiling import attend_tiling, shared_memory
 from .variants import kernel
 
 MAX_MASS = tl.constexpr(2.0**64)
@@ -42,14 +43,13 @@ def attend(arguments: Arguments, lists: Lists, segments: range, result: Attentio
     query, key, value, config, geometry = (
         arguments.query, arguments.key, arguments.value, arguments.config, arguments.geometry
     )  # fmt: skip
-    heads_per_list = arguments.group_size // arguments.lists
-    heads = max(1, min(heads_per_list, MAX_ROWS // config.ranking.tile))
-    parts = arguments.lists * -(-heads_per_list // heads)
+    heads_per_list, tile = arguments.group_size // arguments.lists, config.ranking.tile
     # Every row has a maximum after the keys that need a mask.
     is_fixed = not arguments.visibility.rows_differ
     widest, shared = max(key.shape[-1], value.shape[-1]), shared_memory(arguments.device)
-    tiling = attend_tiling(widest, key.element_size(), heads * config.ranking.tile, is_fixed, shared)
-    per_segment = config.ranking.segment // config.ranking.tile
+    heads, rest, tiling = attend_tiling(widest, key.element_size(), heads_per_list, tile, is_fixed, shared)
+    parts = arguments.lists * -(-heads_per_list // (heads + rest))
+    per_segment = config.ranking.segment // tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     launch(
         attend_kernel, (tiles, parts, arguments.batch_kv_heads),
@@ -64,7 +64,8 @@ def attend(arguments: Arguments, lists: Lists, segments: range, result: Attentio
         log2_max_weight=math.log2(MAX_WEIGHT_FACTOR * max(config.threshold, 1e-30)),
         MOST_GUIDES=arguments.guides_of_segment if config.ranking.merges else 0,
         FIXED=is_fixed, BOUNDED=config.bounds_weights(key.shape[-1]), SAMPLED=config.has_samples,
-        TILE=config.ranking.tile, GROUP_SIZE=arguments.group_size, LISTS_PER_KV_HEAD=arguments.lists, HEADS=heads,
+        TILE=tile, GROUP_SIZE=arguments.group_size, LISTS_PER_KV_HEAD=arguments.lists, HEADS=heads, REST=rest,
+        BLOCK_REST=next_power_of_2(rest * tile),
         **tiling.arguments,
     )  # fmt: skip
 
@@ -87,6 +88,17 @@ def add_keys(
         inside = tl.max(seen.to(tl.int32), 0) > 0
     keys = load_rows(key, index, inside, KEY_STRIDE, D, BLOCK_D)
     values = load_rows(value, index, inside, VALUE_STRIDE, DV, BLOCK_DV)
+    return add_loaded(
+        maximum, mass, total, rows, keys, values, seen, bias, limit, unit, softcap, FIXED, SOFTCAP, PRECISION
+    )
+
+
+@triton.jit
+def add_loaded(
+    maximum, mass, total, rows, keys, values, seen, bias, limit, unit, softcap,
+    FIXED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`add_keys`, of keys [N, D] and values [N, Dv] that are loaded."""
     logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION)
     if SOFTCAP:
         logits = cap(logits, softcap)
@@ -167,6 +179,60 @@ def _places(
     return (first_head_of_kv_head + head).to(tl.int64), position, real
 
 
+@triton.jit
+def _load_queries(query, places, stride_h, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The queries at some places [M, BLOCK_D]."""
+    head, position, real = places
+    channels = tl.arange(0, BLOCK_D)
+    pointers = query + head[:, None] * stride_h + position.to(tl.int64)[:, None] * stride_n + channels[None, :]
+    return tl.load(pointers, mask=real[:, None] & (channels < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _limits(
+    guide_lse, owner, places, of_list, segment, first_head, queries, guides_per_head, log2_max_weight, unit,
+    POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, MOST_GUIDES: tl.constexpr,
+):  # fmt: skip
+    """What a weight may raise the logits of rows to [M], in steps of `unit`.
+
+    `guide_lse` and `owner` are those of a KV head, whose first head is `first_head`; `of_list` is its list.
+    """
+    head, position, real = places
+    member = head - first_head
+    if MOST_GUIDES > 0:
+        slot = tl.load(owner + member * queries + position, mask=real, other=0)
+        guide = of_list * guides_per_head + segment * MOST_GUIDES + slot
+    else:
+        guide = (member if GUIDE_HEADS > 1 else member * 0) * guides_per_head + position // POOL
+    limit = tl.load(guide_lse + guide, mask=real, other=0.0) + log2_max_weight
+    return tl.where(limit == limit, limit / unit, float("inf"))
+
+
+@triton.jit
+def _write(
+    output, lse, visited, places, maximum, mass, total, seen_keys, tile, tiles, queries, unit,
+    stride_h, stride_n, TILE: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Write output, log-sum-exp and visited pairs of the rows of a tile; `lse` and `visited` of the batch entry."""
+    head, position, real = places
+    total = total / tl.where(mass == 0, 1.0, mass)[:, None]
+    wide = tl.arange(0, total.shape[1])
+    pointers = output + head[:, None] * stride_h + position.to(tl.int64)[:, None] * stride_n + wide[None, :]
+    tl.store(pointers, total.to(output.dtype.element_ty), mask=real[:, None] & (wide < DV)[None, :])
+    tl.store(lse + head * queries + position, (maximum * unit + tl.log2(mass)) * LN_2, mask=real)
+    pairs = (seen_keys * tl.minimum(queries - tile * TILE, TILE)).to(tl.int64)
+    pairs += tl.zeros([total.shape[0]], tl.int64)
+    tl.store(visited + head * tiles + tile, pairs, mask=real & (position % TILE == 0))
+
+
+@triton.jit
+def _outgrew(maximum, mass, dtype: tl.constexpr):
+    """Whether the weights of a row are more than a fixed maximum leaves room for."""
+    max_mass: tl.constexpr = MAX_MASS_FLOAT16 if dtype == tl.float16 else MAX_MASS
+    lost = (mass > max_mass) | ((maximum == float("-inf")) & (mass > 0))
+    return tl.max(lost.to(tl.int32), 0) > 0
+
+
 @kernel
 def attend_kernel(
     query, key, value, padding, query_documents, key_documents, mask,
@@ -179,14 +245,16 @@ def attend_kernel(
     kv_heads, queries, keys, first_segment, segments, ranked_segments, tiles, offset, window, near_keys,
     capacity, log2_max_weight, guides_per_head, scale, softcap,
     SEGMENT: tl.constexpr, TILE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr, HEADS: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr, HEADS: tl.constexpr, REST: tl.constexpr,
+    BLOCK_REST: tl.constexpr, CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, SAMPLED: tl.constexpr, BOUNDED: tl.constexpr, FIXED: tl.constexpr,
     POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, MOST_GUIDES: tl.constexpr, KEY_STRIDE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend one tile, TILE positions of HEADS query heads that share one of the `Lists`.
+    """Attend one tile, TILE positions of HEADS query heads that share one of the `Lists`, and those of REST more heads.
+
+    The latter, with FIXED only, are rows of their own, as blocks of rows are powers of two; keys are gathered once.
 
     Some keys come first: those that need a mask, at the end of the dense span and of the list. FIXED is for calls in
     which every row sees all other keys. The maximum that each row has by then stays fixed for the rest: any origin of
@@ -201,21 +269,21 @@ def attend_kernel(
     unit = tl.maximum(scale, 1e-30)
     softcap = float32(softcap) / unit
     tiles_per_segment: tl.constexpr = SEGMENT // TILE
-    parts_per_list: tl.constexpr = (GROUP_SIZE // LISTS_PER_KV_HEAD + HEADS - 1) // HEADS
+    heads_of_list: tl.constexpr = GROUP_SIZE // LISTS_PER_KV_HEAD
+    parts_per_list: tl.constexpr = (heads_of_list + HEADS + REST - 1) // (HEADS + REST)
     tile = first_segment * tiles_per_segment + tl.num_programs(0) - 1 - tl.program_id(0)
     segment = tile // tiles_per_segment
     batch = (tl.program_id(2) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(2) % kv_heads).to(tl.int64)
     which = tl.program_id(1) // parts_per_list
     place = (tl.program_id(2) * LISTS_PER_KV_HEAD + which) * segments + segment - first_segment
-    end_head = (which + 1) * (GROUP_SIZE // LISTS_PER_KV_HEAD)
+    end_head = (which + 1) * heads_of_list
 
-    first_head = which * (GROUP_SIZE // LISTS_PER_KV_HEAD) + tl.program_id(1) % parts_per_list * HEADS
-    head, position, real = _places(tile, first_head, end_head, kv_head * GROUP_SIZE, queries, HEADS, TILE, BLOCK_M)
-    channels = tl.arange(0, BLOCK_D)
-    pointers = query + batch * query_stride_b + head[:, None] * query_stride_h
-    pointers += position.to(tl.int64)[:, None] * query_stride_n + channels[None, :]
-    rows = tl.load(pointers, mask=real[:, None] & (channels < D)[None, :], other=0.0)
+    first_head = which * heads_of_list + tl.program_id(1) % parts_per_list * (HEADS + REST)
+    of_kv_head = kv_head * GROUP_SIZE
+    places = _places(tile, first_head, end_head, of_kv_head, queries, HEADS, TILE, BLOCK_M)
+    query += batch * query_stride_b
+    rows = _load_queries(query, places, query_stride_h, query_stride_n, D, BLOCK_D)
     key += batch * key_stride_b + kv_head * key_stride_h
     value += batch * value_stride_b + kv_head * value_stride_h
     padding += batch * padding_stride_b
@@ -226,15 +294,12 @@ def attend_kernel(
 
     limit = None
     if BOUNDED:
-        guide_head = (batch * kv_heads + kv_head) * GUIDE_HEADS
-        if MOST_GUIDES > 0:
-            slot = tl.load(owner + (batch * kv_heads * GROUP_SIZE + head) * queries + position, mask=real, other=0)
-            guide = guide_lse + (guide_head + which) * guides_per_head + segment * MOST_GUIDES + slot
-        else:
-            guide_head += head - kv_head * GROUP_SIZE if GUIDE_HEADS > 1 else 0
-            guide = guide_lse + guide_head * guides_per_head + position // POOL
-        limit = tl.load(guide, mask=real, other=0.0) + log2_max_weight
-        limit = tl.where(limit == limit, limit / unit, float("inf"))
+        guide_lse += (batch * kv_heads + kv_head) * GUIDE_HEADS * guides_per_head
+        owner += (batch * kv_heads + kv_head) * GROUP_SIZE * queries
+        limit = _limits(
+            guide_lse, owner, places, which, segment, of_kv_head, queries, guides_per_head, log2_max_weight, unit,
+            POOL, GUIDE_HEADS, MOST_GUIDES,
+        )  # fmt: skip
     lane = tl.arange(0, BLOCK_N)
     rows_differ: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
@@ -252,15 +317,29 @@ def attend_kernel(
         seen_by_all = tl.minimum(end - 1, tile * TILE + offset + 1) if CAUSAL else end - 1
         open_end += tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
     whole = tl.maximum(listed - 1, 0) // BLOCK_N * BLOCK_N
-    places, tensors, lists = (head, position, real), (key, value, padding), (index, log_weights)
+    tensors, lists = (key, value, padding), (index, log_weights)
     maximum, mass, total = _masked_prologue(
         rows, places, tensors, lists, terms, limit, open_end, end, whole, listed, unit, softcap,
         KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
-
     if FIXED:
         maximum, mass, total = lower_weights(maximum, mass, total, unit, rows.dtype)
+    if REST > 0:
+        places_ = _places(tile, first_head + HEADS, end_head, of_kv_head, queries, REST, TILE, BLOCK_REST)
+        rows_ = _load_queries(query, places_, query_stride_h, query_stride_n, D, BLOCK_D)
+        limit_ = None
+        if BOUNDED:
+            limit_ = _limits(
+                guide_lse, owner, places_, which, segment, of_kv_head, queries, guides_per_head, log2_max_weight, unit,
+                POOL, GUIDE_HEADS, MOST_GUIDES,
+            )  # fmt: skip
+        maximum_, mass_, total_ = _masked_prologue(
+            rows_, places_, tensors, lists, terms, limit_, open_end, end, whole, listed, unit, softcap,
+            KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
+            D, DV, BLOCK_REST, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+        maximum_, mass_, total_ = lower_weights(maximum_, mass_, total_, unit, rows.dtype)
 
     # 3. Unmasked loop: what is left of the dense span at places below 0, then of the list.
     for start in range(low - open_end, whole, BLOCK_N):
@@ -269,42 +348,52 @@ def attend_kernel(
         bias = None
         if SAMPLED:
             bias = tl.load(log_weights + column, mask=column >= 0, other=0.0).to(tl.float32) * (1 / unit)
-        seen = None
+        seen, inside = None, None
         if rows_differ:
-            everywhere = lane < BLOCK_N
-            seen = see(terms, head, position, real, chosen, everywhere, False, WINDOW, DOCUMENTS, MASK)
-        maximum, mass, total = add_keys(
-            maximum, mass, total, rows, key, value, chosen, None, seen, bias, limit,
-            unit, softcap, KEY_STRIDE, VALUE_STRIDE, FIXED, rows_differ, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
-        )  # fmt: skip
+            seen = see(terms, places[0], places[1], places[2], chosen, lane < BLOCK_N, False, WINDOW, DOCUMENTS, MASK)
+            # What a key holds that no row sees does not matter.
+            inside = tl.max(seen.to(tl.int32), 0) > 0
+        some_keys = load_rows(key, chosen, inside, KEY_STRIDE, D, BLOCK_D)
+        values = load_rows(value, chosen, inside, VALUE_STRIDE, DV, BLOCK_DV)
+        maximum, mass, total = add_loaded(
+            maximum, mass, total, rows, some_keys, values, seen, bias, limit, unit, softcap, FIXED, SOFTCAP, PRECISION
+        )
+        if REST > 0:
+            maximum_, mass_, total_ = add_loaded(
+                maximum_, mass_, total_, rows_, some_keys, values, seen, bias, limit_, unit, softcap, FIXED, SOFTCAP,
+                PRECISION,
+            )  # fmt: skip
 
     # 4. Overflow retry: with a running maximum, where far larger logits came later than the fixed one.
-    seen_keys = round_up(end - low, KEY_BLOCK) + round_up(listed, KEY_BLOCK)
-    if FIXED:
-        max_mass: tl.constexpr = MAX_MASS_FLOAT16 if rows.dtype == tl.float16 else MAX_MASS
-        lost = (mass > max_mass) | ((maximum == float("-inf")) & (mass > 0))
-        if tl.max(lost.to(tl.int32), 0) > 0:
-            maximum, mass, total = _masked_prologue(
-                rows, places, tensors, lists, terms, limit, low, end, 0, listed, unit, softcap,
+    if FIXED and _outgrew(maximum, mass, rows.dtype):
+        maximum, mass, total = _masked_prologue(
+            rows, places, tensors, lists, terms, limit, low, end, 0, listed, unit, softcap,
+            KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
+            D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+    if REST > 0:
+        if _outgrew(maximum_, mass_, rows.dtype):
+            maximum_, mass_, total_ = _masked_prologue(
+                rows_, places_, tensors, lists, terms, limit_, low, end, 0, listed, unit, softcap,
                 KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
-                D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                D, DV, BLOCK_REST, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
 
     # 5. Epilogue: output, log-sum-exp and visited pairs.
-    # Held across the loops, these would take registers from them; what is added is 0, but the compiler does not know.
+    seen_keys = round_up(end - low, KEY_BLOCK) + round_up(listed, KEY_BLOCK)
+    # Held across the loops, places would take registers from them; what is added is 0, but the compiler does not know.
     tile += tl.minimum(seen_keys, 0)
-    head, position, real = _places(tile, first_head, end_head, kv_head * GROUP_SIZE, queries, HEADS, TILE, BLOCK_M)
-    total = total / tl.where(mass == 0, 1.0, mass)[:, None]
-    wide = tl.arange(0, BLOCK_DV)
-    pointers = output + batch * output_stride_b + head[:, None] * output_stride_h
-    pointers += position.to(tl.int64)[:, None] * output_stride_n + wide[None, :]
-    tl.store(pointers, total.to(output.dtype.element_ty), mask=real[:, None] & (wide < DV)[None, :])
-    head_place = batch * kv_heads * GROUP_SIZE + head
-    tl.store(lse + head_place * queries + position, (maximum * unit + tl.log2(mass)) * LN_2, mask=real)
-    rows_in_tile = tl.minimum(queries - tile * TILE, TILE)
-    pairs = (seen_keys * rows_in_tile).to(tl.int64)
-    tl.store(
-        visited + head_place * tiles + tile,
-        pairs + tl.zeros([BLOCK_M], tl.int64),
-        mask=real & (position % TILE == 0),
-    )
+    output += batch * output_stride_b
+    lse += batch * kv_heads * GROUP_SIZE * queries
+    visited += batch * kv_heads * GROUP_SIZE * tiles
+    places = _places(tile, first_head, end_head, of_kv_head, queries, HEADS, TILE, BLOCK_M)
+    _write(
+        output, lse, visited, places, maximum, mass, total, seen_keys, tile, tiles, queries, unit,
+        output_stride_h, output_stride_n, TILE, DV,
+    )  # fmt: skip
+    if REST > 0:
+        places_ = _places(tile, first_head + HEADS, end_head, of_kv_head, queries, REST, TILE, BLOCK_REST)
+        _write(
+            output, lse, visited, places_, maximum_, mass_, total_, seen_keys, tile, tiles, queries, unit,
+            output_stride_h, output_stride_n, TILE, DV,
+        )  # fmt: skip
