@@ -182,8 +182,8 @@ def merge(call: Call, query: Tensor, seen: Tensor, covariance: Tensor, radius: f
     """Alike queries of a head merged: guides are the means m of clusters of queries.
 
     The distance of two queries is the standard deviation over keys of the difference of their logits,
-    d(x, y)^2 = scale^2 (x - y) C (x - y)'. Among the queries of `MERGED` positions, the first centre is the one closest
-    to their mean, each next one that farthest from all centres so far (Gonzalez, Clustering to minimize the maximum
+    d(x, y)^2 = scale^2 (x - y) C (x - y)'. Among the queries of `MERGED` positions, the first centre is the one
+    closest to all, each next one that farthest from all centres so far (Gonzalez, Clustering to minimize the maximum
     intercluster distance, 1985), until every query lies within `radius` of a centre; each joins the nearest.
     sigma_g = max over members i of d(m_g, q_i): with it, a guide's logit is about the largest of its members. A guide
     sees what the first of its members sees, so that its denominator is none too large. A distance that is NaN is 0.
@@ -196,7 +196,7 @@ def merge(call: Call, query: Tensor, seen: Tensor, covariance: Tensor, radius: f
     for first in range(0, query.shape[3], MERGED):
         x, sees = query[..., first : first + MERGED, :], seen[..., first : first + MERGED, :]
         apart = squares(x[..., :, None, :] - x[..., None, :, :])
-        farthest = squares(x[..., None, :, :] - x.mean(-2, keepdim=True)[..., None, :]).squeeze(-2).argmin(-1)
+        farthest = apart.sum(-1).argmin(-1)
         nearest = torch.full_like(apart[..., 0], math.inf)
         owner = torch.zeros_like(nearest, dtype=torch.int64)
         for number in range(x.shape[3]):

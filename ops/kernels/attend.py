@@ -6,7 +6,6 @@ import math
 
 import triton
 import triton.language as tl
-from triton import next_power_of_2
 
 from ..result import AttentionResult
 from ..rule.sampling import MAX_WEIGHT_FACTOR
@@ -27,7 +26,7 @@ from .helpers import (
 )
 from .launch import launch
 from .lists import Lists
-from .tiling import attend_tiling, shared_memory
+from .tiling import MAX_ROWS, attend_tiling, shared_memory
 from .variants import kernel
 
 MAX_MASS = tl.constexpr(2.0**64)
@@ -39,20 +38,41 @@ FLOAT16_HEADROOM = tl.constexpr(5)
 
 
 def attend(arguments: Arguments, lists: Lists, segments: range, result: AttentionResult) -> None:
-    """Attend the tiles of a run of segments, and write their part of the result."""
+    """Attend the tiles of a run of segments, and write their part of the result.
+
+    The rows of as many heads as fit make a block; those of the last heads, if they are few, a smaller one.
+    """
+    heads_of_list = arguments.group_size // arguments.lists
+    most = max(1, min(heads_of_list, MAX_ROWS // arguments.config.ranking.tile))
+    parts, rest = divmod(heads_of_list, most)
+    if 2 * rest > most:
+        parts, rest = parts + 1, 0
+    _attend(arguments, lists, segments, result, most, parts, 0)
+    if rest:
+        _attend(arguments, lists, segments, result, rest, 1, parts * most)
+
+
+def _attend(
+    arguments: Arguments,
+    lists: Lists,
+    segments: range,
+    result: AttentionResult,
+    heads: int,
+    parts: int,
+    first_of_list: int,
+) -> None:
+    """Attend `parts` times so many `heads` of each list, from one on."""
     query, key, value, config, geometry = (
         arguments.query, arguments.key, arguments.value, arguments.config, arguments.geometry
     )  # fmt: skip
-    heads_per_list, tile = arguments.group_size // arguments.lists, config.ranking.tile
     # Every row has a maximum after the keys that need a mask.
     is_fixed = not arguments.visibility.rows_differ
-    widest, shared = max(key.shape[-1], value.shape[-1]), shared_memory(arguments.device)
-    heads, rest, tiling = attend_tiling(widest, key.element_size(), heads_per_list, tile, is_fixed, shared)
-    parts = arguments.lists * -(-heads_per_list // (heads + rest))
+    widest, shared, tile = max(key.shape[-1], value.shape[-1]), shared_memory(arguments.device), config.ranking.tile
+    tiling = attend_tiling(widest, key.element_size(), heads * tile, is_fixed, shared)
     per_segment = config.ranking.segment // tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
     launch(
-        attend_kernel, (tiles, parts, arguments.batch_kv_heads),
+        attend_kernel, (tiles, arguments.lists * parts, arguments.batch_kv_heads),
         query, key, value, *arguments.masks,
         lists.index, lists.count, lists.log_weights, lists.guide_lse, lists.owner, *result,
         *query.stride()[:3], *key.stride()[:2], *value.stride()[:2], *arguments.mask_strides,
@@ -61,11 +81,11 @@ def attend(arguments: Arguments, lists: Lists, segments: range, result: Attentio
         KEY_STRIDE=key.stride(2), VALUE_STRIDE=value.stride(2),
         D=key.shape[-1], BLOCK_D=padded(key.shape[-1]), DV=value.shape[-1], BLOCK_DV=padded(value.shape[-1]),
         first_segment=segments.start, segments=len(segments), tiles=geometry.tiles, capacity=lists.capacity,
+        first_of_list=first_of_list,
         log2_max_weight=math.log2(MAX_WEIGHT_FACTOR * max(config.threshold, 1e-30)),
-        MOST_GUIDES=arguments.guides_of_segment if config.ranking.merges else 0,
         FIXED=is_fixed, BOUNDED=config.bounds_weights(key.shape[-1]), SAMPLED=config.has_samples,
-        TILE=tile, GROUP_SIZE=arguments.group_size, LISTS_PER_KV_HEAD=arguments.lists, HEADS=heads, REST=rest,
-        BLOCK_REST=next_power_of_2(rest * tile),
+        MOST_GUIDES=arguments.guides_of_segment if config.ranking.merges else 0,
+        TILE=tile, GROUP_SIZE=arguments.group_size, LISTS_PER_KV_HEAD=arguments.lists, HEADS=heads, PARTS=parts,
         **tiling.arguments,
     )  # fmt: skip
 
@@ -243,19 +263,18 @@ def attend_kernel(
     mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
     output_stride_b, output_stride_h, output_stride_n,
     kv_heads, queries, keys, first_segment, segments, ranked_segments, tiles, offset, window, near_keys,
-    capacity, log2_max_weight, guides_per_head, scale, softcap,
+    capacity, first_of_list, log2_max_weight, guides_per_head, scale, softcap,
     SEGMENT: tl.constexpr, TILE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr, HEADS: tl.constexpr, REST: tl.constexpr,
-    BLOCK_REST: tl.constexpr, CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
     SOFTCAP: tl.constexpr, SAMPLED: tl.constexpr, BOUNDED: tl.constexpr, FIXED: tl.constexpr,
     POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, MOST_GUIDES: tl.constexpr, KEY_STRIDE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend one tile, TILE positions of HEADS query heads that share one of the `Lists`, and those of REST more heads.
+    """Attend one tile, TILE positions of HEADS query heads that share one of the `Lists`.
 
-    The latter, with FIXED only, are rows of their own, as blocks of rows are powers of two; keys are gathered once.
-
+    Of its heads, `first_of_list` are left to another launch, and so are those after PARTS times HEADS more.
     Some keys come first: those that need a mask, at the end of the dense span and of the list. FIXED is for calls in
     which every row sees all other keys. The maximum that each row has by then stays fixed for the rest: any origin of
     the exponents gives the same softmax, so the long loop neither reduces over keys nor rescales the accumulators,
@@ -270,16 +289,15 @@ def attend_kernel(
     softcap = float32(softcap) / unit
     tiles_per_segment: tl.constexpr = SEGMENT // TILE
     heads_of_list: tl.constexpr = GROUP_SIZE // LISTS_PER_KV_HEAD
-    parts_per_list: tl.constexpr = (heads_of_list + HEADS + REST - 1) // (HEADS + REST)
     tile = first_segment * tiles_per_segment + tl.num_programs(0) - 1 - tl.program_id(0)
     segment = tile // tiles_per_segment
     batch = (tl.program_id(2) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(2) % kv_heads).to(tl.int64)
-    which = tl.program_id(1) // parts_per_list
+    which = tl.program_id(1) // PARTS
     place = (tl.program_id(2) * LISTS_PER_KV_HEAD + which) * segments + segment - first_segment
     end_head = (which + 1) * heads_of_list
 
-    first_head = which * heads_of_list + tl.program_id(1) % parts_per_list * (HEADS + REST)
+    first_head = which * heads_of_list + first_of_list + tl.program_id(1) % PARTS * HEADS
     of_kv_head = kv_head * GROUP_SIZE
     places = _places(tile, first_head, end_head, of_kv_head, queries, HEADS, TILE, BLOCK_M)
     query += batch * query_stride_b
@@ -325,21 +343,6 @@ def attend_kernel(
     )  # fmt: skip
     if FIXED:
         maximum, mass, total = lower_weights(maximum, mass, total, unit, rows.dtype)
-    if REST > 0:
-        places_ = _places(tile, first_head + HEADS, end_head, of_kv_head, queries, REST, TILE, BLOCK_REST)
-        rows_ = _load_queries(query, places_, query_stride_h, query_stride_n, D, BLOCK_D)
-        limit_ = None
-        if BOUNDED:
-            limit_ = _limits(
-                guide_lse, owner, places_, which, segment, of_kv_head, queries, guides_per_head, log2_max_weight, unit,
-                POOL, GUIDE_HEADS, MOST_GUIDES,
-            )  # fmt: skip
-        maximum_, mass_, total_ = _masked_prologue(
-            rows_, places_, tensors, lists, terms, limit_, open_end, end, whole, listed, unit, softcap,
-            KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
-            D, DV, BLOCK_REST, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-        )  # fmt: skip
-        maximum_, mass_, total_ = lower_weights(maximum_, mass_, total_, unit, rows.dtype)
 
     # 3. Unmasked loop: what is left of the dense span at places below 0, then of the list.
     for start in range(low - open_end, whole, BLOCK_N):
@@ -358,11 +361,6 @@ def attend_kernel(
         maximum, mass, total = add_loaded(
             maximum, mass, total, rows, some_keys, values, seen, bias, limit, unit, softcap, FIXED, SOFTCAP, PRECISION
         )
-        if REST > 0:
-            maximum_, mass_, total_ = add_loaded(
-                maximum_, mass_, total_, rows_, some_keys, values, seen, bias, limit_, unit, softcap, FIXED, SOFTCAP,
-                PRECISION,
-            )  # fmt: skip
 
     # 4. Overflow retry: with a running maximum, where far larger logits came later than the fixed one.
     if FIXED and _outgrew(maximum, mass, rows.dtype):
@@ -371,13 +369,6 @@ def attend_kernel(
             KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
             D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
-    if REST > 0:
-        if _outgrew(maximum_, mass_, rows.dtype):
-            maximum_, mass_, total_ = _masked_prologue(
-                rows_, places_, tensors, lists, terms, limit_, low, end, 0, listed, unit, softcap,
-                KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
-                D, DV, BLOCK_REST, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
-            )  # fmt: skip
 
     # 5. Epilogue: output, log-sum-exp and visited pairs.
     seen_keys = round_up(end - low, KEY_BLOCK) + round_up(listed, KEY_BLOCK)
@@ -391,9 +382,3 @@ def attend_kernel(
         output, lse, visited, places, maximum, mass, total, seen_keys, tile, tiles, queries, unit,
         output_stride_h, output_stride_n, TILE, DV,
     )  # fmt: skip
-    if REST > 0:
-        places_ = _places(tile, first_head + HEADS, end_head, of_kv_head, queries, REST, TILE, BLOCK_REST)
-        _write(
-            output, lse, visited, places_, maximum_, mass_, total_, seen_keys, tile, tiles, queries, unit,
-            output_stride_h, output_stride_n, TILE, DV,
-        )  # fmt: skip

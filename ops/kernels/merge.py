@@ -51,11 +51,10 @@ def merge(arguments: Arguments, covariance: torch.Tensor) -> MergedGuides:
     runs = segments * (ranking.segment // run)
     is_exact, width = query.dtype == torch.float32, padded(size)
     apart = query.new_empty(batch, heads, runs, run, run, dtype=torch.float32 if is_exact else torch.float16)
-    central = query.new_empty(batch, heads, runs, dtype=torch.int32)
     together = (_ROWS if width <= _ROWS else _ROWS // 2) // run
     launch(
         distance_kernel, (-(-runs // together), heads, batch),
-        query, covariance, apart, central, *query.stride()[:3], heads // arguments.kv_heads, queries, runs,
+        query, covariance, apart, *query.stride()[:3], heads // arguments.kv_heads, queries, runs,
         RUN=run, RUNS=together, BFLOAT16=query.dtype == torch.bfloat16, PRECISION="ieee" if is_exact else "tf32",
         D=size, BLOCK_D=width, BLOCK_C=min(width, _COLUMNS), num_warps=8, num_stages=1,
     )  # fmt: skip
@@ -63,7 +62,7 @@ def merge(arguments: Arguments, covariance: torch.Tensor) -> MergedGuides:
     clusters = query.new_empty(batch, heads, runs, dtype=torch.int32)
     reach = query.new_empty(batch, heads, runs, run, dtype=torch.float32)
     launch(
-        cluster_kernel, (runs, heads, batch), apart, central, of_run, clusters, reach, queries, ranking.radius,
+        cluster_kernel, (runs, heads, batch), apart, of_run, clusters, reach, queries, ranking.radius,
         RUN=run, num_warps=1, num_stages=1,
     )  # fmt: skip
     lists, most = arguments.lists, arguments.guides_of_segment
@@ -85,63 +84,58 @@ def merge(arguments: Arguments, covariance: torch.Tensor) -> MergedGuides:
 
 
 @triton.jit
-def _centred(query, position, real, stride_n, first, D: tl.constexpr, RUNS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The channels from `first` on of queries [RUNS * n, BLOCK_C], less their means over each run, float32."""
+def _from_first(query, run, real, stride_n, first, D: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The channels from `first` on of the queries of runs [n * RUN, BLOCK_C], less those of the first of each run.
+
+    Far smaller than the queries, so that differences of their products are exact enough.
+    """
     channel = first + tl.arange(0, BLOCK_C)
-    pointers = query + position.to(tl.int64)[:, None] * stride_n + channel[None, :]
-    rows = tl.load(pointers, mask=real[:, None] & (channel < D)[None, :], other=0.0).to(tl.float32)
-    run: tl.constexpr = rows.shape[0] // RUNS
-    number = tl.maximum(tl.sum(tl.reshape(real.to(tl.float32), [RUNS, run]), 1), 1.0)
-    mean = tl.sum(tl.reshape(rows, [RUNS, run, BLOCK_C]), 1) / number[:, None]
-    mean = tl.reshape(tl.broadcast_to(mean[:, None, :], [RUNS, run, BLOCK_C]), [RUNS * run, BLOCK_C])
-    return tl.where(real[:, None], rows - mean, 0.0)
+    position = run * RUN + tl.arange(0, real.shape[0]) % RUN
+    mask = real[:, None] & (channel < D)[None, :]
+    rows = tl.load(query + position.to(tl.int64)[:, None] * stride_n + channel[None, :], mask=mask, other=0.0)
+    origin = tl.load(query + (run * RUN).to(tl.int64)[:, None] * stride_n + channel[None, :], mask=mask, other=0.0)
+    return rows.to(tl.float32) - origin.to(tl.float32)
 
 
 @kernel
 def distance_kernel(
-    query, covariance, apart, central, stride_b, stride_h, stride_n, group_size, queries, runs,
+    query, covariance, apart, stride_b, stride_h, stride_n, group_size, queries, runs,
     RUN: tl.constexpr, RUNS: tl.constexpr, BFLOAT16: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write the squared distances of the queries of each run, `apart` [B, Hq, runs, RUN, RUN], and its first centre.
+    """Write the squared distances of the queries of each run, `apart` [B, Hq, runs, RUN, RUN].
 
-    A distance is 0 where a query is past the end or it is NaN. The first centre, `central` [B, Hq, runs], is the query
-    closest to the mean. Program (RUNS runs; query head; batch entry).
+    0 where a query is past the end, or the distance NaN. Program (RUNS runs; query head; batch entry).
     """
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    first_run = tl.program_id(0) * RUNS
     rows: tl.constexpr = RUNS * RUN
-    position = first_run * RUN + tl.arange(0, rows)
-    real = position < queries
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    real = row < queries
     query += batch * stride_b + head * stride_h
     covariance += (batch * (tl.num_programs(1) // group_size) + head // group_size) * BLOCK_D * BLOCK_D
     channel, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     dtype: tl.constexpr = tl.bfloat16 if BFLOAT16 else tl.float32
-    whole = _centred(query, position, real, stride_n, 0, D, RUNS, BLOCK_D).to(dtype)
-    gram = tl.zeros([rows, rows], tl.float32)
+    whole = _from_first(query, row // RUN, real, stride_n, 0, D, RUN, BLOCK_D).to(dtype)
+    gram = tl.zeros([RUNS, RUN, RUN], tl.float32)
     for first in tl.static_range(0, BLOCK_D, BLOCK_C):
         block = tl.load(covariance + channel[:, None] * BLOCK_D + (first + lane)[None, :]).to(dtype)
-        part = _centred(query, position, real, stride_n, first, D, RUNS, BLOCK_C).to(dtype)
         product = tl.dot(whole, block, input_precision=PRECISION).to(dtype)
-        gram = tl.dot(product, tl.trans(part), gram, input_precision=PRECISION)
+        part = _from_first(query, row // RUN, real, stride_n, first, D, RUN, BLOCK_C).to(dtype)
+        product, part = tl.reshape(product, [RUNS, RUN, BLOCK_C]), tl.reshape(part, [RUNS, RUN, BLOCK_C])
+        gram = tl.dot(product, tl.permute(part, (0, 2, 1)), gram, input_precision=PRECISION)
     number, place = tl.arange(0, RUNS), tl.arange(0, RUN)
-    is_own = number[:, None, None, None] == number[None, None, :, None]
-    gram = tl.sum(tl.where(is_own, tl.reshape(gram, [RUNS, RUN, RUNS, RUN]), 0.0), 2)
     is_same = place[None, :, None] == place[None, None, :]
     square, across = tl.sum(tl.where(is_same, gram, 0.0), 2), tl.sum(tl.where(is_same, gram, 0.0), 1)
     distance = tl.minimum(square[:, :, None] + across[:, None, :] - 2 * gram, LARGEST)
     counts = tl.reshape(real, [RUNS, RUN])
     distance = tl.where(counts[:, :, None] & counts[:, None, :] & (distance > 0), distance, 0.0)
-    of_head = (batch * tl.num_programs(1) + head) * runs
-    run = first_run + number
-    place_of_run = (of_head + run)[:, None, None] * RUN + place[None, :, None]
-    tl.store(apart + place_of_run * RUN + place[None, None, :], distance, mask=(run < runs)[:, None, None])
-    from_mean = tl.where(counts, tl.where(square > 0, square, 0.0), float("inf"))
-    tl.store(central + of_head + run, tl.argmin(from_mean, 1), mask=run < runs)
+    run = tl.program_id(0) * RUNS + number
+    first_row = ((batch * tl.num_programs(1) + head) * runs + run)[:, None, None] * RUN + place[None, :, None]
+    tl.store(apart + first_row * RUN + place[None, None, :], distance, mask=(run < runs)[:, None, None])
 
 
 @kernel
-def cluster_kernel(apart, central, owner, clusters, reach, queries, radius, RUN: tl.constexpr):
+def cluster_kernel(apart, owner, clusters, reach, queries, radius, RUN: tl.constexpr):
     """Write the cluster of each query, `owner` [B, Hq, Lq]; how many a run has [B, Hq, runs]; how far each reaches.
 
     The last, `reach` [B, Hq, runs, RUN], is in units of log 2. Program (run; query head; batch entry): a single warp,
@@ -156,7 +150,9 @@ def cluster_kernel(apart, central, owner, clusters, reach, queries, radius, RUN:
     real = position < queries
     nearest = tl.where(real, float("inf"), 0.0)
     cluster = tl.zeros([RUN], tl.int32)
-    farthest, number, left = tl.load(central + run), 0, tl.max(nearest, 0)
+    between = tl.load(apart + place[:, None] * RUN + place[None, :]).to(tl.float32)
+    from_all = tl.where(real, tl.sum(between, 1), float("inf"))
+    farthest, number, left = tl.argmin(from_all, 0), 0, tl.max(nearest, 0)
     while (left > limit) & (number < RUN):
         distance = tl.load(apart + farthest * RUN + place).to(tl.float32)
         closer = distance < nearest
@@ -165,10 +161,9 @@ def cluster_kernel(apart, central, owner, clusters, reach, queries, radius, RUN:
         farthest, number, left = tl.argmax(nearest, 0), number + 1, tl.max(nearest, 0)
 
     # The squared distance of a query from the mean of its cluster: that from its members, less half of what these have.
-    distance = tl.load(apart + place[:, None] * RUN + place[None, :]).to(tl.float32)
     together = (cluster[:, None] == cluster[None, :]) & real[:, None] & real[None, :]
     size = tl.maximum(tl.sum(together.to(tl.float32), 1), 1.0)
-    from_members = tl.sum(tl.where(together, distance, 0.0), 1) / size
+    from_members = tl.sum(tl.where(together, between, 0.0), 1) / size
     of_members = tl.sum(tl.where(together, from_members[:, None], 0.0), 0)
     of_members /= tl.maximum(tl.sum(together.to(tl.float32), 0), 1.0)
     from_mean = tl.sqrt(tl.maximum(from_members - of_members / 2, 0.0))

@@ -14,6 +14,8 @@ SHARED_MEMORY = 96 * 1024
 """Bytes that operands may take while they wait for their turn; every GPU that is supported has as many."""
 CHUNK = 4096
 """Keys that one program scores."""
+MOST_PARTS = 3
+"""Parts of merged guides that are multiplied by keys in one go."""
 MAX_GUIDE_BYTES = 32 * 1024
 """Bytes of guides that stay with a program while it goes through its keys."""
 
@@ -94,52 +96,22 @@ def merged_importance_tiling(channels: int, itemsize: int, half: bool) -> Tiling
     return Tiling(MAX_ROWS, 128, 4, 3) if half else ranking_tiling(channels, itemsize)
 
 
-class AttendTiling(NamedTuple):
-    """Of `attend_kernel`: the heads whose rows make one block, and those of another one beside it, 0 for none."""
-
-    heads: int
-    rest: int
-    rows: Tiling
-
-
 @functools.cache
-def attend_tiling(channels: int, itemsize: int, heads: int, tile: int, is_fixed: bool, shared: int) -> AttendTiling:
-    """Of `attend_kernel`, for the `heads` of a list and the positions of a `tile`.
+def attend_tiling(channels: int, itemsize: int, rows: int, is_fixed: bool, shared: int) -> Tiling:
+    """Of `attend_kernel`, for rows of a tile, the channels of the wider of a key and a value, and the bytes of each.
 
-    `channels` are those of the wider of a key and a value, and `itemsize` the bytes of each. With a fixed maximum a
-    block of keys costs little beside the keys, and small ones leave room to gather two ahead, if the bytes of `shared`
-    memory are enough.
+    With a fixed maximum a block costs little beside its keys, and small ones leave room to gather two ahead, if the
+    bytes of `shared` memory are enough for two programs.
     """
-    row_bytes = next_power_of_2(channels) * itemsize
-    if is_fixed and itemsize <= 2 and channels <= 128:
-        split = _two_blocks(heads, tile)
-        keys = TWO_KEYS
-        rows = next_power_of_2(split[0] * tile) + next_power_of_2(split[1] * tile)
-        if split[1] and (TWO_STAGES * 2 * keys + rows) * row_bytes <= shared:
-            return AttendTiling(*split, Tiling(next_power_of_2(split[0] * tile), keys, TWO_WARPS, TWO_STAGES))
-    heads = max(1, min(heads, MAX_ROWS // tile))
-    rows = max(16, next_power_of_2(heads * tile))
+    rows, row_bytes = max(16, next_power_of_2(rows)), next_power_of_2(channels) * itemsize
     if itemsize > 2:
-        keys, warps = 32 if row_bytes <= 512 else 16, 8 if rows > 128 or row_bytes > 256 else 4
-        return AttendTiling(heads, 0, Tiling(rows, keys, warps, 2))
+        return Tiling(rows, 32 if row_bytes <= 512 else 16, 8 if rows > 128 or row_bytes > 256 else 4, 2)
     if is_fixed and channels <= 128 and rows <= 128:
         keys = 64 if channels <= 64 or rows <= 64 else 32
         if 2 * (3 * 2 * keys + rows) * row_bytes <= shared:
-            return AttendTiling(heads, 0, Tiling(rows, keys, 4, 5))
+            return Tiling(rows, keys, 4, 5)
     keys = 128 if channels <= 64 else 64 if channels <= 128 else 32
-    return AttendTiling(heads, 0, Tiling(rows, keys, 8 if rows > 128 or channels > 128 else 4, 2))
-
-
-def _two_blocks(heads: int, tile: int) -> tuple[int, int]:
-    """The heads of two blocks of rows that a program attends: as many as it can of a list, shared out evenly."""
-    most = MAX_ROWS // tile
-    programs = -(-heads // (2 * most))
-    of_program = -(-heads // max(1, programs))
-    first = most if of_program >= most else 1 << (of_program.bit_length() - 1)
-    return first, min(most, of_program - first) if most else 0
-
-
-TWO_KEYS, TWO_WARPS, TWO_STAGES = 64, 8, 3
+    return Tiling(rows, keys, 8 if rows > 128 or channels > 128 else 4, 2)
 
 
 @functools.cache

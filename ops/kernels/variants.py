@@ -7,7 +7,7 @@ import triton
 SIZES = (
     "queries", "keys", "offset", "window", "near_keys",
     "kv_heads", "heads", "per_head", "guides_per_head", "rows", "guide_rows", "key_rows",
-    "first_segment", "segments", "all_segments", "ranked_segments", "tiles", "runs",
+    "first_segment", "first_of_list", "segments", "all_segments", "ranked_segments", "tiles", "runs",
     "step", "guide_step", "key_step", "sample",
 )  # fmt: skip
 """Integers whose values make no variants of a kernel; among them all that follow from the lengths of a call.

@@ -52,7 +52,7 @@ def find_clusters(query: torch.Tensor, real: torch.Tensor, covariance: torch.Ten
     """
     apart, central = _distances(query, real, covariance)
     owner = torch.zeros(apart.shape[:-1], dtype=torch.int64, device=query.device)
-    nearest = torch.full_like(apart[..., 0], math.inf)
+    nearest = torch.where(real, math.inf, 0).to(apart.dtype).expand(owner.shape)
     count = owner.new_zeros(owner.shape[:-1])
     farthest = central
     for number in range(owner.shape[-1]):
@@ -69,7 +69,7 @@ def find_clusters(query: torch.Tensor, real: torch.Tensor, covariance: torch.Ten
 
 
 def _distances(query: torch.Tensor, real: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squares of the distances of all pairs [..., n, n], 0 for pairs that are not real; the query closest to the mean.
+    """Squares of the distances of all pairs [..., n, n], 0 for pairs that are not real; the query closest to all.
 
     From their mean on, queries are small, and differences of their products exact enough.
     """
@@ -79,8 +79,8 @@ def _distances(query: torch.Tensor, real: torch.Tensor, covariance: torch.Tensor
     gram = centred @ covariance @ centred.mT
     square = gram.diagonal(dim1=-2, dim2=-1)
     apart = (square[..., :, None] + square[..., None, :] - 2 * gram).clamp_min(0).nan_to_num(0)
-    central = square.nan_to_num(0).masked_fill(~real, math.inf).argmin(-1)
-    return torch.where(counted & real[..., None, :], apart, 0), central
+    apart = torch.where(counted & real[..., None, :], apart, 0)
+    return apart, apart.sum(-1).masked_fill(~real, math.inf).argmin(-1)
 
 
 def _extent(apart: torch.Tensor, owner: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
