@@ -229,6 +229,16 @@ def _limits(
 
 
 @triton.jit
+def _load_log_weights(log_weights, column, end, SAMPLED: tl.constexpr):
+    """The log-weights at places of a list before `end`, 0 at those below 0; with SAMPLED, else some number."""
+    if SAMPLED:
+        result = tl.load(log_weights + column, mask=(column >= 0) & (column < end), other=0.0)
+    else:
+        result = 0.0
+    return result
+
+
+@triton.jit
 def _write(
     output, lse, visited, places, maximum, mass, total, seen_keys, tile, tiles, queries, unit,
     stride_h, stride_n, TILE: tl.constexpr, DV: tl.constexpr,
@@ -345,12 +355,15 @@ def attend_kernel(
         maximum, mass, total = lower_weights(maximum, mass, total, unit, rows.dtype)
 
     # 3. Unmasked loop: what is left of the dense span at places below 0, then of the list.
+    # Few warps wait for what they load, so weights are loaded while the block before is at work.
+    ahead = _load_log_weights(log_weights, low - open_end + lane, whole, SAMPLED)
     for start in range(low - open_end, whole, BLOCK_N):
         column = start + lane
         chosen = tl.where(start < 0, open_end + column, tl.load(index + column, mask=column >= 0, other=0))
         bias = None
         if SAMPLED:
-            bias = tl.load(log_weights + column, mask=column >= 0, other=0.0).to(tl.float32) * (1 / unit)
+            bias = ahead.to(tl.float32) * (1 / unit)
+        ahead = _load_log_weights(log_weights, column + BLOCK_N, whole, SAMPLED)
         seen, inside = None, None
         if rows_differ:
             seen = see(terms, places[0], places[1], places[2], chosen, lane < BLOCK_N, False, WINDOW, DOCUMENTS, MASK)
