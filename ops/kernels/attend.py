@@ -231,11 +231,7 @@ def _limits(
 @triton.jit
 def _load_log_weights(log_weights, column, end, SAMPLED: tl.constexpr):
     """The log-weights at places of a list before `end`, 0 at those below 0; with SAMPLED, else some number."""
-    if SAMPLED:
-        result = tl.load(log_weights + column, mask=(column >= 0) & (column < end), other=0.0)
-    else:
-        result = 0.0
-    return result
+    return tl.load(log_weights + column, mask=(column >= 0) & (column < end), other=0.0) if SAMPLED else 0.0
 
 
 @triton.jit

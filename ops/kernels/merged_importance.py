@@ -64,7 +64,7 @@ def score_merged(
         first_segment=segments.start, segments=len(segments), all_segments=arguments.geometry.segments,
         capacity=capacity, chunk=tilings.CHUNK, threshold=config.threshold, **arguments.spans,
         kv_heads=arguments.kv_heads, scale=arguments.shared["scale"], softcap=arguments.shared["softcap"],
-        SEGMENTS=together, PER_SEGMENT=most, MOST_PARTS=tilings.MOST_PARTS, HAS_PADDING=arguments.shared["HAS_PADDING"],
+        SEGMENTS=together, PER_SEGMENT=most, HAS_PADDING=arguments.shared["HAS_PADDING"],
         SOFTCAP=arguments.shared["SOFTCAP"], HALF=half, MEASURES_OUTPUT=distances is not None,
         SAMPLED=config.has_samples, CHOICE_PER_KV_HEAD=neglected is not None, IS_SUBSET=operands is scoring.subset,
         PRECISION=arguments.shared["PRECISION"], **operands.arguments, **tiling.arguments,
@@ -163,8 +163,8 @@ def merged_importance_kernel(
     padding_stride_b,
     kv_heads, queries, keys, first_segment, segments, all_segments, ranked_segments, offset, window, near_keys,
     capacity, chunk, threshold, scale, softcap,
-    SEGMENT: tl.constexpr, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, MOST_PARTS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_PADDING: tl.constexpr, SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr,
+    SEGMENT: tl.constexpr, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_PADDING: tl.constexpr, SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr,
     HALF: tl.constexpr, MEASURES_OUTPUT: tl.constexpr, SAMPLED: tl.constexpr, CHOICE_PER_KV_HEAD: tl.constexpr,
     IS_SUBSET: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -221,7 +221,7 @@ def merged_importance_kernel(
     if HALF:
         scale = pack_halves(scale, scale)
     spans = (low, high, end)
-    for done in range(0, most, MOST_PARTS * of_part):
+    for done in range(0, most, 2 * of_part):
         one = _load_part(
             guides, lse, reach, count, left, correction, done, guides_stride_n, PER_SEGMENT, BLOCK_M, SEGMENTS, D,
             BLOCK_D, HALF,
@@ -231,22 +231,11 @@ def merged_importance_kernel(
                 guides, lse, reach, count, left, correction, done + of_part, guides_stride_n, PER_SEGMENT, BLOCK_M,
                 SEGMENTS, D, BLOCK_D, HALF,
             )  # fmt: skip
-            if MOST_PARTS > 2 and most - done > 2 * of_part:
-                three = _load_part(
-                    guides, lse, reach, count, left, correction, done + 2 * of_part, guides_stride_n, PER_SEGMENT,
-                    BLOCK_M, SEGMENTS, D, BLOCK_D, HALF,
-                )  # fmt: skip
-                _score_chunk(
-                    (one, two, three), key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys,
-                    key_stride_n, scale, softcap, step, done, 3, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF,
-                    MEASURES_OUTPUT, SAMPLED, D, BLOCK_N, BLOCK_D, PRECISION,
-                )  # fmt: skip
-            else:
-                _score_chunk(
-                    (one, two), key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys,
-                    key_stride_n, scale, softcap, step, done, 2, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF,
-                    MEASURES_OUTPUT, SAMPLED, D, BLOCK_N, BLOCK_D, PRECISION,
-                )  # fmt: skip
+            _score_chunk(
+                (one, two), key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys,
+                key_stride_n, scale, softcap, step, done, 2, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF,
+                MEASURES_OUTPUT, SAMPLED, D, BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
         else:
             _score_chunk(
                 (one,), key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys,

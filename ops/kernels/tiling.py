@@ -14,8 +14,6 @@ SHARED_MEMORY = 96 * 1024
 """Bytes that operands may take while they wait for their turn; every GPU that is supported has as many."""
 CHUNK = 4096
 """Keys that one program scores."""
-MOST_PARTS = 3
-"""Parts of merged guides that are multiplied by keys in one go."""
 MAX_GUIDE_BYTES = 32 * 1024
 """Bytes of guides that stay with a program while it goes through its keys."""
 
@@ -93,7 +91,7 @@ def importance_tiling(channels: int, itemsize: int, guides: int, half: bool) -> 
 @functools.cache
 def merged_importance_tiling(channels: int, itemsize: int, half: bool) -> Tiling:
     """Of `merged_importance_kernel`: a part of the guides of several segments at a time, two parts at most."""
-    return Tiling(MAX_ROWS, 128, 4, 3) if half else ranking_tiling(channels, itemsize)
+    return Tiling(MAX_ROWS, 64, 4, 3) if half else ranking_tiling(channels, itemsize)
 
 
 @functools.cache
