@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig
-from s2o_compile.ops.density import density, scored_channels, share_in_all_channels
+from s2o_compile.ops.density import density, scored_channels, share_in_all_channels, share_of_guides
 from s2o_compile.ops.geometry import Geometry
 from s2o_compile.ops.rule.output_weighting import sampled_rows
 from s2o_compile.ops.visibility import Visibility
@@ -91,7 +91,8 @@ def ranking_flops(layer: Layer, config: S2OConfig) -> float:
         scored += -(-queries // config.ranking.pool) * geometry.span(segment).low
     whole, few = (scored_channels(x, layer.key.shape[-1]) for x in (config.with_ranking(channels=None), config))
     in_all = share_in_all_channels(layer.query, layer.key, layer.scale, config)
-    flops = 2.0 * heads * scored * (few + (whole - few) * in_all)
+    left = share_of_guides(layer.query[None], layer.key[None], layer.scale, config)
+    flops = 2.0 * heads * scored * left * (few + (whole - few) * in_all)
     if config.ranking.measure == "output":
         rows = layer.heads * len(sampled_rows(layer.length, layer.heads // len(layer.key), layer.key.device))
         flops += 2.0 * rows * layer.length * (layer.key.shape[-1] + layer.value.shape[-1])

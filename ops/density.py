@@ -8,8 +8,9 @@ import torch
 
 from .config import S2OConfig
 from .geometry import Geometry, round_up
-from .rule.channels import project
+from .rule.channels import key_covariance, project
 from .rule.guides import pool_guides
+from .rule.merging import MERGED, find_clusters
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def density(
 
 
 def ranking_share(config: S2OConfig, channels: int, value_channels: int, group_size: int) -> float:
-    """The ratio of ranking FLOPs to dense attention's FLOPs, visited pairs not counted.
+    """The ratio of ranking FLOPs to dense attention's FLOPs, visited pairs not counted, if no queries are merged.
 
     Each guide is multiplied with every key, and with one in `Ranking.sample` once more for its log-sum-exp.
 
@@ -74,3 +75,27 @@ def share_in_all_channels(query: torch.Tensor, key: torch.Tensor, scale: float, 
     """
     guides = pool_guides(query.unflatten(-3, (key.shape[-3], -1)), config)
     return float(project(guides, key, config.ranking.channels, scale).neglects_too_much.double().mean())
+
+
+def share_of_guides(query: torch.Tensor, key: torch.Tensor, scale: float, config: S2OConfig) -> float:
+    """The guides that are left where queries are merged (`rule.merging`), over those that there would be; else 1.
+
+    Args:
+        query: [B, Hq, Lq, D], of a call without padding that lets its queries be merged.
+        key: [B, Hkv, Lk, D].
+        scale: Factor of the logits.
+        config: Gives the radius and the segments.
+    """
+    ranking, length = config.ranking, query.shape[2]
+    if not ranking.merges:
+        return 1.0
+    run = min(MERGED, ranking.segment)
+    real = torch.arange(length + -length % run, device=query.device).view(-1, run) < length
+    guides = 0
+    for queries, keys in zip(query, key, strict=True):
+        covariance = key_covariance(keys, None).float()
+        for head, rows in enumerate(queries):
+            runs = torch.nn.functional.pad(rows.float() * scale, (0, 0, 0, -length % run)).unflatten(0, (-1, run))
+            of_keys = covariance[head * len(keys) // len(queries)]
+            guides += int(find_clusters(runs, real, of_keys, ranking.radius).count.sum())
+    return guides / (query.shape[0] * query.shape[1] * length)

@@ -95,7 +95,7 @@ def subspace(guide_moments: Tensor, key_moments: Tensor, count: int) -> Tensor:
     basis = basis / torch.linalg.vector_norm(basis, dim=-2, keepdim=True).clamp_min(1e-60)
     dual = guide_moments @ basis
     gram = basis.mT @ dual
-    slack = gram.diagonal(dim1=-2, dim2=-1).mean(-1) * (10 * torch.finfo(gram.dtype).eps) + 1e-60
+    slack = gram.diagonal(dim1=-2, dim2=-1).mean(-1) * 1e-10 + 1e-60
     identity = torch.eye(count, dtype=gram.dtype, device=gram.device)
     root = torch.linalg.cholesky_ex(gram + slack[..., None, None] * identity)[0]
     a, b = (torch.linalg.solve_triangular(root, x.mT, upper=False).mT for x in (basis, dual))

@@ -15,6 +15,8 @@ NEGLECT_LIMIT = 2.0
 """The variance of logits up to which channels are dropped; above it all channels cost less than the extra keys."""
 _ROWS = 2**11
 """The number of guides and keys that the directions are found from, about."""
+_SLACK = 1e-10
+"""Of a Gram matrix in double precision, relative to its diagonal: far above roundings, which then decide nothing."""
 _EPSILON = 1e-60
 """Keeps matrices of zeros from being divided by zero."""
 
@@ -130,7 +132,7 @@ def _improved(basis: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) ->
 def _root(gram: torch.Tensor) -> torch.Tensor:
     """The Cholesky factor of a Gram matrix, which fewer rows than channels leave singular but for what is added."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    slack = diagonal.mean(-1, keepdim=True) * (10 * torch.finfo(gram.dtype).eps) + _EPSILON
+    slack = diagonal.mean(-1, keepdim=True) * _SLACK + _EPSILON
     return torch.linalg.cholesky_ex(gram + torch.diag_embed(slack.expand_as(diagonal)))[0]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from .._explain import call_once, replace_operator
 from ..ops import AttentionResult, Ranking, S2OConfig
-from ..ops.density import density, ranking_share, share_in_all_channels
+from ..ops.density import density, ranking_share, share_in_all_channels, share_of_guides
 from ..ops.dispatch import DENSE_AT_ANY_LENGTH
 from ..passes import Decision, rewrite
 from ..passes.safety import Safeguard
@@ -82,8 +82,9 @@ class SiteInputs:
         whole = config.with_ranking(channels=None)
         few, all_channels = (ranking_share(rule, size, self.value.shape[3], group_size) for rule in (config, whole))
         scale = self.options.get("scale")
-        in_all = share_in_all_channels(self.query, self.key, size**-0.5 if scale is None else scale, config)
-        return few + (all_channels - few) * in_all
+        scale = size**-0.5 if scale is None else scale
+        in_all = share_in_all_channels(self.query, self.key, scale, config)
+        return (few + (all_channels - few) * in_all) * share_of_guides(self.query, self.key, scale, config)
 
 
 def visit_sites(

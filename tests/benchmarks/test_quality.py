@@ -221,7 +221,7 @@ class TestRun:
             {"s2o": operator(S2OConfig(min_length=0, threshold=0.5, ranking=Ranking(rule="dropped")))}
         )
         assert dense.loss != sparse.loss
-        assert 0 < sparse.density < 0.5 < dense.density == 1 and sparse.ranking > 0.3
+        assert 0 < sparse.density < 0.5 < dense.density == 1 and sparse.ranking > 0.01
 
     def test_progress_advances_with_every_layer(self) -> None:
         steps: list[int] = []

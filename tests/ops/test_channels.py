@@ -71,6 +71,15 @@ def test_products_of_few_directions_are_exact(rows: int, dtype: torch.dtype) -> 
     assert neglected.shape == (2, 3) and neglected.max() <= 0.25e-4 * want.square().mean()
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_products_of_one_guide_and_one_key_are_exact(seed: int) -> None:
+    """Of more channels than there is to find: the rest are roundings, which must not be divided by others."""
+    generator = torch.Generator().manual_seed(seed)
+    guide, key = (torch.randn(1, 1, 64, generator=generator, dtype=torch.float64) for _ in range(2))
+    projected, scored, _ = project(guide, key[0], 3, 0.1)
+    assert torch.allclose(projected @ scored.T, guide @ key[0].T, rtol=1e-6, atol=1e-6)
+
+
 def test_keys_that_do_not_count_have_no_say() -> None:
     torch.manual_seed(2)
     guides, key, valid = torch.randn(2, 50, 16), torch.randn(60, 16), torch.arange(60) % 3 > 0

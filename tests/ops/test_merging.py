@@ -1,0 +1,183 @@
+"""Queries merged: how far from its own a guide may be, in all three implementations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2o_compile.ops import Ranking, S2OConfig, cpu, reference
+from s2o_compile.ops.density import share_of_guides
+from s2o_compile.ops.kernels import merge, pipeline
+from s2o_compile.ops.kernels.arguments import Arguments
+from s2o_compile.ops.kernels.channels import key_covariance, sample_moments
+from s2o_compile.ops.rule import channels
+from s2o_compile.ops.rule.merging import find_clusters
+from s2o_compile.ops.visibility import Visibility
+
+from ..examples import examples
+from .comparison import largest_difference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 90), st.integers(2, 200))
+RADII = st.sampled_from([0.1, 1.0, 2.5, 100.0])
+
+
+def inputs(sizes: tuple[int, ...], width: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [B, H, G, L, D], some of them alike, and keys [B, H, N, D] that vary more along some channels."""
+    batch, kv_heads, group, length, keys = sizes
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, kv_heads, group, length, width, generator=generator, dtype=torch.float64)
+    alike = torch.randint(max(1, length // 4), (length,), generator=generator)
+    query = query[..., alike, :] + 0.1 * query
+    spread = torch.logspace(0.5, -1, width, dtype=torch.float64)
+    return query, torch.randn(batch, kv_heads, keys, width, generator=generator, dtype=torch.float64) * spread + 1
+
+
+def specified(query: torch.Tensor, key: torch.Tensor, radius: float, scale: float) -> reference.Guides:
+    """What the reference makes of the first 64 queries."""
+    call = reference.call_of(query.flatten(1, 2), key, key, Visibility(), scale)
+    return reference.merge(
+        call, call.query[..., :64, :], call.seen[..., :64, :], reference.key_covariance(call), radius
+    )
+
+
+@settings(max_examples=examples(30))
+@given(SIZES, RADII, st.integers(0, 2**31))
+def test_no_query_is_far_from_its_guide(sizes: tuple[int, ...], radius: float, seed: int) -> None:
+    """Distances spelled out, as the standard deviation over keys of how much the logits of two queries differ."""
+    query, key = inputs(sizes, 16, seed)
+    guides = specified(query, key, radius, 0.5)
+    query = query[..., :64, :]
+    own = guides.query.take_along_dim(guides.owner[..., None], -2)
+    apart = (0.5 * (query - own) @ key[:, :, None].mT).std(-1, correction=0)
+    assert (apart <= guides.reach.gather(-1, guides.owner) + 1e-9).all()
+    assert (apart <= 2 * radius + 1e-9).all()
+    is_guide = guides.seen.any(-1)
+    reached = torch.zeros_like(guides.reach).scatter_reduce_(-1, guides.owner, apart, "amax")
+    assert largest_difference(torch.where(is_guide, guides.reach, 0), reached) < 1e-6
+    for guide in range(is_guide.shape[-1]):
+        members = guides.owner == guide
+        assert torch.equal(members.any(-1), is_guide[..., guide])
+        mean = (query * members[..., None]).sum(-2) / members.sum(-1, keepdim=True).clamp_min(1)
+        assert (
+            largest_difference(torch.where(is_guide[..., guide, None], mean - guides.query[..., guide, :], 0), 0 * mean)
+            < 1e-9
+        )
+
+
+@settings(max_examples=examples(30))
+@given(SIZES, RADII, st.integers(0, 2**31))
+def test_clusters_are_those_of_the_specification(sizes: tuple[int, ...], radius: float, seed: int) -> None:
+    """Whatever their order, which rounding may decide."""
+    query, key = inputs(sizes, 16, seed)
+    query = query[..., :64, :]
+    guides = specified(query, key, radius, 0.5)
+    runs = torch.nn.functional.pad(query, (0, 0, 0, -query.shape[3] % 32)).unflatten(3, (-1, 32))
+    real = torch.arange(runs.shape[3] * 32).view(-1, 32) < query.shape[3]
+    covariance = channels.key_covariance(key, None)[:, :, None, None]
+    clusters = find_clusters(runs * 0.5, real, covariance, radius)
+    assert torch.equal(clusters.count.sum(-1), guides.seen.any(-1).sum(-1))
+    means = clusters.means(runs, real).take_along_dim(clusters.owner[..., None], -2)
+    assert same(means.flatten(3, 4)[..., : query.shape[3], :], guides.query, guides, 1e-9)
+    reach = clusters.reach.gather(-1, clusters.owner)
+    assert same(reach.flatten(3)[..., : query.shape[3], None], guides.reach[..., None], guides, 1e-6)
+
+
+def same(of_queries: torch.Tensor, of_guides: torch.Tensor, guides: reference.Guides, tolerance: float) -> bool:
+    """Whether queries have what belongs to their guides."""
+    return largest_difference(of_queries, of_guides.take_along_dim(guides.owner[..., None], -2)) < tolerance
+
+
+@pytest.mark.hypothesis
+@settings(max_examples=examples(10))
+@given(
+    SIZES,
+    RADII,
+    st.sampled_from([(16, "kv_head"), (32, "kv_head"), (64, "kv_head"), (32, "head")]),
+    st.sampled_from([16, 40, 128]),
+    st.integers(0, 2**31),
+)
+def test_the_kernels_merge_as_specified(
+    sizes: tuple[int, ...], radius: float, rule: tuple[int, str], width: int, seed: int
+) -> None:
+    segment, lists = rule
+    query, key = (x.float().to(DEVICE) for x in inputs(sizes, width, seed))
+    group, length = sizes[2:4]
+    config = S2OConfig(ranking=Ranking(radius=radius, segment=segment, lists=lists))
+    arguments = Arguments(query.flatten(1, 2), key, key, Visibility(), None, 0.5, 0.0, config, query.device)
+    got = merge.merge(arguments, key_covariance(sample_moments(query, key, None), key, None, 0.5))
+    call = reference.call_of(query.flatten(1, 2), key, key, Visibility(), 0.5)
+    most, per_list = arguments.guides_of_segment, group // arguments.lists
+    for first in range(0, length, segment):
+        rows, places = slice(first, first + segment), slice(first // segment * most, (first // segment + 1) * most)
+        x, seen = call.query[..., rows, :], call.seen[..., rows, :]
+        guides = reference.merge(call, x, seen, reference.key_covariance(call), radius)
+        of_lists = guides.seen.any(-1).sum(-1).unflatten(2, (-1, per_list)).sum(-1)
+        assert torch.equal(got.count[..., first // segment], of_lists.int())
+        owner = got.owner[..., rows].long()
+        for found, wanted in ((got.rows, guides.query), (got.reach[..., None] * math.log(2), guides.reach[..., None])):
+            of_queries = found[:, :, :, places].repeat_interleave(per_list, 2).take_along_dim(owner[..., None], -2)
+            assert same(of_queries, wanted, guides, 1e-3)
+        earliest = got.first[:, :, :, places].repeat_interleave(per_list, 2).gather(-1, owner)
+        alike = guides.owner[..., :, None] == guides.owner[..., None, :]
+        assert torch.equal(earliest, (first + alike.int().argmax(-1)).int())
+
+
+@pytest.mark.parametrize("implementation", [cpu, pipeline], ids=["cpu", "kernels"])
+def test_a_key_that_a_single_query_wants_is_visited(implementation: Any) -> None:
+    """Among queries that want other keys: it is not merged with these, or reaches far, whereas means lose the key."""
+    torch.manual_seed(3)
+    length, wanted = 400, 77
+    query, key, value = (torch.randn(1, 1, length, 32, device=DEVICE) for _ in "qkv")
+    query = query[:, :, :1] + 0.05 * query
+    query[:, :, -40] = 6 * key[:, :, wanted]
+    value[:, :, wanted] += 50
+    config = S2OConfig(min_length=0, threshold=0.05, ranking=Ranking(near_keys=0, rule="dropped", channels=None))
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    for changes, is_found in (
+        ({"radius": 1.0}, True),
+        ({"radius": 2.0}, True),
+        ({"radius": 1e4}, True),
+        ({"pool": 32}, False),
+    ):
+        settings = config.with_ranking(**changes)
+        output = implementation.sparse_attention(query, key, value, Visibility(True), 32**-0.5, 0.0, settings).output
+        assert (largest_difference(output[:, :, -40], dense[:, :, -40]) < 1) == is_found
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        Visibility(True, window=100),
+        Visibility(True, query_documents=torch.zeros(1, 8), key_documents=torch.zeros(1, 8)),
+        Visibility(True, mask=torch.ones(1, 1, 8, 8, dtype=torch.bool)),
+    ],
+    ids=["window", "documents", "mask"],
+)
+def test_queries_that_see_different_keys_are_not_merged(terms: Visibility) -> None:
+    assert not terms.effective_config(S2OConfig()).ranking.merges
+    assert Visibility(True).effective_config(S2OConfig()).ranking.merges
+
+
+@pytest.mark.parametrize("fields", [{"pool": 2}, {"guides": "kv_head"}, {"combine": "mean"}, {"radius": 0.0}])
+def test_means_are_not_merged(fields: dict[str, object]) -> None:
+    assert not Ranking(**fields).merges  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("radius", [-1.0, math.inf, math.nan])
+def test_a_radius_is_a_finite_number(radius: float) -> None:
+    with pytest.raises(ValueError, match="radius must be a finite number of at least 0, not"):
+        Ranking(radius=radius)
+
+
+@pytest.mark.parametrize(("scale", "left"), [(1e-3, 3 / 70), (1e3, 1.0)])
+def test_the_share_of_guides_is_counted(scale: float, left: float) -> None:
+    """Where all queries of a run are alike, a guide for each of three runs; where none are, all queries."""
+    query, key = torch.randn(2, 4, 70, 16), torch.randn(2, 2, 90, 16)
+    assert share_of_guides(query, key, scale, S2OConfig()) == pytest.approx(left)
+    assert share_of_guides(query, key, scale, S2OConfig(ranking=Ranking(radius=0.0))) == 1
