@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn
+from rich.progress import Progress, ProgressColumn, TaskID
 
 from s2o_compile._command_line import run as run_command_line
 
@@ -28,3 +29,10 @@ def progress_bars(*columns: ProgressColumn) -> Progress:
     """Progress bars on stderr, those of rich's usual columns without others; none where it is not a terminal."""
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def announce(progress: Progress, task: TaskID, text: str) -> None:
+    """Say what a task is at: beside its bar, or in a line with the time of day where there are no bars."""
+    progress.update(task, description=text)
+    if progress.disable:
+        progress.console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from ..ops.config import S2OConfig
 from ..ops.dense import is_large
 from .accept import check_call, check_inputs, check_length, check_scores, proven_mask
 from .fuse import fuse
-from .graph.metadata import as_computed
+from .graph.metadata import as_computed, note_values
 from .graph.mutation import Writes
 from .graph.nested import nested_graphs
 from .graph.torch_internals import is_erased
@@ -59,10 +59,12 @@ def _rewrite_graph(
     module: GraphModule, config: S2OConfig, of_site: Callable[[str], S2OConfig], fuse_dense: bool
 ) -> list[Decision]:
     """Rewrite the sites of one graph, and not those of the graphs that it calls."""
+    found = set(module.graph.nodes)
     with as_computed(module.graph) as out_of_place:
         rewriter = _Rewriter(module.graph, config, of_site, fuse_dense)
         decisions = [decision for node in list(module.graph.nodes) for decision in rewriter.visit(node)]
     if rewriter.replacer.changed:
+        note_values(node for node in module.graph.nodes if node not in found)
         module.graph.lint()
         module.recompile()
     else:

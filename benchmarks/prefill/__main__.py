@@ -3,6 +3,7 @@
     python -m benchmarks.prefill llama-3.1-8b --layers 4 --length 32768 --density 0.05
     python -m benchmarks.prefill smollm2 --length 8192
     python -m benchmarks.prefill smollm2 --length 8192 --padded
+    python -m benchmarks.prefill smollm2 --length 2048 --length 8192 --dynamic --only inductor --only s2o
 
 The model is called as with ``model(**tokenizer(text))``, which gives it a mask of ones, and without that mask.
 
@@ -24,9 +25,10 @@ from s2o_compile.testbed.document import check_document
 from s2o_compile.testbed.model import choose_device, choose_dtype
 from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
 
-from ..command import progress_bars, run, wide_console
+from ..command import announce, progress_bars, run, wide_console
+from ..quality.yarn import stretch
 from ..results import as_text, save
-from .backends import CUDNN_FIRST, preferring
+from .backends import BACKENDS, CUDNN_FIRST, ONE_LENGTH, Contenders, choose_backends, preferring
 from .calls import padded_calls, plain_calls
 from .measure import Row, measure
 from .models import RANDOM_LLAMA, SMOLLM2, load
@@ -61,10 +63,21 @@ def main(
     cudnn: Annotated[
         bool, typer.Option("--cudnn", help="SDPA prefers cuDNN in all rows; by default PyTorch's order decides.")
     ] = False,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Compile once for all lengths; by default for each of them.")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A row: {', '.join(BACKENDS)}, or {ONE_LENGTH} beside --dynamic; repeatable."),
+    ] = None,
+    yarn: Annotated[float | None, typer.Option(help="Factor of YaRN, for more positions than the model's.")] = None,
     cold: Annotated[
         bool, typer.Option("--cold", help="Compile without what Inductor and Triton have cached on disk.")
     ] = False,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed prefills of each.")] = 3,
+    profiled: Annotated[
+        bool, typer.Option("--profile/--no-profile", help="Attention's share, by one prefill more; on a GPU.")
+    ] = True,
     device: Device = "auto",
     dtype: DType = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for prefill.json.")] = None,
@@ -85,6 +98,7 @@ def main(
     lengths = length or LENGTHS[place.type]
     if model != RANDOM_LLAMA:
         check_document(document, min(lengths))
+    backends = choose_backends(only or [])
     if output:
         make_folder(output)
     rows: list[Row] = []
@@ -94,23 +108,27 @@ def main(
             settings.enter_context(fresh_cache())
         task = progress.add_task("Loading the model", total=len(lengths))
         subject = load(model, layers, place, choose_dtype(dtype, place))
-        note = describe(subject, density, cudnn)
+        if yarn is not None:
+            stretch(subject.model, yarn)
+        note = describe(subject, density, cudnn, dynamic, yarn)
+        contenders = Contenders(subject.model, backends, dynamic)
         for tokens in lengths:
 
             def show(step: str, tokens: int = tokens) -> None:
-                progress.update(task, description=f"{tokens:,} tokens: {step}")
+                announce(progress, task, f"{tokens:,} tokens: {step}")
 
             prompt = subject.tokens(tokens, document)
             calls = padded_calls(prompt) if padded else plain_calls(prompt, (True, False) if mask is None else (mask,))
-            rows += measure(subject.model, prompt, calls, config, density, repetitions, show)
+            own = measure(contenders, prompt, calls, config, density, repetitions, profiled, show)
+            if not as_json:
+                wide_console().print(table(own, note, subject.positions))
+            rows += own
             progress.advance(task)
             found = as_dict(subject, rows, note, repetitions)
             if output:
                 save(found, output / "prefill.json")
     if as_json:
         print(as_text(found))
-    else:
-        wide_console().print(table(rows, note, subject.positions))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from s2o_compile.backend import S2OBackend, s2o
+from s2o_compile._console import UsageError
+from s2o_compile.backend import s2o
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.dispatch import DENSE_AT_ANY_LENGTH
 
@@ -23,26 +23,45 @@ CUDNN_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+DENSE = S2OConfig(min_length=DENSE_AT_ANY_LENGTH)
 EAGER, INDUCTOR, KEPT_DENSE, S2O = BACKENDS = ("eager", "inductor", "s2o, kept dense", "s2o")
+ONE_LENGTH = "inductor, one length"
+"""Inductor, compiled for each length, beside those that are compiled once for all."""
+
+
+def choose_backends(names: Sequence[str]) -> tuple[str, ...]:
+    """The backends of these names, in the order of rows; `BACKENDS` where there are none.
+
+    Raises:
+        UsageError: A name is unknown.
+    """
+    known = (EAGER, INDUCTOR, ONE_LENGTH, KEPT_DENSE, S2O)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"--only must be one of {'; '.join(known)}, not {name!r}.")
+    return tuple(name for name in known if name in names) or BACKENDS
 
 
 class Contender:
-    """A model run in one way, on the prompts of one call.
+    """A model run in one way.
 
-    Attributes:
-        backend: One of `BACKENDS`.
+    Args:
+        model: A causal language model of transformers.
+        backend: One of `BACKENDS`, or `ONE_LENGTH`.
+        config: Settings of the operator, for `S2O`.
+        dynamic: Whether it is compiled for all lengths.
     """
 
-    def __init__(self, model: Any, backend: str, call: Call, config: S2OConfig) -> None:
-        self.backend, self._call, self._s2o = backend, call, _backend(backend, config)
+    def __init__(self, model: Any, backend: str, config: S2OConfig, dynamic: bool) -> None:
+        self._s2o = {S2O: s2o.with_config(config), KEPT_DENSE: s2o.with_config(DENSE)}.get(backend)
         self._model = model
         if backend != EAGER:
             compiler = self._s2o or "inductor"
-            self._model = torch.compile(model, backend=compiler, dynamic=call.is_dynamic)
+            self._model = torch.compile(model, backend=compiler, dynamic=dynamic and backend != ONE_LENGTH)
 
-    def __call__(self) -> list[int]:
+    def __call__(self, call: Call) -> list[int]:
         """Prefill; the most likely next token of each prompt, on the host."""
-        return [token for inputs in self._call.inputs for token in first_tokens(self._model, inputs)]
+        return [token for inputs in call.inputs for token in first_tokens(self._model, inputs)]
 
     @property
     def sites(self) -> str:
@@ -52,10 +71,35 @@ class Contender:
         return "; ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
-def _backend(name: str, config: S2OConfig) -> S2OBackend | None:
-    if name == KEPT_DENSE:
-        config = dataclasses.replace(config, min_length=DENSE_AT_ANY_LENGTH)
-    return s2o.with_config(config) if name in (KEPT_DENSE, S2O) else None
+class Contenders:
+    """A model and the ways to run it that are compared.
+
+    Args:
+        model: A causal language model of transformers.
+        backends: Of `BACKENDS`, and `ONE_LENGTH`.
+        dynamic: Whether what is compiled serves all lengths; else it is compiled for each.
+
+    Attributes:
+        model: As given.
+        backends: As given.
+    """
+
+    def __init__(self, model: Any, backends: Sequence[str] = BACKENDS, dynamic: bool = False) -> None:
+        self.model, self.backends, self._dynamic = model, backends, dynamic
+        self._made: dict[Any, Contender] = {}
+
+    def begin_length(self) -> None:
+        """Forget what was compiled for other lengths alone."""
+        if not self._dynamic:
+            torch.compiler.reset()
+            self._made.clear()
+
+    def get(self, backend: str, call: Call, config: S2OConfig) -> Contender:
+        """The model run in one way for calls of one name; one that is compiled already, where there is such a one."""
+        key = backend, call.name, config if backend == S2O else None
+        if key not in self._made:
+            self._made[key] = Contender(self.model, backend, config, self._dynamic or call.is_dynamic)
+        return self._made[key]
 
 
 @torch.no_grad()

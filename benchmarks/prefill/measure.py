@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ..timing import (
     wall_seconds,
     with_peak_memory,
 )
-from .backends import BACKENDS, EAGER, S2O, Contender
+from .backends import EAGER, S2O, Contender, Contenders
 from .budget import visited_density, with_density
 from .calls import Call, prefill_inputs
 
@@ -41,14 +42,15 @@ class Row:
     Attributes:
         length: Tokens, of the longest prompt.
         call: How the model is called: `Call.name`.
-        backend: "eager" (not compiled), "inductor", "s2o, kept dense" (masks are proven away, nothing is left out) or
-            "s2o".
+        backend: "eager" (not compiled), "inductor", "inductor, one length" (where the others are compiled for all),
+            "s2o, kept dense" (masks are proven away, nothing is left out) or "s2o".
         seconds: To the first token on the host, the median.
         spread: Range of the repetitions over their median.
-        to_eager: Time of eager, called in the same way, over its own.
-        attention: Share of the GPU's time that is attention, by the names of kernels; None on a CPU.
+        to_eager: Time of eager, called in the same way, over its own; None without eager.
+        attention: Share of the GPU's time that is attention, by the names of kernels; None on a CPU, or not profiled.
         mebibytes: Memory at its peak beside the weights, with the cache; None on a CPU.
-        compile_seconds: What the first prefill took longer than the median; None where nothing is compiled.
+        compile_seconds: What the first prefill of this length took longer than the median; None where nothing is
+            compiled.
         sites: What s2o made of the attention sites; where lengths vary, "sparse" are those that may be.
         density: Visited pairs over those that dense kernels visit, over all layers; None where it was not counted.
         threshold: Of the operator; None without it.
@@ -71,34 +73,36 @@ class Row:
 
 
 def measure(
-    model: Any,
+    contenders: Contenders,
     tokens: torch.Tensor,
     calls: Sequence[Call],
     config: S2OConfig,
     density: float | None,
     repetitions: int,
+    profiled: bool,
     progress: Callable[[str], None],
 ) -> list[Row]:
-    """Prefill eagerly, with Inductor alone, and with s2o, kept dense and as set.
+    """Prefill in each way; those that fail, as they run out of memory, leave the others alone.
 
     Args:
-        model: A causal language model of transformers.
+        contenders: A causal language model of transformers, and the ways to run it.
         tokens: [1, L], for which the threshold is chosen and the density counted.
         calls: The ways to call the model.
         config: Settings of the operator.
         density: What the operator is to visit, by its threshold; None to leave the threshold as it is.
         repetitions: Timed prefills of each.
+        profiled: Whether attention's share is measured, on a GPU, which takes a prefill more of each.
         progress: Called with the name of each step.
     """
-    torch.compiler.reset()
-    length = tokens.shape[1]
-    asked = {f"{backend}, {call.name}": (backend, call) for call in calls for backend in BACKENDS}
+    contenders.begin_length()
+    model, length = contenders.model, tokens.shape[1]
+    asked = {f"{backend}, {call.name}": (backend, call) for call in calls for backend in contenders.backends}
     rows = {name: Row(length, call.name, backend) for name, (backend, call) in asked.items()}
     try:
         config, visited = _budget(model, tokens, config, density, progress)
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            contenders = {name: Contender(model, backend, call, config) for name, (backend, call) in asked.items()}
-            _time(contenders, rows, model.device, repetitions, progress)
+            runs = {name: (contenders.get(backend, call, config), call) for name, (backend, call) in asked.items()}
+            _time(runs, rows, model.device, repetitions, profiled, progress)
     except torch.OutOfMemoryError as error:
         for row in rows.values():
             row.reason = row.reason or first_line(error)
@@ -125,40 +129,53 @@ def _budget(
 
 
 def _time(
-    contenders: dict[str, Contender],
+    runs: dict[str, tuple[Contender, Call]],
     rows: dict[str, Row],
     device: torch.device,
     repetitions: int,
+    profiled: bool,
     progress: Callable[[str], None],
 ) -> None:
     """Fill in what is measured of each contender's prefills into the row of its name."""
     first: dict[str, float] = {}
-    for name, run in contenders.items():
+    running: dict[str, Run] = {}
+    for name, (contender, call) in runs.items():
         progress(f"warming up {name}")
-        seconds, failure = attempt(partial(wall_seconds, run))
-        first[name] = seconds or 0.0
-        rows[name].reason = failure or attempt(run)[1]
-        rows[name].sites = run.sites
-    running = {name: run for name, run in contenders.items() if not rows[name].reason}
+        row = rows[name]
+        running[name] = partial(contender, call)
+        first[name], row.mebibytes, row.reason = _warm_up(running[name], device)
+        row.sites = contender.sites
+        if row.reason:
+            del running[name]
     progress("repetitions")
     clock = wall_seconds if device.type == "cpu" else settled(wall_seconds)
-    times = interleaved(dict[str, Run](running), repetitions, clock)
+    times = interleaved(running, repetitions, clock)
     for name, run in running.items():
         row = rows[name]
-        median, row.spread = median_and_spread(times[name])
-        row.seconds = median
-        row.compile_seconds = None if row.backend == EAGER else max(0.0, first[name] - median)
-        _, size = with_peak_memory(run, device)
-        row.mebibytes = None if size is None else size / 2**20
-        if device.type != "cpu":
+        row.seconds, row.spread = median_and_spread(times[name])
+        row.compile_seconds = None if row.backend == EAGER else max(0.0, first[name] - row.seconds)
+        if profiled and device.type != "cpu":
+            progress(f"profiling {name}")
             row.attention = attention_share(kernel_seconds(run))
 
 
+def _warm_up(run: Run, device: torch.device) -> tuple[float, float | None, str]:
+    """Call something twice: seconds of the first call, MiB at the peak of the second, and why it failed, or ""."""
+    seconds, failure = attempt(partial(wall_seconds, run))
+    measured, failure = (None, failure) if failure else attempt(partial(with_peak_memory, run, device))
+    if failure and device.type == "cuda":
+        # Frames of the error may be in cycles, and hold what was allocated.
+        gc.collect()
+        torch.cuda.empty_cache()
+    size = measured[1] if measured else None
+    return seconds or 0.0, None if size is None else size / 2**20, failure
+
+
 def _compare(rows: Iterable[Row]) -> None:
-    """Fill in the times relative to those of eager, called in the same way."""
+    """Fill in the times relative to those of eager, called in the same way; none where eager has no time."""
     eager = {row.call: row.seconds for row in rows if row.backend == EAGER}
     for row in rows:
-        reference = eager[row.call]
+        reference = eager.get(row.call)
         if row.seconds and reference:
             row.to_eager = reference / row.seconds
 

@@ -32,13 +32,16 @@ COLUMNS = {
 """The headers and formats of what is measured; times are in milliseconds in tables."""
 
 
-def describe(subject: Subject, density: float | None, cudnn: bool = False) -> str:
-    """What a reader must know of the model, its budget and the backend of SDPA."""
-    preferred = "; SDPA prefers cuDNN" if cudnn else ""
+def describe(
+    subject: Subject, density: float | None, cudnn: bool = False, dynamic: bool = False, yarn: float | None = None
+) -> str:
+    """What a reader must know of the model, its budget, the backend of SDPA, and how it is compiled."""
+    further = "; SDPA prefers cuDNN" * cudnn + "; compiled once for all lengths" * dynamic
+    further += f"; YaRN {yarn:g}" if yarn else ""
     if density is None:
-        return f"{subject.name}: real text, the threshold as set{preferred}."
+        return f"{subject.name}: real text, the threshold as set{further}."
     inputs = "random tokens, so attention has no structure" if subject.is_random else "real text"
-    return f"{subject.name}: {inputs}; at each length the threshold is chosen to visit about {density:g}{preferred}."
+    return f"{subject.name}: {inputs}; at each length the threshold is chosen to visit about {density:g}{further}."
 
 
 def table(rows: list[Row], note: str, positions: int) -> Table:

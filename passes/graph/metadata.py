@@ -13,7 +13,7 @@ does, changes it for all nodes that hold it, and at the end of the graph they al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ from torch.fx.node import map_arg
 from .autocast import autocast_at
 from .mutation import Writes, called_name, changes_shape, may_change_anything
 from .node_values import AS_COMPUTED, fake_tensor, objects, symbolic_size
-from .torch_internals import HigherOrderOperator, fake_mode, is_plain, tree_leaves, tree_map, version
+from .torch_internals import HigherOrderOperator, fake_mode, is_plain, tree_leaves, tree_map, version, without_guards
 
 _OTHER_MEMORY = ("set_", "resize_", "resize_as_")
 """Changes that have no counterpart out of place."""
@@ -258,3 +258,21 @@ def _note_gradients(node: Node, needed: bool) -> None:
     if tensor is not None and tensor.is_floating_point() and tensor.requires_grad != needed:
         with torch.no_grad():
             node.meta[AS_COMPUTED] = tensor.data.requires_grad_(needed)
+
+
+def note_values(nodes: Iterable[Node]) -> None:
+    """Note the values of inserted nodes at them, as Dynamo does; where they cannot be computed, nothing is noted.
+
+    A graph in which a method is called on a node without a value is none that AOTAutograd would cache.
+    """
+    for node in nodes:
+        if node.op not in ("call_function", "call_method") or "example_value" in node.meta:
+            continue
+        target: Any = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
+        try:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda item: item.meta["example_value"])
+            mode = fake_mode(tree_leaves((args, kwargs)))
+            with mode, without_guards(mode), torch.no_grad():
+                node.meta["example_value"] = target(*args, **kwargs)
+        except Exception:  # of whatever kind: the graph is compiled without the value, but not cached
+            continue

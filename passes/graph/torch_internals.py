@@ -62,6 +62,7 @@ __all__ = [
     "version",
     "why_not_plain",
     "without_attention_patterns",
+    "without_guards",
     "written_arguments",
 ]
 
@@ -78,6 +79,11 @@ namespaces = (torch._C._nn, torch._functorch.predispatch)
 def fake_mode(values: Iterable[Any]) -> FakeTensorMode:
     """The mode of the fake tensors among `values`, of which there is at least one."""
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def without_guards(mode: FakeTensorMode) -> contextlib.AbstractContextManager[Any]:
+    """A context in which operations on a mode's fake tensors decide nothing about the sizes that a graph serves."""
+    return contextlib.nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
 
 
 def truth(relation: sympy.Basic, tensor: torch.Tensor) -> torch.SymBool | None:

@@ -11,7 +11,19 @@ from torch._inductor.utils import fresh_cache
 from torch.nn.attention import SDPBackend
 from torch.profiler import profile
 
-from benchmarks.prefill.backends import BACKENDS, INDUCTOR, KEPT_DENSE, S2O, Contender, first_tokens, preferring
+from benchmarks.prefill.backends import (
+    BACKENDS,
+    EAGER,
+    INDUCTOR,
+    KEPT_DENSE,
+    ONE_LENGTH,
+    S2O,
+    Contender,
+    Contenders,
+    choose_backends,
+    first_tokens,
+    preferring,
+)
 from benchmarks.prefill.budget import visited_density, with_density
 from benchmarks.prefill.calls import Call, padded_calls, plain_calls
 from benchmarks.prefill.measure import Row, attention_share, measure
@@ -19,6 +31,7 @@ from benchmarks.prefill.models import RANDOM_LLAMA, Subject, llama, load, random
 from benchmarks.prefill.report import as_dict, cells, describe, table
 from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
+from s2o_compile.testbed.predict import compiled_graphs
 
 CPU = torch.device("cpu")
 
@@ -66,10 +79,10 @@ def test_a_preferred_backend_is_that_of_no_other_row() -> None:
     def fuses(backends: list[SDPBackend]) -> bool:
         torch.compiler.reset()
         with preferring(backends):
-            run = Contender(subject.model, INDUCTOR, call, S2OConfig())
-            run()
+            run = Contender(subject.model, INDUCTOR, S2OConfig(), dynamic=False)
+            run(call)
             with profile() as profiled:
-                run()
+                run(call)
         return any("scaled_dot_product_flash" in event.key for event in profiled.key_averages())
 
     with fresh_cache():
@@ -108,7 +121,7 @@ def test_rows_are_whole() -> None:
     subject, steps = tiny(), list[str]()
     prompt = subject.tokens(600, None)
     calls = plain_calls(prompt, (True,))
-    rows = measure(subject.model, prompt, calls, S2OConfig(min_length=0), 0.6, 1, steps.append)
+    rows = measure(Contenders(subject.model), prompt, calls, S2OConfig(min_length=0), 0.6, 1, True, steps.append)
     assert tuple(row.backend for row in rows) == BACKENDS and not any(row.reason for row in rows)
     eager, inductor, kept, sparse = rows
     assert eager.to_eager == 1 and eager.compile_seconds is None
@@ -123,7 +136,16 @@ def test_long_calls_kept_dense_have_no_mask(monkeypatch: pytest.MonkeyPatch) -> 
     eagerly(monkeypatch)
     subject = tiny()
     prompt = subject.tokens(1100, None)
-    rows = measure(subject.model, prompt, plain_calls(prompt, (True, False)), S2OConfig(), None, 1, lambda step: None)
+    rows = measure(
+        Contenders(subject.model),
+        prompt,
+        plain_calls(prompt, (True, False)),
+        S2OConfig(),
+        None,
+        1,
+        True,
+        lambda step: None,
+    )
     assert [(row.call, row.backend) for row in rows] == [
         (call, backend) for call in ("mask of ones", "no mask") for backend in BACKENDS
     ]
@@ -139,13 +161,74 @@ def test_a_padded_batch_and_its_prompts_agree(monkeypatch: pytest.MonkeyPatch) -
     subject, config = tiny(), S2OConfig(min_length=0, threshold=0)
     prompt = subject.tokens(300, None)
     calls = padded_calls(prompt)
-    rows = measure(subject.model, prompt, calls, config, None, 1, lambda step: None)
+    rows = measure(Contenders(subject.model), prompt, calls, config, None, 1, True, lambda step: None)
     assert len(rows) == 8 and not any(row.reason for row in rows)
     assert {row.sites for row in rows if row.backend == S2O} == {"1 sparse"}
     assert all(row.density is None for row in rows)
     for call in calls:
-        expected = Contender(subject.model, "eager", call, config)()
-        assert len(expected) == 4 and Contender(subject.model, S2O, call, config)() == expected
+        expected = Contender(subject.model, EAGER, config, call.is_dynamic)(call)
+        assert len(expected) == 4 and Contender(subject.model, S2O, config, call.is_dynamic)(call) == expected
+
+
+def test_one_compilation_serves_all_lengths() -> None:
+    """But that of Inductor for one length."""
+    torch.compiler.reset()
+    subject, graphs = tiny(), []
+    ways = Contenders(subject.model, (INDUCTOR, ONE_LENGTH), dynamic=True)
+    for length in (300, 400):
+        prompt = subject.tokens(length, None)
+        before = compiled_graphs()
+        rows = measure(ways, prompt, plain_calls(prompt, (True,)), S2OConfig(), None, 1, True, lambda step: None)
+        assert [row.backend for row in rows] == [INDUCTOR, ONE_LENGTH] and not any(row.reason for row in rows)
+        graphs.append(compiled_graphs() - before)
+    assert graphs == [2, 1]
+
+
+def test_a_threshold_is_compiled_only_once() -> None:
+    """Of each contender there is one for a call and a setting, or, for each length, another."""
+    call, other = Call("alone", ()), Call("another", ())
+    once, each = Contenders(None, dynamic=True), Contenders(None)
+    for ways, same in ((once, True), (each, False)):
+        first = ways.get(S2O, call, S2OConfig())
+        assert ways.get(S2O, call, S2OConfig()) is first
+        assert ways.get(S2O, other, S2OConfig()) is not first
+        assert ways.get(S2O, call, S2OConfig(threshold=0.5)) is not first
+        kept = ways.get(KEPT_DENSE, call, S2OConfig())
+        assert ways.get(KEPT_DENSE, call, S2OConfig(threshold=0.5)) is kept
+        ways.begin_length()
+        assert (ways.get(S2O, call, S2OConfig()) is first) is same
+
+
+def test_rows_are_chosen() -> None:
+    assert choose_backends([]) == BACKENDS
+    assert choose_backends([S2O, ONE_LENGTH]) == (ONE_LENGTH, S2O)
+    with pytest.raises(UsageError, match=r"--only must be one of eager; .*, not 'flash'"):
+        choose_backends(["flash"])
+
+
+def test_without_eager_there_are_no_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    eagerly(monkeypatch)
+    subject = tiny()
+    prompt = subject.tokens(100, None)
+    ways = Contenders(subject.model, (S2O,))
+    (alone,) = measure(ways, prompt, plain_calls(prompt, (False,)), S2OConfig(), None, 1, True, lambda step: None)
+    assert alone.seconds and alone.to_eager is None
+
+
+def test_what_runs_out_of_memory_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64 GiB")
+
+    eagerly(monkeypatch)
+    subject = tiny()
+    prompt = subject.tokens(100, None)
+    ways, calls = Contenders(subject.model), plain_calls(prompt, (True,))
+    ways.begin_length()
+    monkeypatch.setattr(ways, "begin_length", lambda: None)
+    monkeypatch.setattr(ways.get(INDUCTOR, calls[0], S2OConfig()), "_model", refuse)
+    eager, inductor, kept, sparse = measure(ways, prompt, calls, S2OConfig(), None, 1, True, lambda step: None)
+    assert inductor.reason == "CUDA out of memory. Tried to allocate 64 GiB" and inductor.seconds is None
+    assert all(row.seconds and row.to_eager and not row.reason for row in (eager, kept, sparse))
 
 
 def test_what_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,9 +240,9 @@ def test_what_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     calls = plain_calls(prompt, (False,))
     monkeypatch.setattr("benchmarks.prefill.backends.torch.compile", fail)
     with pytest.raises(RuntimeError):
-        measure(subject.model, prompt, calls, S2OConfig(), None, 1, lambda step: None)
+        measure(Contenders(subject.model), prompt, calls, S2OConfig(), None, 1, True, lambda step: None)
     monkeypatch.setattr("benchmarks.prefill.backends.torch.compile", lambda *_, **__: fail)
-    eager, *compiled = measure(subject.model, prompt, calls, S2OConfig(), None, 1, lambda step: None)
+    eager, *compiled = measure(Contenders(subject.model), prompt, calls, S2OConfig(), None, 1, True, lambda step: None)
     assert not eager.reason and eager.seconds
     assert [row.reason for row in compiled] == ["no room here"] * 3
     assert all(row.seconds is None and row.to_eager is None for row in compiled)
@@ -181,6 +264,7 @@ def test_reports() -> None:
     note = describe(subject, 0.1)
     assert "random tokens" in note and "to visit about 0.1" in note
     assert "prefers cuDNN" in describe(subject, 0.1, cudnn=True)
+    assert describe(subject, None, dynamic=True, yarn=4.0).endswith("compiled once for all lengths; YaRN 4.")
     assert cells(rows[0])[:4] == ["1,000.0", "10%", "1.00", ""]
     shown = table(rows, note, subject.positions)
     assert shown.row_count == 2 and "no room" in str(shown.caption) and "131,072 positions" in str(shown.caption)

@@ -240,6 +240,28 @@ def test_written_out_attention_that_stays_dense_is_fused() -> None:
     assert code.count("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(") == 1
 
 
+def test_graphs_whose_padding_is_read_are_cached_whole() -> None:
+    """By AOTAutograd, so that another process need not trace them: nodes that are inserted have values."""
+
+    def attend(q: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril() & padding.bool()[:, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=seen)
+
+    q, padding = torch.randn(2, 2, 48, 16), torch.ones(2, 48, dtype=torch.int64)
+    padding[1, :5] = 0
+    hits = torch._dynamo.utils.counters["aot_autograd"]
+    exact = s2o.with_config(S2OConfig(min_length=0, threshold=0))
+    with torch.no_grad(), fresh_cache():
+        for expected in (0, 1):
+            torch.compiler.reset()
+            hits.clear()
+            output = torch.compile(attend, backend=exact, dynamic=True)(q, padding)
+            assert hits["autograd_cache_hit"] == expected and not hits["autograd_cache_bypass"]
+            assert [decision.rewritten for decision in exact.report.decisions] == [True]
+            torch.testing.assert_close(output[1, :, 5:], attend(q, padding)[1, :, 5:])
+            torch.testing.assert_close(output[0], attend(q, padding)[0])
+
+
 PREFERRING = """
 import sys, torch, s2o_compile
 from torch._inductor.utils import run_and_get_code
