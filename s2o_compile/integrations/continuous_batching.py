@@ -45,7 +45,7 @@ _step: ContextVar[Step | None] = ContextVar("s2o_step", default=None)
 
 def in_engine() -> bool:
     """Whether an engine runs a model right now, so that no mask says which tokens belong together."""
-    return _step.get() is not None
+    return not torch.compiler.is_compiling() and _step.get() is not None
 
 
 def attend_step(
