@@ -80,6 +80,20 @@ def sparse_calls(profile: s2o_compile.Profile) -> int:
     return sum(site.calls for site in profile.sites)
 
 
+def watch_evictions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """How many requests lost their pages, each time that some did, and how many of these were copied to the CPU."""
+    evicted: list[tuple[int, int]] = []
+    to_cpu = offloading_manager.OffloadingManager._offload_to_cpu
+
+    def offload_to_cpu(manager: Any, requests: Any, *rest: Any) -> Any:
+        moved = to_cpu(manager, requests, *rest)
+        evicted.append((len(requests), len(moved)))
+        return moved
+
+    monkeypatch.setattr(offloading_manager.OffloadingManager, "_offload_to_cpu", offload_to_cpu)
+    return evicted
+
+
 @pytest.mark.parametrize("budget", [64, 50, 200])
 @pytest.mark.parametrize("name", MODELS)
 def test_prompts_cut_anywhere(name: str, budget: int) -> None:
@@ -131,14 +145,6 @@ def test_caches_that_are_too_small(name: str, offload: float, monkeypatch: pytes
     # A layer with a window takes its last page when a prompt fills it, and no others.
     lengths = (60, 10, 12, 14) if name == "mistral" else (60, 60, 60, 60)
     inputs, new = prompts(*lengths), 30
-    evicted: list[int] = []
-    to_cpu = offloading_manager.OffloadingManager._offload_to_cpu
-
-    def offload_to_cpu(manager: Any, requests: Any, *rest: Any) -> Any:
-        moved = to_cpu(manager, requests, *rest)
-        assert bool(moved) == bool(offload)
-        evicted.append(len(requests))
-        return moved
 
     def empty(*shape: Any, pin_memory: bool = False, **rest: Any) -> torch.Tensor:
         """Pinned memory, which needs a GPU, as other memory."""
@@ -147,11 +153,11 @@ def test_caches_that_are_too_small(name: str, offload: float, monkeypatch: pytes
     allocate = torch.empty
     monkeypatch.setattr(torch, "empty", empty)
     want = generate(dense, inputs, new)
-    monkeypatch.setattr(offloading_manager.OffloadingManager, "_offload_to_cpu", offload_to_cpu)
+    evicted = watch_evictions(monkeypatch)
     options = {"num_blocks": {"llama": 12, "gpt_oss": 9, "mistral": 5}[name], "cpu_offload_space": offload}
     with s2o_compile.profile() as profile:
         assert generate(sparse, inputs, new, **options) == want
-    assert sum(evicted) > 0
+    assert evicted and all(bool(moved) == bool(offload) for _, moved in evicted)
     assert sparse_calls(profile) > 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def test_each_query_is_in_one_run(requests: list[tuple[int, int]]) -> None:
     runs = layer().runs(starts_of(queries), keys)
     tokens = [token for run in runs for token in range(run.tokens.start, run.tokens.stop)]
     assert tokens == list(range(sum(queries)))
-    assert all(one.is_sparse != other.is_sparse for one, other in zip(runs, runs[1:], strict=False))
+    assert all(one.is_sparse != other.is_sparse for one, other in itertools.pairwise(runs))
     for run in runs:
         kinds = {queries[n] > 32 and keys[n] >= 100 for n in range(*run.requests.indices(len(keys))) if queries[n]}
         assert kinds == {run.is_sparse}
