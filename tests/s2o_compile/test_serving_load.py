@@ -28,11 +28,11 @@ class Traffic(NamedTuple):
     longest: int
     budget: int
     blocks: int
-    at_once: int = 12
+    at_once: int = 24
 
 
-FEW = Traffic(16, 20, 400, 128, 45)
-MANY = Traffic(200, 100, 8000, 1024, 1600)
+FEW = Traffic(24, 20, 400, 128, 40)
+MANY = Traffic(200, 100, 8000, 1024, 700)
 
 
 class Answers:
@@ -67,9 +67,9 @@ def replay(manager: Any, prompts: dict[str, list[int]], traffic: Traffic, chance
         for _ in range(chance.randrange(4)):
             if waiting and len(active) < traffic.at_once:
                 name = waiting.pop()
-                manager.add_request(prompts[name], request_id=name, max_new_tokens=chance.randrange(1, 40))
+                manager.add_request(prompts[name], request_id=name, max_new_tokens=chance.randrange(20, 100))
                 active.add(name)
-        if active and chance.random() < 0.05:
+        if active and (not answers.cancelled or chance.random() < 0.05):
             name = chance.choice(sorted(active))
             manager.cancel_request(name)
             answers.cancelled.add(name)
@@ -113,7 +113,7 @@ def test_traffic(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
     dense.set_attn_implementation("sdpa")
     evictions = batching.watch_evictions(monkeypatch)
     settings = transformers.ContinuousBatchingConfig(
-        page_size=16, num_blocks=traffic.blocks, max_batch_tokens=traffic.budget
+        page_size=16, num_blocks=traffic.blocks, max_batch_tokens=traffic.budget, safety_margin=0.0
     )
     greedy = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     prompts = prompts_of(traffic, chance)
