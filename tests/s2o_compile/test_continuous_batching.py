@@ -65,14 +65,18 @@ def prompts(*lengths: int, shared: int = 0) -> list[list[int]]:
     return [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
 
 
-def generate(model: Any, inputs: list[list[int]], new: int = NEW, **engine: Any) -> list[list[int]]:
-    """The tokens that a model generates for each prompt, with an engine of these settings beside `ENGINE`."""
+def outputs_of(model: Any, inputs: list[list[int]], new: int = NEW, **engine: Any) -> list[Any]:
+    """What a model answers to each prompt, with an engine of these settings beside `ENGINE`."""
     settings = transformers.ContinuousBatchingConfig(**(ENGINE | engine))
     greedy = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
     outputs = model.generate_batch(inputs, generation_config=greedy, continuous_batching_config=settings)
     assert not [output.error for output in outputs.values() if output.error]
-    by_number = sorted(outputs.values(), key=lambda output: int(output.request_id.rsplit("_", 1)[1]))
-    return [output.generated_tokens for output in by_number]
+    return sorted(outputs.values(), key=lambda output: int(output.request_id.rsplit("_", 1)[1]))
+
+
+def generate(model: Any, inputs: list[list[int]], new: int = NEW, **engine: Any) -> list[list[int]]:
+    """The tokens of `outputs_of`."""
+    return [output.generated_tokens for output in outputs_of(model, inputs, new, **engine)]
 
 
 def sparse_calls(profile: s2o_compile.Profile) -> int:
@@ -104,6 +108,21 @@ def test_prompts_cut_anywhere(name: str, budget: int) -> None:
         got = generate(sparse, inputs, max_batch_tokens=budget)
     assert got == want
     assert sparse_calls(profile) > 0
+
+
+def test_cuts_between_segments_change_nothing_but_rounding() -> None:
+    """Above threshold 0, and of heads whose channels all rank; other parts of a model round as their shapes are."""
+    _, sparse = pair("llama", S2OConfig(threshold=0.05, min_length=33))
+    found = []
+    for budget in (192, 96, 64):
+        with s2o_compile.profile(error_rows=0) as profile:
+            (output,) = outputs_of(sparse, prompts(192), max_batch_tokens=budget, return_logprobs=True)
+        assert [site.calls for site in profile.sites] == [192 // budget] * 2
+        found.append(output)
+    whole, *cut = found
+    for output in cut:
+        assert output.generated_tokens == whole.generated_tokens
+        assert output.logprobs == pytest.approx(whole.logprobs, abs=1e-4)
 
 
 def test_tokens_are_those_of_generate() -> None:
