@@ -150,7 +150,7 @@ def _wrap(name: str, wrapper: Callable[..., Any]) -> None:
     setattr(ContinuousBatchingManager, name, wrapped)
 
 
-_WRAPPERS = {
+_WRAPPERS: dict[str, Callable[..., Any]] = {
     "switch_to_cb_friendly_attn": _keep_implementation,
     "_create_batch_processor": _check_settings,
     "_generation_step": _run_step,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2o_compile import S2OConfig
-from s2o_compile.integrations.vllm.runs import Layer
+from s2o_compile.integrations.vllm.runs import Layer, pages_in_window
 from s2o_compile.integrations.vllm.settings import settings_of
 from s2o_compile.ops.dispatch import choose_sparse
 from s2o_compile.ops.requests import visibility_of
@@ -66,6 +66,20 @@ def test_the_choice_is_that_of_the_operator(length: int, window: int) -> None:
     terms = visibility_of(length // 2, length, (window, 0))
     want = choose_sparse((1, 4, length // 2, 32), key, key, terms, torch.device("cpu"), config)
     assert layer(config, window).is_sparse(length // 2, length) == want
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 100)), min_size=1), st.integers(-1, 60))
+def test_pages_before_a_window_are_not_read(requests: list[tuple[int, int]], left: int) -> None:
+    size, queries = 16, torch.tensor([count for count, _ in requests])
+    keys = queries + torch.tensor([past for _, past in requests])
+    table = torch.arange(len(requests) * 10).view(-1, 10)
+    seen, shown = pages_in_window(queries, keys, table, left, size)
+    for number in range(len(requests)):
+        end = int(keys[number])
+        first = 0 if left < 0 else max(0, end - int(queries[number]) - left)
+        want = [(int(table[number, place // size]), place % size) for place in range(first // size * size, end)]
+        got = [(int(shown[number, place // size]), place % size) for place in range(int(seen[number]))]
+        assert got == want
 
 
 def test_settings_come_from_variables_and_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

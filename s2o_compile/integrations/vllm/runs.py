@@ -20,6 +20,28 @@ class Run(NamedTuple):
     is_sparse: bool
 
 
+def pages_in_window(
+    queries: torch.Tensor, keys: torch.Tensor, table: torch.Tensor, left: int, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and pages of requests from the first page on that a query sees: vLLM gives earlier ones to others.
+
+    Args:
+        queries: [N], how many each request has, on the host.
+        keys: [N], the same.
+        table: [N, M], the pages of each request.
+        left: How many keys before its own a query sees; -1 for all.
+        size: Keys of a page.
+
+    Returns:
+        `keys` less those of earlier pages, and the table of the others, whose rows end in the last page again.
+    """
+    if left < 0:
+        return keys, table
+    skipped = (keys - queries - left).clamp_min(0) // size
+    columns = (torch.arange(table.shape[1]) + skipped[:, None]).clamp_max(table.shape[1] - 1)
+    return keys - skipped * size, table.gather(1, columns.to(table.device))
+
+
 class Layer(NamedTuple):
     """What the choice depends on besides lengths; `window_size` as of ``s2o_compile.attention_varlen``."""
 

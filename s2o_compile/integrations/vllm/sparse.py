@@ -19,7 +19,7 @@ from vllm.v1.worker.ubatch_utils import UBatchSlice, split_attn_metadata
 from ...ops.dispatch import dense_queries
 from ...ops.memory import workspace
 from ...ops.observe import working_for_all
-from .runs import Layer, Run
+from .runs import Layer, Run, pages_in_window
 from .settings import settings_of
 
 logger = init_logger("vllm.s2o")
@@ -173,11 +173,12 @@ class SparseImpl:
         pages = kv_cache.transpose(1, 2)
         keys, values = pages[..., : self.head_size], pages[..., self.head_size :]
         queries = part.starts.diff()
+        seen, table = pages_in_window(queries, part.keys, part.table, self.window_size[0], pages.shape[1])
         self._log(layer, int(queries.max()), int(part.keys.max()))
         with working_for_all():
             torch.ops.s2o.attention_varlen_out(
-                output, query, keys, values, part.starts, None, int(queries.max()), int(part.keys.max()),
-                seqused_k=part.keys, block_table=part.table, sinks=self.sinks, site=layer.layer_name,
+                output, query, keys, values, part.starts, None, int(queries.max()), int(seen.max()),
+                seqused_k=seen, block_table=table, sinks=self.sinks, site=layer.layer_name,
                 **self.arguments, **self.s2o.arguments(),
             )  # fmt: skip
 
