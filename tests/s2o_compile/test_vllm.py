@@ -72,12 +72,14 @@ def case(model: str, rounds: list[list[list[int]]], new: int = 8, **options: Any
 
 MIXED = [prompts(300, 37, 700, 5, 90)]
 ALIKE = prompts(520, 560, 600, 700, shared=512)
+HALF = ("bfloat16", "float16")
 CASES = {
     **{f"mixed {name}": case(name, MIXED) for name in MODELS},
     "a shared prefix": case("llama", [ALIKE[:1], ALIKE[1:]]),
     "preempted": case("llama", [prompts(300, 280, 260, 270)], 80, num_gpu_blocks_override=40),
     "compiled": case("llama", MIXED, enforce_eager=False),
-    "bfloat16": case("llama", MIXED, dtype="bfloat16"),
+    "traffic": case("llama", [prompts(*range(100, 900, 33))], 70, num_gpu_blocks_override=60),
+    **{dtype: case("llama", MIXED, dtype=dtype) for dtype in HALF},
     "sparser": case("llama", MIXED, additional_config={"s2o": {"threshold": 0.05}}),
 }
 REFUSED = {
@@ -123,7 +125,7 @@ def sparse(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     return run(models, tmp_path_factory.mktemp("sparse"), CASES | REFUSED, **SPARSE)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("bfloat16", "sparser")])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in (*HALF, "sparser")])
 def test_tokens_are_those_of_dense_attention(name: str, dense: dict[str, Any], sparse: dict[str, Any]) -> None:
     assert dense[name]["sparse"] == [0]
     assert sparse[name]["sparse"][0] > 0
@@ -134,11 +136,14 @@ def test_tokens_are_those_of_dense_attention(name: str, dense: dict[str, Any], s
 def test_what_the_engine_did(sparse: dict[str, Any]) -> None:
     assert sparse["a shared prefix"]["cached"] >= 3 * 512
     assert sparse["preempted"]["preemptions"] > 0
+    assert sparse["traffic"]["preemptions"] > 0
 
 
-def test_half_precision(dense: dict[str, Any], sparse: dict[str, Any]) -> None:
-    assert sparse["bfloat16"]["sparse"][0] > 0
-    assert sparse["bfloat16"]["logprob"] == pytest.approx(dense["bfloat16"]["logprob"], abs=0.5)
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision(dtype: str, dense: dict[str, Any], sparse: dict[str, Any]) -> None:
+    """The first token of each prompt, after which rounding may lead to other texts."""
+    assert sparse[dtype]["sparse"][0] > 0
+    assert sparse[dtype]["first"] == pytest.approx(dense[dtype]["first"], abs=0.2)
 
 
 def test_settings_by_configuration(dense: dict[str, Any], sparse: dict[str, Any]) -> None:

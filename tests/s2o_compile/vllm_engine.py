@@ -47,6 +47,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         outputs += llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy, use_tqdm=False)
     result = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "first": [next(iter(output.outputs[0].logprobs[0].values())).logprob for output in outputs],
         "logprob": [output.outputs[0].cumulative_logprob for output in outputs],
         "cached": sum(output.num_cached_tokens or 0 for output in outputs),
         "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),

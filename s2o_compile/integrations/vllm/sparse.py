@@ -80,7 +80,10 @@ class SparseBuilder:
         # The host may know no more than a bound of the keys of a request that decodes, but those of a prompt it knows.
         lengths = common.seq_lens_cpu_upper_bound
         is_short = common.max_query_len <= dense_queries(self.layer.config)
-        if is_short or common.causal is not True or lengths is None:
+        if is_short or common.causal is not True:
+            return []
+        if lengths is None:
+            logger.warning_once("s2o: vLLM does not say on the host how long requests are, so that all run dense")
             return []
         return self.layer.runs(common.query_start_loc_cpu.tolist(), lengths.tolist())
 
@@ -91,7 +94,7 @@ def _long(run: Run, common: CommonAttentionMetadata) -> Long:
     return Long(
         run.tokens,
         starts[requests.start : requests.stop + 1] - starts[requests.start],
-        common.seq_lens_cpu_upper_bound[requests],
+        common.seq_lens_cpu_upper_bound[requests].clone(),
         common.block_table_tensor[requests],
     )
 
