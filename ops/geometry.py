@@ -71,6 +71,11 @@ class Geometry:
         return -(-self.queries // self.segment)
 
     @property
+    def first_number(self) -> int:
+        """The number of the first segment from position 0 on, by which it draws: chunks of a prompt draw as it does."""
+        return max(0, self.offset) // self.segment
+
+    @property
     def tiles(self) -> int:
         """How many tiles the queries are cut into."""
         return -(-self.queries // self.tile)

@@ -44,22 +44,37 @@ class Recorder(Protocol):
 
 
 _recorders: ContextVar[tuple[Recorder, ...]] = ContextVar("s2o_recorders", default=())
+_of_all: list[Recorder] = []
+"""The recorders of all threads."""
+_works_for_all: ContextVar[bool] = ContextVar("s2o_works_for_all", default=False)
 
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Let a recorder watch the calls of this thread, or asynchronous task, beside those that already do."""
     token = _recorders.set((*_recorders.get(), recorder))
+    _of_all.append(recorder)
     try:
         yield
     finally:
+        _of_all.remove(recorder)
         _recorders.reset(token)
+
+
+@contextmanager
+def working_for_all() -> Iterator[None]:
+    """Let the recorders of all threads watch the calls of this one, as it is an engine that works for all."""
+    token = _works_for_all.set(True)
+    try:
+        yield
+    finally:
+        _works_for_all.reset(token)
 
 
 def recorded(call: SparseInputs, compute: Callable[[], AttentionResult]) -> AttentionResult:
     """The result of a call, shown to all recorders, unless a CUDA graph is being captured."""
     with _traced(call):
-        recorders = _recorders.get()
+        recorders = tuple(_of_all) if _works_for_all.get() else _recorders.get()
         if not recorders or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
             return compute()
         result, seconds = _timed(compute, call.query.device)

@@ -83,7 +83,10 @@ class Guides(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A segment: `query` [B, H, G, R, D], `seen` [B, H, G, R, N], and its keys `dense` and `history`, [N] booleans."""
+    """A segment: `query` [B, H, G, R, D], `seen` [B, H, G, R, N], and its keys `dense` and `history`, [N] booleans.
+
+    `number` counts from position 0, where the first query of a call stands at `Visibility.causal_offset`.
+    """
 
     number: int
     query: Tensor
@@ -255,7 +258,8 @@ def draws(key: Tensor, segment: int) -> Tensor:
     """u_j = (floor(x / 2^9) + 1/2) / 2^23 with x = 2654435769 j + 1779033703 s (mod 2^32), of key j in segment s.
 
     2^32 times the golden ratio's fraction and that of sqrt(2): a Weyl sequence, evenly spread however few are drawn.
-    Which draws is part of the specification, as equal calls give equal results; so the formula is repeated here.
+    Which draws is part of the specification, as equal calls give equal results; so the formula is repeated here. A
+    prompt that is cut at multiples of the segment draws as it does whole.
     """
     return ((key * 2654435769 + segment * 1779033703) % 2**32 // 2**9 + 0.5).double() / 2**23
 
@@ -349,7 +353,8 @@ def attend(
         start, low, high = steps.span(index, size, near_keys, length, keys, terms)
         dense = (position >= low) & (position < high)
         history = (position >= start) & (position < low if terms.is_causal else ~dense)
-        segment = Segment(index, call.query[..., rows, :], call.seen[..., rows, :], dense, history)
+        number = index + max(0, terms.causal_offset) // size
+        segment = Segment(number, call.query[..., rows, :], call.seen[..., rows, :], dense, history)
 
         guide, sees, owner, reach = steps.merge(call, *steps.guides(segment.query, segment.seen), covariance, radius)
         log_z = log_normalisers(segment, logits(call, guide), sees, sample, first_keys)

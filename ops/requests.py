@@ -50,7 +50,7 @@ def read_requests(
         ValueError: Lengths are negative, or a request has more keys than are packed for it.
     """
     starts_of_keys = None if paged else cu_seq_k
-    query_starts, key_starts, used = _on_host(cu_seq_q, starts_of_keys, seqused_k)
+    query_starts, key_starts, used = on_host(cu_seq_q, starts_of_keys, seqused_k)
     assert query_starts is not None
     _check_starts("cu_seq_q", query_starts)
     requests = []
@@ -66,8 +66,8 @@ def read_requests(
     return requests
 
 
-def _on_host(*tensors: torch.Tensor | None) -> list[list[int] | None]:
-    """The numbers in tensors, those that are on a device by a single copy."""
+def on_host(*tensors: torch.Tensor | None) -> list[list[int] | None]:
+    """The numbers in tensors of one dimension, those that are on a device by a single copy."""
     away = [x for x in tensors if x is not None and x.device.type != "cpu"]
     numbers = torch.cat([x.long() for x in away]).tolist() if away else []
     found: list[list[int] | None] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ def profile(error_rows: int = 4) -> Iterator[Profile]:
 
     Seen are calls of ``torch.ops.s2o.attention``, through ``attn_implementation="s2o"`` and in compiled graphs, that
     take the sparse path. Calls that run dense are not. A GPU is not waited for before the numbers are read.
+
+    Of transformers' continuous batching, whose engine works in a thread of its own for all others, every profile sees
+    the calls of all models; on a GPU, read the numbers when the engine has delivered.
 
     CUDA graphs, which replay without Python, and packages of AOTInductor for a GPU cannot be seen.
 
@@ -78,26 +82,29 @@ class Profile:
     def __init__(self, error_rows: int) -> None:
         self._error_rows = error_rows
         self._tallies: dict[str, dict[_Workload, _Tally]] = defaultdict(lambda: defaultdict(_Tally))
+        self._lock = threading.Lock()
 
     def record(self, call: SparseInputs, result: AttentionResult, seconds: Callable[[], float]) -> None:
         """Count a call, without waiting for its results."""
-        tally = self._tallies[call.name][_Workload.of(call)]
-        tally.visited = tally.visited + result.visited.sum()
-        if self._error_rows:
-            squares = sampled_error(call, result.output, self._error_rows, tally.calls)
-            tally.squares = squares if tally.squares is None else tally.squares + squares
-        tally.seconds.append(seconds)
-        tally.calls += 1
+        with self._lock:
+            tally = self._tallies[call.name][_Workload.of(call)]
+            tally.visited = tally.visited + result.visited.sum()
+            if self._error_rows:
+                squares = sampled_error(call, result.output, self._error_rows, tally.calls)
+                tally.squares = squares if tally.squares is None else tally.squares + squares
+            tally.seconds.append(seconds)
+            tally.calls += 1
 
     @property
     def sites(self) -> list[SiteProfile]:
         """The sites in the order of their first calls; a GPU is waited for."""
-        seconds = {name: sum(tally.time() for tally in tallies.values()) for name, tallies in self._tallies.items()}
-        total = sum(seconds.values())
-        return [
-            _site(name, tallies, seconds[name], seconds[name] / total if total else 0.0)
-            for name, tallies in self._tallies.items()
-        ]
+        with self._lock:
+            seconds = {name: sum(tally.time() for tally in tallies.values()) for name, tallies in self._tallies.items()}
+            total = sum(seconds.values())
+            return [
+                _site(name, tallies, seconds[name], seconds[name] / total if total else 0.0)
+                for name, tallies in self._tallies.items()
+            ]
 
     def to_dict(self) -> dict[str, Any]:
         """The sites, and the time of all of them in seconds, in types that JSON has."""

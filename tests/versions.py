@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[1]
 QUICK = (
     "tests/passes",
     "tests/ops/test_operator.py",
-    *(f"tests/s2o_compile/test_{name}.py" for name in ("backend", "cli", "export", "transformers")),
+    *(
+        f"tests/s2o_compile/test_{name}.py"
+        for name in ("backend", "cli", "continuous_batching", "export", "transformers")
+    ),
 )
 _PACKAGES = ("torch", "triton", "transformers")
 

@@ -70,8 +70,8 @@ class Attention:
         """Attend the keys [low, end) of each unit, for queries [U, H, R, D] at positions `rows` [U, R]."""
         output = query.new_zeros(*query.shape[:3], self.value.shape[-1])
         lse = query.new_full(query.shape[:3], -math.inf)
-        for units in batches(end - low):
-            keys = low[units, None] + self.kv_head.arange(int((end - low)[units].max()))
+        for units, width in batches(end - low):
+            keys = low[units, None] + self.kv_head.arange(width)
             inside = keys < end[units, None]
             keys = keys.clamp_max(self.geometry.keys - 1)
             bias = torch.where(inside, self.key.new_zeros(()), -math.inf)
@@ -88,12 +88,12 @@ class Attention:
         start, count = (x[segment].flatten() for x in (lists.start, lists.count))
         if self.limit is not None and lists.lse is not None:
             self.limit[first:end] = self.bound(lists.lse, lists.segments)[: end - first]
-        for units in batches(count):
+        for units, width in batches(count):
             places = units + first * self.kv_head.lists
             if self.config.ranking.rule == "gain":
                 self.walk(places, lists, start[units], count[units])
             else:
-                self.add(places, *listed(lists, start[units], count[units]), round_up(count[units]))
+                self.add(places, *listed(lists, start[units], count[units], width), round_up(count[units]))
         if self.config.has_means:
             self.visit_means(lists, segment.repeat_interleave(self.kv_head.lists), first * self.kv_head.lists)
 
@@ -113,7 +113,7 @@ class Attention:
         left = left[segment * self.kv_head.lists + self.kv_head.arange(len(segment)) % self.kv_head.lists]
         _, low, high = self.kv_head.spans[lists.segments.start + segment].unbind(1)
         size = round_up(self.geometry.history_blocks(low, high))
-        for units in batches(torch.full_like(segment, left.shape[1])):
+        for units, _ in batches(torch.full_like(segment, left.shape[1])):
             blocks = (self.geometry.keys + self.kv_head.arange(left.shape[1])).expand(len(units), -1)
             self.add(units + first, blocks, left[units].to(self.key.dtype).log(), size[units])
 
@@ -121,7 +121,7 @@ class Attention:
         """Visit lists chunk by chunk until no row of a tile gains enough."""
         while len(places):
             size = count.clamp_max(GAIN_CHUNK)
-            gain = self.add(places, *listed(lists, start, size), round_up(size))
+            gain = self.add(places, *listed(lists, start, size, GAIN_CHUNK), round_up(size))
             real = self.rows[places // self.kv_head.lists, None] < self.geometry.queries
             goes_on = (real & ~(gain < self.config.threshold)).flatten(1).any(1) & (count > size)
             places, start, count = places[goes_on], (start + size)[goes_on], (count - size)[goes_on]
@@ -170,18 +170,23 @@ class Attention:
         result.visited.copy_(self.keys.T * rows)
 
 
-def listed(lists: Lists, start: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` keys from `start` [U] on, and their log-weights, side by side [U, n]; the shorter end in -inf."""
-    place = torch.arange(int(count.max()), device=count.device)
+def listed(lists: Lists, start: torch.Tensor, count: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` keys from `start` [U] on, and their log-weights, side by side [U, width]; all end in -inf."""
+    place = torch.arange(width, device=count.device)
     index = torch.where(place < count[:, None], start[:, None] + place, len(lists.keys) - 1)
     return lists.keys[index], lists.log_weight[index]
 
 
-def batches(sizes: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Units with keys to attend, in batches of like size."""
-    order = sizes.argsort(descending=True)[: int((sizes > 0).sum())]
-    sorted_sizes, first = sizes[order].tolist(), 0
-    while first < len(order):
-        end = first + max(1, _GATHERED // sorted_sizes[first])
-        yield order[first:end]
-        first = end
+def batches(sizes: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
+    """Units with keys to attend, in batches, and how many keys each unit of a batch gets, a multiple of 64.
+
+    That depends on a unit's own size alone: what is added to it changes the rounding of its result, which should not
+    depend on the other units of a call.
+    """
+    widths = round_up(sizes)
+    order = widths.argsort(descending=True)[: int((sizes > 0).sum())]
+    first = 0
+    for width, count in zip(*widths[order].unique_consecutive(return_counts=True), strict=True):
+        for units in order[first : first + int(count)].split(max(1, _GATHERED // int(width))):
+            yield units, int(width)
+        first += int(count)

@@ -141,7 +141,7 @@ class KeyRanking:
             return pack(run, keep, order[listed], log_weight, normaliser)
         bar = importance.new_tensor(math.log(config.threshold))
         if config.has_samples:
-            segment = self.kv_head.arange(segments.start, segments.stop)[:, None]
+            segment = self.geometry.first_number + self.kv_head.arange(segments.start, segments.stop)[:, None]
             keep = keep & (importance >= bar + draws(self.positions[span(run.reach)], segment).log()[:, None])
             log_weight = (bar - importance[keep]).clamp_min(0)
         else:

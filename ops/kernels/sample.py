@@ -44,6 +44,7 @@ def sample_kernel(
     segment, place, begin, end = place_list(
         first_segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW
     )
+    number = segment + tl.maximum(offset, 0) // SEGMENT  # As `Geometry.first_number`.
     importance += place * capacity
     index += place * capacity
     listed = 0
@@ -56,7 +57,7 @@ def sample_kernel(
         column, score = start + lane, ahead
         later = column + BLOCK_N
         ahead = tl.load(importance + (later - begin), mask=later < written, other=-1.0)
-        chosen = (score < draws(column, segment)) == 0
+        chosen = (score < draws(column, number)) == 0
         if not CAUSAL:
             chosen = chosen & (column < end)
         kept = tl.reshape(chosen.to(tl.int32), [BLOCK_N // RUN, RUN])

@@ -21,6 +21,7 @@ from transformers.utils.import_utils import is_tracing
 from ..ops.dense import LARGE_MASK
 from ..ops.dispatch import choose_sparse
 from ..ops.visibility import Visibility
+from .continuous_batching import in_engine
 from .lazy_mask import LazyMask
 from .settings import settings_of
 from .shapes import attention_shapes
@@ -105,6 +106,8 @@ def s2o_mask(
     On a GPU this waits once for each padding mask, so that calls without padding run without one, and once for an
     offset that a tensor holds, since the operator takes a number. The SDPA masks of transformers wait for the same.
 
+    In continuous batching there is no mask, as the lengths of requests say all.
+
     Args:
         batch_size: B.
         q_length: Lq.
@@ -119,6 +122,8 @@ def s2o_mask(
         device: Of the mask.
         **kwargs: For ``transformers.masking_utils.sdpa_mask``.
     """
+    if in_engine():
+        return None
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
     if q_length > 1 and may_skip and not torch.is_grad_enabled() and not is_tracing(attention_mask):
         band = read_band(mask_function)

@@ -14,6 +14,7 @@ from ..ops.dense import positive_scale
 from ..ops.dispatch import choose_sparse
 from ..ops.validation import DTYPES, MAX_HEAD_DIM
 from ..ops.visibility import Visibility
+from .continuous_batching import attend_step, register
 from .lazy_mask import LazyMask
 from .masks import s2o_mask, visible_keys
 from .settings import IMPLEMENTATION, fields_of, settings_of
@@ -36,7 +37,8 @@ def s2o_attention(
 
     Calls that the operator cannot take, or need not, go to the SDPA attention of transformers: dropout, gradients,
     position biases, one query, short calls, and all that is traced, where a backend decides. With a soft cap or sinks,
-    which SDPA lacks, all calls go to the operator. What SDPA would drop, though it changes the result, is refused.
+    which SDPA lacks, all calls go to the operator. What SDPA would drop, though it changes the result, is refused. With
+    a paged `cache`, all calls go to the operator for many requests (`integrations.continuous_batching`).
 
     Args:
         module: The layer, which may have `is_causal` and has the `config` of its model.
@@ -56,10 +58,16 @@ def s2o_attention(
 
     Raises:
         ValueError: A soft cap or sinks come with what only SDPA can do, or something is asked for that neither does,
-            such as attention weights or continuous batching.
+            such as attention weights; or a paged cache comes from elsewhere than continuous batching.
     """
+    terms_of_softmax = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    if kwargs.get("cache") is not None:
+        _refuse(module, kwargs)
+        settings = fields_of(module)
+        return attend_step(module, query, key, value, kwargs, site=_site(module), **terms_of_softmax, **settings), None
     attention_mask = _as_given(attention_mask, query, key)
-    _refuse(module, attention_mask, kwargs)
+    _refuse(module, kwargs)
+    _refuse_documents(attention_mask, kwargs.get("cu_seq_lens_q"))
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     obstacle = _obstacle(query, key, value, dropout, kwargs.get("position_bias"))
@@ -77,12 +85,10 @@ def s2o_attention(
         is_causal=terms.is_causal,
         causal_offset=terms.causal_offset,
         key_padding=None if terms.key_padding is None else terms.key_padding[:, :keys],
-        scale=scaling,
         window=terms.window,
         mask=terms.mask,
-        softcap=softcap or 0.0,
-        sinks=s_aux,
         site=_site(module),
+        **terms_of_softmax,
         **fields_of(module),
     )
     return output.transpose(1, 2).contiguous(), None
@@ -92,14 +98,13 @@ _collector = getattr(output_capturing, "_active_collector", None)
 """What the model that runs collects from its layers for its caller."""
 _REFUSED = {
     "block_indices": "cannot attend to the blocks of keys that a model picks; use 'sdpa'",
-    "cache": "cannot attend to a paged cache; use 'sdpa' for continuous batching",
     "indices": "cannot attend to the keys that a model picks; use 'sdpa'",
     "sinks": "has one sink for each head, and the model one for each query too; use 'eager'",
 }
 """Arguments that change the result and are not passed on, and what to say of them."""
 
 
-def _refuse(module: torch.nn.Module, mask: torch.Tensor | None, options: dict[str, Any]) -> None:
+def _refuse(module: torch.nn.Module, options: dict[str, Any]) -> None:
     for name, reason in _REFUSED.items():
         if options.get(name) is not None:
             raise ValueError(f"attn_implementation='s2o' {reason}")
@@ -108,7 +113,10 @@ def _refuse(module: torch.nn.Module, mask: torch.Tensor | None, options: dict[st
             "attn_implementation='s2o' computes no attention weights, which output_attentions=True asks for; "
             "use 'eager' (model.set_attn_implementation('eager'))"
         )
-    documents = options.get("cu_seq_lens_q")
+
+
+def _refuse_documents(mask: torch.Tensor | None, documents: torch.Tensor | None) -> None:
+    """Refuse `documents`, the cu_seq_lens_q of a call without a paged cache, where the mask does not know them."""
     if documents is not None and documents.numel() > 2 and (mask is None or isinstance(mask, LazyMask)):
         raise ValueError(
             f"cu_seq_lens_q packs {documents.numel() - 1} documents, which the mask does not tell apart, and "
@@ -209,3 +217,4 @@ def _terms(mask: torch.Tensor | None, is_causal: bool) -> Visibility:
 
 AttentionInterface.register(IMPLEMENTATION, s2o_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, s2o_mask)
+register()

@@ -24,9 +24,12 @@ NEVER = {
 
 def imported(file: Path) -> Iterator[str]:
     """The parts of the package that a file of one of them imports, also inside functions."""
+    inside = ROOT / "s2o_compile"
+    home = file.parent.relative_to(inside if inside in file.parents else ROOT).parts
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            above = {0: "", 1: f"s2o_compile.{file.parent.name}.", 2: "s2o_compile."}[node.level]
+            packages = ("s2o_compile", *home)[: len(home) + 2 - node.level] if node.level else ()
+            above = "".join(f"{package}." for package in packages)
             names = [f"{above}{node.module or ''}".rstrip("."), *(f".{alias.name}" for alias in node.names)]
             paths = [names[0] + name for name in names[1:]]
         else:

@@ -317,7 +317,6 @@ def test_attention_weights_that_a_configuration_asks_for_are_refused(name: str) 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("cache", "'sdpa' for continuous batching"),
         ("indices", "the keys that a model picks"),
         ("block_indices", "the blocks of keys that a model picks"),
         ("sinks", "one sink for each head, and the model one for each query"),
