@@ -6,4 +6,13 @@ from .operator import attention, attention_stats
 from .result import AttentionResult
 from .varlen import attention_varlen
 
-__all__ = ["AttentionResult", "Ranking", "S2OConfig", "attention", "attention_context", "attention_context_stats", "attention_stats", "attention_varlen"]
+__all__ = [
+    "AttentionResult",
+    "Ranking",
+    "S2OConfig",
+    "attention",
+    "attention_context",
+    "attention_context_stats",
+    "attention_stats",
+    "attention_varlen",
+]

@@ -14,6 +14,13 @@ import torch
 LAYOUTS = ("head-tail", "contiguous")
 
 
+class Sharding(NamedTuple):
+    """The ranks over which a sequence is sharded, by the name of their process group, and its layout."""
+
+    group: str
+    layout: str
+
+
 class Block(NamedTuple):
     """So many consecutive queries of a rank, from `row` on, which stand in the sequence from `position` on."""
 

@@ -10,30 +10,34 @@ from typing import Any
 
 import torch
 
+from .layout import LAYOUTS, Sharding
 from .upload import uploaded
 
 _agreed: dict[str, tuple[int, ...]] = {}
 """What the ranks of a group had in common when they were last asked, by the group's name."""
 
 
-def name_of(mesh: Any) -> str:
-    """The name of the process group of a mesh of one dimension, or of a process group.
+def sharding_of(mesh: Any, layout: str) -> Sharding:
+    """The sharding of a sequence over the ranks of a mesh of one dimension, or of a process group.
 
     Raises:
-        TypeError: It is neither.
-        ValueError: The mesh has several dimensions.
+        TypeError: `mesh` is neither.
+        ValueError: The mesh has several dimensions, or the layout is unknown.
     """
-    if hasattr(mesh, "get_group"):
-        if mesh.ndim != 1:
-            raise ValueError(
-                f"mesh must have one dimension, over which the sequence is sharded, not {mesh.ndim}: take it by name, "
-                'as in mesh["cp"]'
-            )
-        mesh = mesh.get_group()
-    if not hasattr(mesh, "group_name"):
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be {' or '.join(map(repr, LAYOUTS))}, not {layout!r}")
+    from torch import distributed
+
+    if isinstance(mesh, distributed.ProcessGroup):
+        return Sharding(mesh.group_name, layout)
+    if not isinstance(mesh, distributed.DeviceMesh):
         raise TypeError(f"mesh must be a DeviceMesh or a ProcessGroup, not {mesh!r}")
-    name: str = mesh.group_name
-    return name
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"mesh must have one dimension, over which the sequence is sharded, not {mesh.ndim}: take it by name, as in "
+            'mesh["cp"]'
+        )
+    return Sharding(mesh.get_group().group_name, layout)
 
 
 def group_of(name: str) -> Any:

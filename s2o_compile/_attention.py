@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from .ops import AttentionResult, S2OConfig
-from .ops.process_group import name_of
+from .ops.process_group import sharding_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -121,7 +121,7 @@ def attention(
     operator = torch.ops.s2o.attention_stats if return_stats else torch.ops.s2o.attention
     if mesh is not None:
         operator = torch.ops.s2o.attention_context_stats if return_stats else torch.ops.s2o.attention_context
-        options |= {"group": name_of(mesh), "layout": layout}
+        options |= sharding_of(mesh, layout)._asdict()
     result = operator(
         query, key, value, is_causal, causal_offset, key_padding, scale, window, query_documents, key_documents, mask,
         softcap, sinks, **options,

@@ -22,7 +22,7 @@ from ..ops.dense import LARGE_MASK
 from ..ops.dispatch import choose_sparse
 from ..ops.visibility import Visibility
 from .lazy_mask import LazyMask
-from .settings import settings_of
+from .settings import settings_of, sharding_in
 from .shapes import attention_shapes
 
 _AND = and_masks(causal_mask_function).__code__
@@ -118,7 +118,14 @@ def s2o_mask(
         config: The configuration of the model.
         device: Of the mask.
         **kwargs: For ``transformers.masking_utils.sdpa_mask``.
+
+    Raises:
+        ValueError: The model's sequences are sharded over ranks, and the mask says more than causal, window and padding
+            of the whole sequence, or is traced.
     """
+    if sharding_in(config) is not None:
+        shape = (batch_size, 1, q_length, kv_length)
+        return _mask_of_rank(shape, int(q_offset), kv_offset, mask_function, attention_mask, torch.device(device))
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
     if q_length > 1 and may_skip and not torch.is_grad_enabled() and not is_tracing(attention_mask):
         band = read_band(mask_function)
@@ -146,6 +153,36 @@ def s2o_mask(
         device=device,
         **kwargs,
     )
+
+
+def _mask_of_rank(
+    shape: tuple[int, int, int, int],
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None,
+    device: torch.device,
+) -> LazyMask | None:
+    """The mask [B, 1, Lq, Lk] of the tokens of a rank, in the terms of the whole sequence; None for a causal one.
+
+    It keeps a padding that hides nothing, as other ranks may have one that does.
+    """
+    band, keys = read_band(mask_function), shape[3]
+    if band == Band(after=0) and attention_mask is None and shape[2] == keys:
+        return None
+    if band is None or shape[2] != keys or q_offset != kv_offset:
+        raise ValueError(
+            "attn_implementation='s2o' with a mesh needs a mask that is causal or a window, of as many keys as queries, "
+            f"not one of {shape[2]} queries and {keys} keys that says more: transformers sees documents where "
+            "position_ids jump unless it is given an attention_mask, such as one of ones, or a cache"
+        )
+    if is_tracing(attention_mask):
+        raise ValueError(
+            "attn_implementation='s2o' with a mesh cannot have its masks compiled; compile a model with 'sdpa', and pass "
+            "options={'mesh': mesh} to the backend"
+        )
+    padding = _padding(attention_mask, keys, kv_offset)
+    return LazyMask(band.terms(0)._replace(key_padding=None if padding is None else padding.clone()), shape, device)
 
 
 def _padding(mask: torch.Tensor | None, keys: int, first: int) -> torch.Tensor | None:
