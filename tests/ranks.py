@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
-_SECONDS = 60
+SECONDS = 60
 """How long a rank waits for the others."""
 
 
@@ -34,10 +34,14 @@ class Ranks:
             process.start()
             theirs.close()
 
-    def answers(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What a function returns on each rank, a RuntimeError with what it raises; None of a rank that ended."""
+    def start(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Let each rank call a function."""
         for connection in self.connections:
             connection.send((function, arguments))
+
+    def answers(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What a function returns on each rank, a RuntimeError with what it raises; None of a rank that ended."""
+        self.start(function, *arguments)
         return [_received(connection) for connection in self.connections]
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -63,7 +67,7 @@ def _received(connection: Connection) -> Any:
 
 def _serve(rank: int, count: int, store: Path, connection: Connection) -> None:
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=_SECONDS)
+    timeout = datetime.timedelta(seconds=SECONDS)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timeout)
     while True:
         function, arguments = connection.recv()
