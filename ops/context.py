@@ -143,12 +143,13 @@ def _check_alike(
     group: Any,
 ) -> None:
     batch, heads, length, channels = key.shape
+    of_documents = 0 if key_documents is None else key_documents.element_size()
     numbers = {
         "the length of key": length, "the batch size of key": batch, "the number of heads of key": heads,
         "the number of channels of key": channels, "the number of channels of value": value.shape[3],
         "the size in bytes of an element of key": key.element_size(),
         "whether there is a key_padding": int(key_padding is not None),
-        "the size in bytes of an element of key_documents": 0 if key_documents is None else key_documents.element_size(),
+        "the size in bytes of an element of key_documents": of_documents,
     }  # fmt: skip
     check_alike(numbers, group, key.device)
 

@@ -1,8 +1,8 @@
 """Which positions of a sequence each rank holds where a sequence is sharded over ranks.
 
-A sequence of n ranks is cut into 2n blocks. "head-tail" gives rank r the blocks r and 2n - 1 - r, in which causal
-attention is as much work on all ranks, as torch's ``context_parallel`` does by default; "contiguous" gives it the blocks
-2r and 2r + 1.
+A sequence of n ranks is cut into 2n blocks. "head-tail" gives rank r the blocks r and 2n - 1 - r, as torch's
+``context_parallel`` does by default, so that causal attention is as much work on all ranks; "contiguous" gives it the
+blocks 2r and 2r + 1.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def sharding_of(mesh: Any, layout: str) -> Sharding:
         raise TypeError(f"mesh must be a DeviceMesh or a ProcessGroup, not {mesh!r}")
     if mesh.ndim != 1:
         raise ValueError(
-            f"mesh must have one dimension, over which the sequence is sharded, not {mesh.ndim}: take it by name, as in "
-            'mesh["cp"]'
+            f"mesh must have one dimension, over which the sequence is sharded, not {mesh.ndim}: take it by name, as "
+            'in mesh["cp"]'
         )
     return Sharding(mesh.get_group().group_name, layout)
 
@@ -55,7 +55,7 @@ def group_of(name: str) -> Any:
 
 
 def start_gathering(x: torch.Tensor, group: Any) -> Callable[[], torch.Tensor]:
-    """Begin to gather tensors [n, ...] of one shape; what waits for them, and returns [ranks * n, ...] in rank order."""
+    """Begin to gather tensors [n, ...] of one shape; what waits for them and returns [ranks * n, ...], by rank."""
     from torch import distributed
 
     # The one is called by the other's name from torch 2.13 on.
@@ -93,7 +93,7 @@ def check_alike(numbers: Mapping[str, int], group: Any, device: torch.device) ->
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is not None:
             raise ValueError(
-                f"{name} must be the same on all ranks of a group, not {values[0]} on rank 0 and {values[other]} on rank "
-                f"{other}: pad the sequence, so that it divides evenly"
+                f"{name} must be the same on all ranks of a group, not {values[0]} on rank 0 and {values[other]} on "
+                f"rank {other}: pad the sequence, so that it divides evenly"
             )
     _agreed[group.group_name] = own

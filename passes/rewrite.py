@@ -157,8 +157,9 @@ class _Rewriter:
             mask = mask_of_sequence(proven_mask(site, self.prover), site)
             node = self.replace(site, mask, decision.name, self.config_or_dense(decision.name), sharding)
         except Refused as refused:
+            place = f"{decision.name} ({decision.location})"
             raise ShardedSiteError(
-                f"attention site {decision.name} ({decision.location}) cannot attend to the keys of all ranks: {refused}"
+                f"attention site {place} cannot attend to the keys of all ranks: {refused}"
             ) from None
         _note(decision, node, site, mask)
         decision.reason = "the keys of all ranks are gathered, and it is sparse if these are enough"

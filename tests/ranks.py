@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
-SECONDS = 60
+SECONDS = 30
 """How long a rank waits for the others."""
 
 
@@ -40,14 +40,14 @@ class Ranks:
             connection.send((function, arguments))
 
     def answers(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What a function returns on each rank, a RuntimeError with what it raises; None of a rank that ended."""
+        """What a function returns on each rank, a RuntimeError with what it raises; EOFError of one that ended."""
         self.start(function, *arguments)
         return [_received(connection) for connection in self.connections]
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What a function returns on each rank; an error has the tracebacks of all ranks that failed."""
         answers = self.answers(function, *arguments)
-        failed = [str(answer) for answer in answers if answer is None or isinstance(answer, BaseException)]
+        failed = [str(answer) or "a rank ended" for answer in answers if isinstance(answer, BaseException)]
         assert not failed, "\n".join(failed)
         return answers
 
@@ -61,8 +61,8 @@ class Ranks:
 def _received(connection: Connection) -> Any:
     try:
         return connection.recv()
-    except EOFError:
-        return None
+    except EOFError as ended:
+        return ended
 
 
 def _serve(rank: int, count: int, store: Path, connection: Connection) -> None:
