@@ -102,7 +102,7 @@ def _validated(
             softcap, sinks, site, group, layout, config.as_json)  # fmt: skip
 
 
-class _Whole(NamedTuple):
+class Whole(NamedTuple):
     """Keys and values [B, Hkv, Lk, D] of the whole sequence, with padding and documents [B, Lk]."""
 
     key: torch.Tensor
@@ -119,7 +119,7 @@ class _Whole(NamedTuple):
         key_documents: torch.Tensor | None,
         group: Any,
         layout: str,
-    ) -> _Whole:
+    ) -> Whole:
         """What all ranks hold, in the order of the sequence; values travel while keys are put in order."""
         parts = ((key_padding, 1), (key_documents, 1), (key, 2), (value, 2))
         started = [None if x is None else start_gathering(x.movedim(dim, 0), group) for x, dim in parts]
@@ -129,10 +129,10 @@ class _Whole(NamedTuple):
         )
         return cls(key, value, padding, documents)
 
-    def up_to(self, end: int) -> _Whole:
+    def up_to(self, end: int) -> Whole:
         """The same of the first keys."""
         padding, documents = (x if x is None else x[:, :end] for x in (self.key_padding, self.key_documents))
-        return _Whole(self.key[:, :, :end], self.value[:, :, :end], padding, documents)
+        return Whole(self.key[:, :, :end], self.value[:, :, :end], padding, documents)
 
 
 def _check_alike(
@@ -178,7 +178,7 @@ def _attended(
     _check_alike(key, value, key_padding, key_documents, ranks)
     if layout == "head-tail" and query.shape[2] % 2:
         raise ValueError(f"query must have an even length with layout='head-tail', not {query.shape[2]}")
-    whole = _Whole.gathered(key, value, key_padding, key_documents, ranks, layout)
+    whole = Whole.gathered(key, value, key_padding, key_documents, ranks, layout)
     length, keys = query.shape[2], whole.key.shape[2]
     shapes = (*query.shape[:2], keys, query.shape[3]), whole.key.shape, whole.value.shape
     terms = Visibility(is_causal, causal_offset, window=window)

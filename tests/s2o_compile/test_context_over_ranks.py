@@ -178,24 +178,6 @@ def test_with_the_hooks_of_accelerate(ranks: Ranks) -> None:
     ranks.call(inside_context_parallel, True)
 
 
-def with_accelerator() -> None:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import ParallelismConfig
-
-    given = inputs(padded=False)
-    one, over_ranks = model_of("llama"), model_of("llama")
-    s2o_compile.configure(one, DROPPED)
-    want = logits(one, given)
-    AcceleratorState._reset_state(True)
-    accelerator = Accelerator(cpu=True, parallelism_config=ParallelismConfig(cp_size=RANKS))
-    s2o_compile.configure(over_ranks, DROPPED, accelerator.torch_device_mesh["cp"])
-    buffers = [given["input_ids"].clone(), given["position_ids"].clone()]
-    with torch.no_grad(), accelerator.maybe_context_parallel(buffers=buffers, buffer_seq_dims=[1, 1]):
-        got = over_ranks(buffers[0], position_ids=buffers[1]).logits
-    torch.testing.assert_close(got, own(want, "head-tail"), rtol=1e-4, atol=1e-4)
-
-
 def refused_models() -> None:
     given, cp = {key: own(x, "head-tail") for key, x in inputs(padded=False).items()}, mesh()
     model = model_of("llama")
@@ -252,11 +234,6 @@ def test_models_that_are_refused(ranks: Ranks) -> None:
 
 def test_models_are_saved_without_their_mesh(ranks: Ranks, tmp_path: Path) -> None:
     ranks.call(saved_models, tmp_path)
-
-
-def test_the_mesh_of_an_accelerator(ranks: Ranks) -> None:
-    pytest.importorskip("accelerate")
-    ranks.call(with_accelerator)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
