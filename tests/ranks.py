@@ -17,17 +17,17 @@ SECONDS = 30
 
 
 class Ranks:
-    """So many processes on this machine, which talk over gloo.
+    """So many processes on this machine, which talk over gloo, or each with a GPU over NCCL.
 
     Functions and their arguments must pickle; results are numbers, text and numpy arrays, which do not share memory.
     """
 
-    def __init__(self, count: int, store: Path) -> None:
+    def __init__(self, count: int, store: Path, backend: str = "gloo") -> None:
         context = multiprocessing.get_context("spawn")
         pipes = [context.Pipe() for _ in range(count)]
         self.connections = [ours for ours, _ in pipes]
         self.processes = [
-            context.Process(target=_serve, args=(rank, count, store, theirs), daemon=True)
+            context.Process(target=_serve, args=(rank, count, store, backend, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process, (_, theirs) in zip(self.processes, pipes, strict=True):
@@ -58,6 +58,11 @@ class Ranks:
             process.join()
 
 
+def device() -> str:
+    """The device of this rank."""
+    return "cuda" if distributed.get_backend() == "nccl" else "cpu"
+
+
 def _received(connection: Connection) -> Any:
     try:
         return connection.recv()
@@ -65,10 +70,12 @@ def _received(connection: Connection) -> Any:
         return ended
 
 
-def _serve(rank: int, count: int, store: Path, connection: Connection) -> None:
+def _serve(rank: int, count: int, store: Path, backend: str, connection: Connection) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     timeout = datetime.timedelta(seconds=SECONDS)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timeout)
+    distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=count, timeout=timeout)
     while True:
         function, arguments = connection.recv()
         try:

@@ -25,10 +25,7 @@ from .row import OPERATOR, Case, Row
 
 def measure_operator(case: Case, setting: float | None) -> Row:
     """The row of this group; `setting` is the diffuseness of the queries, found if it is None."""
-    shape, device = (
-        SHAPES[case.shape],
-        torch.device(case.device, torch.cuda.current_device() if case.device == "cuda" else 0),
-    )
+    shape, device = SHAPES[case.shape], device_of_rank(case.device)
     config = dataclasses.replace(case.config, min_length=0)
     structure = Structure.draw(case.length, shape.heads, shape.kv_heads, shape.channels, device, case.dtype)
     if setting is None:
@@ -44,14 +41,16 @@ def measure_operator(case: Case, setting: float | None) -> Row:
         options |= {"mesh": distributed.group.WORLD, "layout": case.layout}
     call = partial(attention, query, key, value, shape.is_causal, **options)
 
-    def attend() -> None:
-        for block in blocks:
-            end = block.position + block.length if shape.is_causal else case.length
-            rows, *seen = own_rows(whole[0], [block]), *(x[:, :, :end] for x in whole[1:])
-            attention(rows, *seen, shape.is_causal, block.position, config=config)
-
     def gather() -> Whole:
         return Whole.gathered(key, value, None, None, distributed.group.WORLD, case.layout)
+
+    gathered = gather()
+
+    def attend() -> None:
+        for row, position, length in blocks:
+            seen = gathered.up_to(position + length if shape.is_causal else case.length)
+            rows = query[:, :, row : row + length]
+            attention(rows, seen.key, seen.value, shape.is_causal, position, config=config)
 
     time = partial(seconds_of_ranks, device=device, repetitions=case.repetitions)
     row.seconds, row.spread = median_and_spread([max(times) for times in time(call)])

@@ -23,10 +23,11 @@ def on_ranks(count: int, device: str, work: Callable[..., Any], *arguments: Any)
 def _work(
     rank: int, count: int, device: str, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    options: dict[str, Any] = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": count}
     if device == "cuda":
         torch.cuda.set_device(rank)
-    backend = "nccl" if device == "cuda" else "gloo"
-    distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=count)
+        options["device_id"] = torch.device("cuda", rank)
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo", **options)
     try:
         with torch.no_grad():
             result = work(*arguments)

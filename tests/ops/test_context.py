@@ -24,7 +24,7 @@ from s2o_compile.ops import AttentionResult, Ranking, S2OConfig
 from s2o_compile.ops.layout import LAYOUTS, Block, blocks_of_rank, in_order
 
 from ..examples import examples
-from ..ranks import SECONDS, Ranks
+from ..ranks import SECONDS, Ranks, device
 from .drawing import Call, draw_call, draw_config
 
 if not distributed.is_available():
@@ -63,15 +63,15 @@ def own_call(
     group, rank = group_of(count), distributed.get_rank()
     if rank >= count:
         return ()
-    arguments = call.arguments()
+    arguments = call.arguments(device())
     for name in NAMES:
         if arguments[name] is not None:
             arguments[name] = own_part(arguments[name], 1, rank, count, layout)
-    own = [call.lay_out(own_part(x, 2, rank, count, layout)) for x in call.tensors(dtype)]
+    own = [call.lay_out(own_part(x, 2, rank, count, layout)) for x in call.tensors(dtype, device())]
     options: dict[str, Any] = {"config": call.config, "mesh": group, "layout": layout, "return_stats": return_stats}
     result = s2o_compile.attention(*own, **arguments, **options)
     parts = result if return_stats else (result,)
-    return tuple(part.double().numpy() for part in parts)
+    return tuple(part.double().cpu().numpy() for part in parts)
 
 
 def whole_of(parts: list[Any], count: int, layout: str) -> list[torch.Tensor]:
@@ -83,9 +83,10 @@ def whole_of(parts: list[Any], count: int, layout: str) -> list[torch.Tensor]:
     return found
 
 
-def one_process(call: Call, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    result = s2o_compile.attention(*call.tensors(dtype), **call.arguments(), config=call.config, return_stats=True)
-    return [part.double() for part in result]
+def one_process(call: Call, dtype: torch.dtype = torch.float32, on: str = "cpu") -> list[torch.Tensor]:
+    tensors, arguments = call.tensors(dtype, on), call.arguments(on)
+    result = s2o_compile.attention(*tensors, **arguments, config=call.config, return_stats=True)
+    return [part.double().cpu() for part in result]
 
 
 @functools.cache
@@ -188,9 +189,14 @@ def test_channels_and_draws_of_each_rank_err_as_those_of_one_process(ranks: Rank
 def call_of(lengths: list[int], documents: bool = False, **options: Any) -> int:
     """Attend so many positions on each rank, which may hold documents where others hold none; how many."""
     rank = distributed.get_rank()
-    x = torch.ones(1, 2, lengths[rank], 8)
-    ids = torch.zeros(1, lengths[rank], dtype=torch.int64) if documents and rank == 1 else None
-    arguments = {"query_documents": ids, "key_documents": ids, "config": SPARSE, "mesh": group_of(RANKS)} | options
+    x = torch.ones(1, 2, lengths[rank], 8, device=device())
+    ids = torch.zeros(1, lengths[rank], dtype=torch.int64, device=device()) if documents and rank == 1 else None
+    arguments = {
+        "query_documents": ids,
+        "key_documents": ids,
+        "config": SPARSE,
+        "mesh": group_of(len(lengths)),
+    } | options
     return s2o_compile.attention(x, x, x, True, **arguments).shape[2]
 
 
@@ -367,3 +373,108 @@ after = {name for name in sys.modules if name.startswith("torch.distributed")}
 assert after == before, after - before
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    found = Ranks(2, tmp_path_factory.mktemp("gpus") / "store", "nccl")
+    yield found
+    found.close()
+
+
+ON_GPUS = dataclasses.replace(CAUSAL, queries=4096, keys=4096, channels=64, value_channels=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("changes", [
+    {}, {"is_causal": False}, {"window": 700}, {"documents": 3}, {"softcap": 20.0}, {"sunk": False, "padded": False},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("threshold", [0.0, 0.02])
+def test_two_gpus(threshold: float, changes: dict[str, Any], layout: str, dtype: torch.dtype, gpus: Ranks) -> None:
+    config = dataclasses.replace(SPARSE, threshold=threshold)
+    call = dataclasses.replace(ON_GPUS, config=config, **changes)
+    got = whole_of(gpus.call(own_call, call, 2, layout, True, dtype), 2, layout)
+    want = one_process(call, dtype, "cuda")
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
+    for one, another in zip(got[:2], want[:2], strict=True):
+        # Where ranks are cut, blocks of the kernels are others, and a few keys at the edge of the selection.
+        far = (one - another).abs() > tolerance * (1 + another.abs())
+        assert far.double().mean() < (1e-3 if threshold else 1e-6)
+    torch.testing.assert_close(got[2].sum(), want[2].sum(), rtol=1e-2, atol=0)
+
+
+@pytest.mark.gpu
+def test_two_gpus_that_run_dense(gpus: Ranks) -> None:
+    call = dataclasses.replace(ON_GPUS, config=S2OConfig(min_length=2**62))
+    for layout in LAYOUTS:
+        got = whole_of(gpus.call(own_call, call, 2, layout, False, torch.bfloat16), 2, layout)
+        want = one_process(call, torch.bfloat16, "cuda")
+        torch.testing.assert_close(got[0], want[0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_two_gpus_with_parts_of_other_lengths(gpus: Ranks) -> None:
+    for lengths in ([32, 32], [64, 66], [64, 64]):
+        for answer, length in zip(gpus.answers(call_of, lengths), lengths, strict=True):
+            if lengths[0] == lengths[1]:
+                assert answer == length
+            else:
+                assert re.match("ValueError: the length of key must be the same on all ranks", str(answer))
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_ends_is_an_error_of_the_other(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ranks = Ranks(2, tmp_path / "store", "nccl")
+    try:
+        ranks.call(call_of, [32] * 2)
+        ranks.start(attend_on_gpus_until_one_ends)
+        for process in ranks.processes:
+            process.join(3 * SECONDS)
+        assert ranks.processes[1].exitcode == 0 and ranks.processes[0].exitcode not in (0, None)
+    finally:
+        ranks.close()
+
+
+def attend_on_gpus_until_one_ends() -> None:
+    """End without a word on rank 1; on rank 0 with an error, or by NCCL's watchdog after its timeout."""
+    if distributed.get_rank() == 1:
+        os._exit(0)
+    try:
+        call_of([32] * 2)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        os._exit(1)
+    os._exit(0)
+
+
+def attend_on_gpus_what_differs_on_one(folder: Path) -> None:
+    rank = distributed.get_rank()
+    try:
+        call_of([64, 64])
+        call_of([64, 66])
+        torch.cuda.synchronize()
+    except (RuntimeError, ValueError) as error:
+        (folder / str(rank)).write_text(str(error))
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.gpu
+def test_a_gpu_whose_length_is_new_is_an_error_of_both(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    ranks = Ranks(2, tmp_path / "store", "nccl")
+    try:
+        ranks.start(attend_on_gpus_what_differs_on_one, tmp_path)
+        for process in ranks.processes:
+            process.join(3 * SECONDS)
+        assert all(process.exitcode not in (0, None) for process in ranks.processes)
+        assert "the length of key must be the same on all ranks" in (tmp_path / "1").read_text()
+    finally:
+        ranks.close()

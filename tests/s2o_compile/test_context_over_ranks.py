@@ -20,7 +20,7 @@ from s2o_compile.ops import Ranking, S2OConfig
 
 from ..passes.capture import EXACT
 from ..passes.models import VOCABULARY, tiny
-from ..ranks import Ranks
+from ..ranks import Ranks, device
 
 if not distributed.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
@@ -38,8 +38,17 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     found.close()
 
 
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    if torch.cuda.device_count() < RANKS:
+        pytest.skip("needs two GPUs")
+    found = Ranks(RANKS, tmp_path_factory.mktemp("gpus") / "store", "nccl")
+    yield found
+    found.close()
+
+
 def mesh() -> Any:
-    return distributed.device_mesh.init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("dp", "cp"))["cp"]
+    return distributed.device_mesh.init_device_mesh(device(), (1, RANKS), mesh_dim_names=("dp", "cp"))["cp"]
 
 
 def own(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -57,7 +66,8 @@ def inputs(padded: bool) -> dict[str, torch.Tensor]:
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     if padded:
         mask[0, :40] = 0
-    return {"input_ids": ids, "position_ids": torch.arange(LENGTH).expand(2, LENGTH), "attention_mask": mask}
+    found = {"input_ids": ids, "position_ids": torch.arange(LENGTH).expand(2, LENGTH), "attention_mask": mask}
+    return {name: x.to(device()) for name, x in found.items()}
 
 
 def model_of(name: str, implementation: str = "s2o") -> Any:
@@ -74,7 +84,7 @@ def model_of(name: str, implementation: str = "s2o") -> Any:
     else:
         model = tiny(name)
     model.set_attn_implementation(implementation)
-    return model
+    return model.to(device())
 
 
 def assert_same(got: torch.Tensor, want: torch.Tensor, given: dict[str, torch.Tensor]) -> None:
@@ -110,6 +120,15 @@ def configured(name: str, layout: str, padded: bool, config: S2OConfig) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_configured_models(name: str, layout: str, padded: bool, config: S2OConfig, ranks: Ranks) -> None:
     ranks.call(configured, name, layout, padded, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_on_two_gpus(name: str, layout: str, padded: bool, gpus: Ranks) -> None:
+    gpus.call(configured, name, layout, padded, EXACT)
+    gpus.call(compiled, name, layout, padded)
 
 
 def compiled(name: str, layout: str, padded: bool) -> list[str]:
