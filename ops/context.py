@@ -123,10 +123,11 @@ class Whole(NamedTuple):
         """What all ranks hold, in the order of the sequence; values travel while keys are put in order."""
         parts = ((key_padding, 1), (key_documents, 1), (key, 2), (value, 2))
         started = [None if x is None else start_gathering(x.movedim(dim, 0), group) for x, dim in parts]
-        padding, documents, key, value = (
+        ordered: list[Any] = [
             None if wait is None else in_order(wait(), group.size(), layout).movedim(0, dim)
             for wait, (_, dim) in zip(started, parts, strict=True)
-        )
+        ]
+        padding, documents, key, value = ordered
         return cls(key, value, padding, documents)
 
     def up_to(self, end: int) -> Whole:
