@@ -410,23 +410,33 @@ def gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 ON_GPUS = dataclasses.replace(CAUSAL, queries=4096, keys=4096, channels=64, value_channels=64)
 
 
+GPU_CALLS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "bidirectional": {"is_causal": False},
+    "window": {"window": 700},
+    "documents": {"documents": 3},
+    "soft cap": {"softcap": 20.0},
+    "plain": {"sunk": False, "padded": False},
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("changes", [
-    {}, {"is_causal": False}, {"window": 700}, {"documents": 3}, {"softcap": 20.0}, {"sunk": False, "padded": False},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", GPU_CALLS)
 @pytest.mark.parametrize("threshold", [0.0, 0.02])
-def test_two_gpus(threshold: float, changes: dict[str, Any], layout: str, dtype: torch.dtype, gpus: Ranks) -> None:
+def test_two_gpus(threshold: float, name: str, layout: str, dtype: torch.dtype, gpus: Ranks) -> None:
+    if dtype == torch.float32 and name != "causal":
+        pytest.skip("one call in float32 is enough")
     config = dataclasses.replace(SPARSE, threshold=threshold)
-    call = dataclasses.replace(ON_GPUS, config=config, **changes)
+    call = dataclasses.replace(ON_GPUS, config=config, **GPU_CALLS[name])
     got = whole_of(gpus.call(own_call, call, 2, layout, True, dtype), 2, layout)
     want = one_process(call, dtype, "cuda")
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
     for one, another in zip(got[:2], want[:2], strict=True):
         # Where ranks are cut, blocks of the kernels are others, and a few keys at the edge of the selection.
-        far = (one - another).abs() > tolerance * (1 + another.abs())
-        assert far.double().mean() < (1e-3 if threshold else 1e-6)
+        close = ((one - another).abs() <= tolerance * (1 + another.abs())) | (one == another)
+        assert close.double().mean() > (0.999 if threshold else 1 - 1e-6)
     torch.testing.assert_close(got[2].sum(), want[2].sum(), rtol=1e-2, atol=0)
 
 
