@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 _EXPERIMENTAL = "torch.distributed.tensor.experimental"
+_calls = threading.local()
+"""Of this thread: whether they hold the keys of all ranks."""
 
 
 def in_context_parallel() -> bool:
@@ -25,16 +30,28 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+@contextmanager
+def holding_all_keys() -> Iterator[None]:
+    """A context for calls that are given the keys of all ranks, which ``context_parallel`` does not concern."""
+    before = getattr(_calls, "hold_all_keys", False)
+    _calls.hold_all_keys = True
+    try:
+        yield
+    finally:
+        _calls.hold_all_keys = before
+
+
 def refuse_context_parallel() -> None:
-    """Refuse a call inside ``context_parallel``, which only SDPA can answer.
+    """Refuse a call inside ``context_parallel`` that is given the keys of one rank, which only SDPA can answer.
 
     Raises:
         RuntimeError: The call is inside.
     """
-    if in_context_parallel():
+    if in_context_parallel() and not getattr(_calls, "hold_all_keys", False):
         raise RuntimeError(
             "s2o.attention cannot run inside torch's context_parallel, where it would attend each rank to its own "
-            "tokens only; use SDPA there (attn_implementation='sdpa'), or leave the context"
+            "tokens only; pass mesh= to it or to s2o_compile.configure, so that it gathers the keys of all ranks, use "
+            "SDPA there (attn_implementation='sdpa'), or leave the context"
         )
 
 

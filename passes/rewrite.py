@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..ops.config import S2OConfig
 from ..ops.dense import is_large
+from ..ops.layout import Sharding
 from .accept import check_call, check_inputs, check_length, check_scores, proven_mask
 from .fuse import fuse
 from .graph.metadata import as_computed, note_values
@@ -24,6 +25,7 @@ from .match.decompose import decompose
 from .match.find import find_attention
 from .match.site import AttentionSite
 from .match.walk import Walker
+from .over_ranks import ShardedSiteError, has_dtensors, mask_of_sequence
 from .replace import Replacer
 from .report import Decision, site_name, source_location
 from .unmask import DENSE, mask_to_drop
@@ -34,6 +36,7 @@ def rewrite(
     config: S2OConfig,
     of_site: Callable[[str], S2OConfig] | None = None,
     fuse_dense: bool = False,
+    sharding: Sharding | None = None,
 ) -> list[Decision]:
     """Replace every attention site that can be proven safe, in place; the rest of the graph stays as it is.
 
@@ -45,23 +48,34 @@ def rewrite(
         of_site: The settings of a site by name, by default `config`; raises `Refused` for one that is to stay dense.
         fuse_dense: Whether attention that stays dense loses its mask where that is proven, and becomes a call of SDPA
             where it is written out and is proven to be one.
+        sharding: Where the sequence is sharded over ranks: sites become ``torch.ops.s2o.attention_context``, of any
+            length, but for those of DTensors.
 
     Returns:
         One decision per site. The node of a rewritten site has its decision in ``meta["s2o_decision"]``.
+
+    Raises:
+        ShardedSiteError: There is a `sharding`, and a site cannot follow it.
     """
     chosen = of_site or (lambda name: config)
     return [
-        decision for graph in nested_graphs(module) for decision in _rewrite_graph(graph, config, chosen, fuse_dense)
+        decision
+        for graph in nested_graphs(module)
+        for decision in _rewrite_graph(graph, config, chosen, fuse_dense, sharding)
     ]
 
 
 def _rewrite_graph(
-    module: GraphModule, config: S2OConfig, of_site: Callable[[str], S2OConfig], fuse_dense: bool
+    module: GraphModule,
+    config: S2OConfig,
+    of_site: Callable[[str], S2OConfig],
+    fuse_dense: bool,
+    sharding: Sharding | None,
 ) -> list[Decision]:
     """Rewrite the sites of one graph, and not those of the graphs that it calls."""
     found = set(module.graph.nodes)
     with as_computed(module.graph) as out_of_place:
-        rewriter = _Rewriter(module.graph, config, of_site, fuse_dense)
+        rewriter = _Rewriter(module.graph, config, of_site, fuse_dense, sharding)
         decisions = [decision for node in list(module.graph.nodes) for decision in rewriter.visit(node)]
     if rewriter.replacer.changed:
         note_values(node for node in module.graph.nodes if node not in found)
@@ -75,8 +89,15 @@ def _rewrite_graph(
 class _Rewriter:
     """Rewrites the sites of one graph."""
 
-    def __init__(self, graph: Graph, config: S2OConfig, of_site: Callable[[str], S2OConfig], fuse_dense: bool) -> None:
-        self.config, self.of_site, self.fuse_dense = config, of_site, fuse_dense
+    def __init__(
+        self,
+        graph: Graph,
+        config: S2OConfig,
+        of_site: Callable[[str], S2OConfig],
+        fuse_dense: bool,
+        sharding: Sharding | None,
+    ) -> None:
+        self.config, self.of_site, self.fuse_dense, self.sharding = config, of_site, fuse_dense, sharding
         self.writes = Writes(graph.nodes)
         self.prover = Prover(self.writes)
         self.walker = Walker(self.writes, self.prover.reader)
@@ -111,6 +132,8 @@ class _Rewriter:
 
     def decide(self, site: AttentionSite) -> Decision:
         """Rewrite one site or leave it; the decision."""
+        if self.sharding is not None and not has_dtensors(site):
+            return self.shard(site, self.sharding)
         decision = _undecided(site)
         try:
             mask = self.accept(site)
@@ -118,11 +141,38 @@ class _Rewriter:
         except Refused as refused:
             decision.reason = str(refused)
             return decision
-        node.meta["s2o_decision"] = decision
-        decision.rewritten, decision.mask = True, "; ".join([str(mask), *logit_terms_in_words(site)])
+        _note(decision, node, site, mask)
         proven = "the mask is proven" if mask.rest == sympy.true else "what is not proven of the mask is passed on"
         decision.reason = f"{proven} and the call may be long enough for sparse attention"
         return decision
+
+    def shard(self, site: AttentionSite, sharding: Sharding) -> Decision:
+        """Let one site attend to the keys of all ranks; the decision.
+
+        Raises:
+            ShardedSiteError: It cannot.
+        """
+        decision = _undecided(site)
+        try:
+            check_inputs(site)
+            check_call(site)
+            mask = mask_of_sequence(proven_mask(site, self.prover), site)
+            node = self.replace(site, mask, decision.name, self.config_or_dense(decision.name), sharding)
+        except Refused as refused:
+            place = f"{decision.name} ({decision.location})"
+            raise ShardedSiteError(
+                f"attention site {place} cannot attend to the keys of all ranks: {refused}"
+            ) from None
+        _note(decision, node, site, mask)
+        decision.reason = "the keys of all ranks are gathered, and it is sparse if these are enough"
+        return decision
+
+    def config_or_dense(self, name: str) -> S2OConfig:
+        """The settings of a site by name."""
+        try:
+            return self.of_site(name)
+        except Refused:
+            return DENSE
 
     def accept(self, site: AttentionSite) -> Mask:
         """The proven mask of a site that can become the operator.
@@ -146,7 +196,9 @@ class _Rewriter:
             return False
         return True
 
-    def replace(self, site: AttentionSite, mask: Mask, name: str, config: S2OConfig) -> Node:
+    def replace(
+        self, site: AttentionSite, mask: Mask, name: str, config: S2OConfig, sharding: Sharding | None = None
+    ) -> Node:
         """Put the operator where a site is, and remove the nodes that nothing uses then; its node.
 
         Raises:
@@ -156,9 +208,18 @@ class _Rewriter:
         check_scores(site, unused)
         with self.replacer.inserting_before(site.node):
             arguments = self.replacer.arguments.of_operator(mask, site) | {"site": name, **config.arguments()}
-            node = self.replacer.put(torch.ops.s2o.attention.default, arguments, site, mask)
+            operator = torch.ops.s2o.attention.default
+            if sharding is not None:
+                operator, arguments = torch.ops.s2o.attention_context.default, arguments | sharding._asdict()
+            node = self.replacer.put(operator, arguments, site, mask)
         self.replacer.erase(unused)
         return node
+
+
+def _note(decision: Decision, node: Node, site: AttentionSite, mask: Mask) -> None:
+    """Record that a site became the operator at a node."""
+    node.meta["s2o_decision"] = decision
+    decision.rewritten, decision.mask = True, "; ".join([str(mask), *logit_terms_in_words(site)])
 
 
 def _undecided(site: AttentionSite) -> Decision:

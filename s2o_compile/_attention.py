@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from .ops import AttentionResult, S2OConfig
+from .ops.process_group import sharding_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @overload
@@ -26,6 +31,8 @@ def attention(
     sinks: torch.Tensor | None = ...,
     config: S2OConfig | None = ...,
     return_stats: Literal[False] = ...,
+    mesh: DeviceMesh | ProcessGroup | None = ...,
+    layout: str = ...,
 ) -> torch.Tensor: ...
 
 
@@ -47,6 +54,8 @@ def attention(
     config: S2OConfig | None = ...,
     *,
     return_stats: Literal[True],
+    mesh: DeviceMesh | ProcessGroup | None = ...,
+    layout: str = ...,
 ) -> AttentionResult: ...
 
 
@@ -66,6 +75,8 @@ def attention(
     sinks: torch.Tensor | None = None,
     config: S2OConfig | None = None,
     return_stats: bool = False,
+    mesh: DeviceMesh | ProcessGroup | None = None,
+    layout: str = "head-tail",
 ) -> torch.Tensor | AttentionResult:
     """Attention to the keys that matter, and to a weighted random sample of the others.
 
@@ -89,20 +100,30 @@ def attention(
         sinks: [Hq], a logit per head that enters the softmax's denominator without a value (gpt-oss).
         config: The settings, by default ``S2OConfig()``.
         return_stats: Whether to return the log-sum-exp and the visited work as well.
+        mesh: The ranks over which the sequence is sharded, a mesh of one dimension or a process group; all of them must
+            make the call. Tensors then hold the positions of this rank, as many on each, and numbers speak of positions
+            in the whole sequence: with `is_causal`, position i sees those up to i + `causal_offset`. Keys and values
+            are gathered (docs/distributed.md).
+        layout: Which positions a rank holds, with a `mesh`: "head-tail", of 2n blocks of the sequence rank r of n has r
+            and 2n - 1 - r, or "contiguous".
 
     Returns:
         The output [B, Hq, Lq, Dv]; with `return_stats` an `AttentionResult` of output, lse and visited.
 
     Raises:
-        RuntimeError: The call is inside torch's ``context_parallel``.
+        RuntimeError: The call is inside torch's ``context_parallel`` without a `mesh`, or another rank has ended.
         TypeError: A dtype is not supported, some tensors are DTensors and others are not, or `config` has the wrong
             type.
         ValueError: Shapes, devices or a number do not fit, DTensors are sharded over the sequence or the channels, or a
-            gradient is asked for.
+            gradient is asked for; with a `mesh` also where ranks hold parts of other lengths, or there is a `mask`.
     """
+    options: dict[str, Any] = S2OConfig.of(config).arguments()
     operator = torch.ops.s2o.attention_stats if return_stats else torch.ops.s2o.attention
+    if mesh is not None:
+        operator = torch.ops.s2o.attention_context_stats if return_stats else torch.ops.s2o.attention_context
+        options |= sharding_of(mesh, layout)._asdict()
     result = operator(
         query, key, value, is_causal, causal_offset, key_padding, scale, window, query_documents, key_documents, mask,
-        softcap, sinks, **S2OConfig.of(config).arguments(),
+        softcap, sinks, **options,
     )  # fmt: skip
     return AttentionResult(*result) if return_stats else result

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .ops import S2OConfig
+from .ops.layout import LAYOUTS, Sharding
+from .ops.process_group import sharding_of
 from .version import fingerprint
 
 if TYPE_CHECKING:
@@ -87,26 +89,31 @@ class S2OBackend:
             module: The graph; it is rewritten in place.
             example_inputs: The graph's inputs, as Dynamo passes them.
             mode: One of Inductor's modes.
-            options: Fields of `S2OConfig`, and Inductor's own options.
+            options: Fields of `S2OConfig`, Inductor's own options, and `mesh` and `layout` as for
+                ``s2o_compile.attention``: then the sequence is sharded over ranks, and masks, which are written in the
+                positions of one rank, mean those of the sequence.
             **kwargs: Passed on to Inductor.
 
         Raises:
             TypeError: An option has a value of the wrong type.
             ValueError: An option is unknown or has a value that is not allowed, or `calibration` is not a file for this
-                model.
+                model; or there is a `mesh`, and a site cannot attend to the keys of all ranks.
         """
         from torch._inductor.compile_fx import compile_fx
 
         from .calibration.file import CalibrationError
         from .calibration.settings import site_settings
         from .passes.graph.torch_internals import redirections
+        from .passes.over_ranks import ShardedSiteError
         from .passes.rewrite import rewrite
         from .passes.safety import Safeguard
 
-        config, patches = self.split_options(options or {}, mode)
+        options, sharding = split_sharding(options or {})
+        config, patches = self.split_options(options, mode)
 
         def rewritten() -> list[Decision]:
-            return rewrite(module, config, site_settings(config, module, example_inputs), fuse_dense=True)
+            of_site = site_settings(config, module, example_inputs)
+            return rewrite(module, config, of_site, fuse_dense=True, sharding=sharding)
 
         def compiled() -> Any:
             return compile_fx(module, example_inputs, config_patches=patches or None, **kwargs)
@@ -118,7 +125,7 @@ class S2OBackend:
             return result
 
         safeguard = Safeguard(module)
-        decisions: list[Decision] = safeguard.run(rewritten, list, CalibrationError)
+        decisions: list[Decision] = safeguard.run(rewritten, list, CalibrationError, ShardedSiteError)
         self._note(decisions)
         with safeguard.run(_apart, contextlib.ExitStack):
             return safeguard.run(compiled, compiled_as_it_was, *redirections())
@@ -156,6 +163,22 @@ class S2OBackend:
             S2OConfig.from_options({name: value for name, value in others.items() if name not in known})
         patches = dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
         return self.config.with_options(changes), patches | others
+
+
+def split_sharding(options: dict[str, Any]) -> tuple[dict[str, Any], Sharding | None]:
+    """The other options, and the sharding of the sequence that `mesh` and `layout` ask for; None without a mesh.
+
+    Raises:
+        TypeError: `mesh` is neither a mesh nor a process group.
+        ValueError: `mesh` has several dimensions, or `layout` is unknown or comes without a mesh.
+    """
+    others = {name: value for name, value in options.items() if name not in ("mesh", "layout")}
+    mesh, layout = options.get("mesh"), options.get("layout", LAYOUTS[0])
+    if mesh is None:
+        if "layout" in options:
+            raise ValueError(f"layout must be left out without a mesh, not {layout!r}")
+        return others, None
+    return others, sharding_of(mesh, layout)
 
 
 def _apart() -> contextlib.ExitStack:

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 BENCHMARKS = {
     "calibration": "calibration",
+    "distributed": "distributed.__main__",
     "frontier": "frontier",
     "generation": "generation",
     "prefill": "prefill.__main__",

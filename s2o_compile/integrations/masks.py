@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from transformers import masking_utils
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    packed_sequence_mask_function,
     prepare_padding_mask,
     sdpa_mask,
     sliding_window_bidirectional_overlay,
@@ -20,13 +22,18 @@ from transformers.utils.import_utils import is_tracing
 
 from ..ops.dense import LARGE_MASK
 from ..ops.dispatch import choose_sparse
+from ..ops.layout import Sharding
+from ..ops.process_group import group_of
 from ..ops.visibility import Visibility
 from .continuous_batching import in_engine
 from .lazy_mask import LazyMask
-from .settings import settings_of
+from .settings import settings_of, sharding_in
 from .shapes import attention_shapes
 
 _AND = and_masks(causal_mask_function).__code__
+_PACKED = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
+_remapped = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # Of later releases.
+_REMAPPED = None if _remapped is None else _remapped(causal_mask_function, torch.zeros(1, 1)).__code__
 _WINDOW = sliding_window_overlay(1).__code__
 _WINDOW_ON_BOTH_SIDES = sliding_window_bidirectional_overlay(1).__code__
 
@@ -54,10 +61,13 @@ def _least(one: int | None, other: int | None) -> int | None:
     return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
-def read_band(function: Callable[..., Any]) -> Band | None:
+def read_band(
+    function: Callable[..., Any], hides_nothing: Callable[[torch.Tensor], bool] = lambda _: False
+) -> Band | None:
     """What a mask function of transformers says; None if it is none of those that depend on the distance alone.
 
-    Mask functions are closures over their numbers, so they are known by their code.
+    Mask functions are closures over their numbers, so they are known by their code. Of the documents [B, L] that it
+    tells apart, `hides_nothing` says whether they are one after all.
     """
     if function is causal_mask_function:
         return Band(after=0)
@@ -68,10 +78,15 @@ def read_band(function: Callable[..., Any]) -> Band | None:
         return Band(before=_closed_over(function, "sliding_window") - 1)
     if code is _WINDOW_ON_BOTH_SIDES:
         return Band(*[_closed_over(function, "sliding_window")] * 2)
+    if code is not None and code is _REMAPPED:  # To positions in documents, which are told apart beside this.
+        return read_band(_closed_over(function, "mask_function"))
+    if code is _PACKED and hides_nothing(_closed_over(function, "packed_sequence_mask")):
+        return Band()
     if code is not _AND:
         return None
     band = Band()
-    for part in map(read_band, _closed_over(function, "mask_functions")):
+    for of_part in _closed_over(function, "mask_functions"):
+        part = read_band(of_part, hides_nothing)
         if part is None:
             return None
         band &= part
@@ -121,9 +136,17 @@ def s2o_mask(
         config: The configuration of the model.
         device: Of the mask.
         **kwargs: For ``transformers.masking_utils.sdpa_mask``.
+
+    Raises:
+        ValueError: The model's sequences are sharded over ranks, and the mask says more than causal, window and padding
+            of the whole sequence, or is traced.
     """
     if in_engine():
         return None
+    sharding = sharding_in(config)
+    if sharding is not None:
+        shape, is_at_start = (batch_size, 1, q_length, kv_length), int(q_offset) == kv_offset == 0
+        return _mask_of_rank(shape, is_at_start, mask_function, attention_mask, torch.device(device), sharding)
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
     if q_length > 1 and may_skip and not torch.is_grad_enabled() and not is_tracing(attention_mask):
         band = read_band(mask_function)
@@ -150,6 +173,50 @@ def s2o_mask(
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         device=device,
         **kwargs,
+    )
+
+
+def _mask_of_rank(
+    shape: tuple[int, int, int, int],
+    is_at_start: bool,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None,
+    device: torch.device,
+    sharding: Sharding,
+) -> LazyMask | None:
+    """The mask [B, 1, Lq, Lk] of the tokens of a rank, in the terms of the whole sequence; None for a causal one.
+
+    It keeps a padding that hides nothing, as other ranks may have one that does.
+    """
+    band, keys = read_band(mask_function, lambda documents: _is_one_document(documents, sharding)), shape[3]
+    if band is None or shape[2] != keys or not is_at_start:
+        raise ValueError(
+            "attn_implementation='s2o' with a mesh needs a mask that is causal or a window, of as many keys as "
+            f"queries, not another of {shape[2]} queries and {keys} keys: transformers sees documents where "
+            "position_ids jump unless it is given an attention_mask, such as one of ones, or a cache"
+        )
+    if band == Band(after=0) and attention_mask is None:
+        return None
+    if is_tracing(attention_mask):
+        raise ValueError(
+            "attn_implementation='s2o' with a mesh cannot have its masks compiled; compile a model with 'sdpa', and "
+            "pass options={'mesh': mesh} to the backend"
+        )
+    padding = _padding(attention_mask, keys, 0)
+    return LazyMask(band.terms(0)._replace(key_padding=None if padding is None else padding.clone()), shape, device)
+
+
+def _is_one_document(documents: torch.Tensor, sharding: Sharding) -> bool:
+    """Whether the documents [B, L] that transformers sees in the positions of a rank are the rank's two blocks.
+
+    The blocks of the last rank are neighbours, so that a jump between them is one in the sequence.
+    """
+    group = group_of(sharding.group)
+    if is_tracing(documents) or sharding.layout == "contiguous" or group.rank() == group.size() - 1:
+        return False
+    length = documents.shape[1]
+    return torch.equal(
+        documents, torch.arange(length, device=documents.device).ge(length // 2).long().expand_as(documents)
     )
 
 

@@ -17,7 +17,7 @@ from ..ops.visibility import Visibility
 from .continuous_batching import attend_step, register
 from .lazy_mask import LazyMask
 from .masks import s2o_mask, visible_keys
-from .settings import IMPLEMENTATION, fields_of, settings_of
+from .settings import IMPLEMENTATION, fields_of, settings_of, sharding_in
 
 
 def s2o_attention(
@@ -37,8 +37,9 @@ def s2o_attention(
 
     Calls that the operator cannot take, or need not, go to the SDPA attention of transformers: dropout, gradients,
     position biases, one query, short calls, and all that is traced, where a backend decides. With a soft cap or sinks,
-    which SDPA lacks, all calls go to the operator. What SDPA would drop, though it changes the result, is refused. With
-    a paged `cache`, all calls go to the operator for many requests (`integrations.continuous_batching`).
+    which SDPA lacks, all calls go to the operator, and with a mesh to that which gathers the keys of all ranks. What
+    SDPA would drop, though it changes the result, is refused. With a paged `cache`, all calls go to the operator for
+    many requests (`integrations.continuous_batching`).
 
     Args:
         module: The layer, which may have `is_causal` and has the `config` of its model.
@@ -57,12 +58,16 @@ def s2o_attention(
         The output [B, Lq, Hq, Dv], and no probabilities.
 
     Raises:
-        ValueError: A soft cap or sinks come with what only SDPA can do, or something is asked for that neither does,
-            such as attention weights; or a paged cache comes from elsewhere than continuous batching.
+        ValueError: A mesh, a soft cap or sinks come with what only SDPA can do, or something is asked for that neither
+            does, such as attention weights; or a paged cache comes from elsewhere than continuous batching, or with a
+            mesh.
     """
     terms_of_softmax = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    sharding = sharding_in(module.config)
     if kwargs.get("cache") is not None:
         _refuse(module, kwargs)
+        if sharding is not None:
+            raise ValueError("mesh must be None for continuous batching, whose keys are not shared over ranks")
         settings = fields_of(module)
         return attend_step(module, query, key, value, kwargs, site=_site(module), **terms_of_softmax, **settings), None
     attention_mask = _as_given(attention_mask, query, key)
@@ -71,14 +76,17 @@ def s2o_attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     obstacle = _obstacle(query, key, value, dropout, kwargs.get("position_bias"))
-    if softcap is None and s_aux is None:
+    if sharding is not None:
+        _refuse_on_ranks(obstacle, attention_mask)
+    elif softcap is None and s_aux is None:
         if obstacle or _runs_dense(attention_mask, query, key, value, is_causal, module):
             return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     elif obstacle:
         raise ValueError(f"attn_implementation='s2o' has no soft cap and no sinks {obstacle}; use 'eager'")
-    terms = _terms(attention_mask, is_causal and query.shape[2] > 1)
+    terms = _terms(attention_mask, is_causal and (query.shape[2] > 1 or sharding is not None))
     keys = visible_keys(terms, query.shape[2], key.shape[2])
-    output = torch.ops.s2o.attention(
+    operator = torch.ops.s2o.attention if sharding is None else torch.ops.s2o.attention_context
+    output = operator(
         query,
         key[:, :, :keys],
         value[:, :, :keys],
@@ -90,6 +98,7 @@ def s2o_attention(
         site=_site(module),
         **terms_of_softmax,
         **fields_of(module),
+        **({} if sharding is None else sharding._asdict()),
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -139,6 +148,14 @@ def _as_given(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor)
     if mask.is_lazy and mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2]):
         return mask
     return mask.read()
+
+
+def _refuse_on_ranks(obstacle: str | None, mask: torch.Tensor | None) -> None:
+    """Refuse a call of one rank that cannot attend to the keys of all."""
+    if obstacle is None and mask is not None and not isinstance(mask, LazyMask):
+        obstacle = f"with a mask of shape {list(mask.shape)}: pass an attention_mask [batch, tokens of the rank]"
+    if obstacle is not None:
+        raise ValueError(f"attn_implementation='s2o' cannot attend to the keys of all ranks of its mesh {obstacle}")
 
 
 def _site(module: torch.nn.Module) -> str:

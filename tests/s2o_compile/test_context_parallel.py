@@ -20,7 +20,7 @@ from ..passes.models import VOCABULARY, tiny
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
 
-REFUSED = "cannot run inside torch's context_parallel.* use SDPA there"
+REFUSED = "cannot run inside torch's context_parallel.* pass mesh= .* use SDPA there"
 SITE: dict[str, Any] = {"is_causal": True, **EXACT.arguments()}
 
 
@@ -128,7 +128,8 @@ def test_modules_that_context_parallel_wraps_are_refused(mesh: Any) -> None:
         experimental._disable_context_parallel_dispatcher()
 
 
-def test_sites_of_dtensors_stay_dense(mesh: Any) -> None:
+@pytest.mark.parametrize("dim", [1, 2], ids=["heads", "sequence"])
+def test_sites_of_dtensors_stay_dense(dim: int, mesh: Any) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.experimental import register_sharding
 
@@ -138,12 +139,22 @@ def test_sites_of_dtensors_stay_dense(mesh: Any) -> None:
         heads = Shard(1)
         return [([heads, heads], [heads, heads, heads, *[None] * (len(args) - 3)])]
 
-    x = distribute_tensor(query(), mesh, [Shard(1)])
+    x = distribute_tensor(query(), mesh, [Shard(dim)])
     captured = Capture()
     attend = torch.compile(lambda x: functional.scaled_dot_product_attention(x, x, x, is_causal=True), backend=captured)
     with torch.no_grad():
         torch.testing.assert_close(attend(x).to_local(), CALLS["operator"](query()))
     assert "query is a DTensor" in captured.only().reason
+    # As the wrapper of context_parallel makes them, which then runs a ring; a mesh changes nothing.
+    over_ranks = s2o_compile.S2OBackend(EXACT)
+    torch._dynamo.reset()
+    attend = torch.compile(
+        lambda x: functional.scaled_dot_product_attention(x, x, x, is_causal=True),
+        backend=over_ranks, options={"mesh": mesh},
+    )  # fmt: skip
+    with torch.no_grad(), pytest.warns(UserWarning, match="query is a DTensor"):
+        attend(x)
+    assert not over_ranks.report.decisions[0].rewritten
 
 
 def in_two_processes(rank: int, store: str) -> None:

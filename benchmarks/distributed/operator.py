@@ -1,0 +1,79 @@
+"""The operator on a sequence that is sharded over the ranks of this process's group."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import distributed
+
+from s2o_compile._attention import attention
+from s2o_compile.ops.context import Whole
+from s2o_compile.ops.density import dense_pairs
+from s2o_compile.ops.layout import Block, blocks_of_rank
+
+from ..inputs import Structure
+from ..speed.measure import diffuseness
+from ..speed.shapes import SHAPES
+from ..timing import median_and_spread
+from .ranks import device_of_rank, of_all, peak_mebibytes, seconds_of_ranks
+from .row import OPERATOR, Case, Row
+
+
+def measure_operator(case: Case, setting: float | None) -> Row:
+    """The row of this group; `setting` is the diffuseness of the queries, found if it is None."""
+    shape, device = SHAPES[case.shape], device_of_rank(case.device)
+    config = dataclasses.replace(case.config, min_length=0)
+    structure = Structure.draw(case.length, shape.heads, shape.kv_heads, shape.channels, device, case.dtype)
+    if setting is None:
+        assert case.density is not None
+        setting = diffuseness(structure, config, shape.is_causal, case.density)
+    whole = structure.query(setting), structure.key, structure.value
+    count, rank = distributed.get_world_size(), distributed.get_rank()
+    blocks = blocks_of_rank(rank, count, case.length // count, case.layout, config.ranking.segment)
+    query, key, value = (own_rows(x, blocks) for x in whole)
+    row = Row(OPERATOR, case.length, count, case.layout if count > 1 else "", setting=setting)
+    options: dict[str, Any] = {"config": config}
+    if count > 1:
+        options |= {"mesh": distributed.group.WORLD, "layout": case.layout}
+    call = partial(attention, query, key, value, shape.is_causal, **options)
+
+    def gather() -> Whole:
+        return Whole.gathered(key, value, None, None, distributed.group.WORLD, case.layout)
+
+    gathered = gather()
+
+    def attend() -> None:
+        for row, position, length in blocks:
+            seen = gathered.up_to(position + length if shape.is_causal else case.length)
+            rows = query[:, :, row : row + length]
+            attention(rows, seen.key, seen.value, shape.is_causal, position, config=config)
+
+    time = partial(seconds_of_ranks, device=device, repetitions=case.repetitions)
+    row.seconds, row.spread = median_and_spread([max(times) for times in time(call)])
+    alone = [median_and_spread(list(times))[0] for times in zip(*time(attend), strict=True)]
+    row.attention, row.balance = max(alone), max(alone) / mean(alone)
+    if count > 1:
+        row.gather, _ = median_and_spread([max(times) for times in time(gather)])
+        row.exposed = row.seconds - row.attention
+        row.hidden = max(0.0, row.gather - row.exposed)
+        row.received = (key.numel() + value.numel()) * key.element_size() * (count - 1) / 2**30
+    row.mebibytes = peak_mebibytes(call, device)
+    result = attention(query, key, value, shape.is_causal, return_stats=True, **options)
+    visited = of_all(float(result.visited.sum()))
+    row.visited = max(visited) / mean(visited)
+    pairs = shape.heads * dense_pairs(case.length, case.length, shape.is_causal, 0, config.ranking.tile)
+    row.density = sum(visited) / pairs
+    if count > 1:
+        want = own_rows(attention(*whole, shape.is_causal, config=config), blocks).float()
+        wrong, norm = (result.output.float() - want).square().sum(), want.square().sum()
+        row.difference = sum(of_all(float(wrong))) / sum(of_all(float(norm)))
+    return row
+
+
+def own_rows(x: torch.Tensor, blocks: list[Block]) -> torch.Tensor:
+    """The positions of blocks of [B, H, L, D]."""
+    return torch.cat([x[:, :, block.position : block.position + block.length] for block in blocks], 2)
