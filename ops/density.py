@@ -97,5 +97,5 @@ def share_of_guides(query: torch.Tensor, key: torch.Tensor, scale: float, config
         for head, rows in enumerate(queries):
             runs = torch.nn.functional.pad(rows.float() * scale, (0, 0, 0, -length % run)).unflatten(0, (-1, run))
             of_keys = covariance[head * len(keys) // len(queries)]
-            guides += int(find_clusters(runs, real, of_keys, ranking.radius).count.sum())
+            guides += int(find_clusters(runs, real, of_keys, ranking.radius).number.sum())
     return guides / (query.shape[0] * query.shape[1] * length)

@@ -215,8 +215,7 @@ def merge(call: Call, query: Tensor, seen: Tensor, covariance: Tensor, radius: f
         reach = squares(mean[..., :, None, :] - x[..., None, :, :]).masked_fill(~is_member, 0).amax(-1).sqrt()
         sees = sees.take_along_dim(is_member.int().argmax(-1)[..., None], -2) & (size > 0)
         parts.append(Guides(mean, sees, owner + first, reach))
-    query, seen, owner, reach = zip(*parts, strict=True)
-    return Guides(torch.cat(query, -2), torch.cat(seen, -2), torch.cat(owner, -1), torch.cat(reach, -1))
+    return Guides(*(torch.cat(x, dim) for x, dim in zip(zip(*parts, strict=True), (-2, -2, -1, -1), strict=True)))
 
 
 def log_normalisers(segment: Segment, logits: Tensor, seen: Tensor, sample: int, first_keys: int) -> Tensor:

@@ -35,7 +35,7 @@ class MergedQueries:
         in_run = _in_runs(torch.ones_like(query[:, :, :1], dtype=torch.bool), lists, ranking.segment)[0, ..., 0]
         clusters = find_clusters(_in_runs(query, lists, ranking.segment), in_run, covariance, ranking.radius)
         size = in_run.shape[-1]
-        is_guide = (torch.arange(size, device=query.device) < clusters.count[..., None]).flatten(2)
+        is_guide = (torch.arange(size, device=query.device) < clusters.number[..., None]).flatten(2)
         n = int(is_guide.sum(-1).max())
         slots = is_guide.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :n]
         return cls(clusters, in_run, slots, is_guide.gather(-1, slots).transpose(0, 1), ranking.segment)
@@ -62,7 +62,7 @@ class MergedQueries:
     @functools.cached_property
     def owner(self) -> torch.Tensor:
         """The guide of each query [segments, G, segment]."""
-        before = self.clusters.count.cumsum(-1) - self.clusters.count
+        before = self.clusters.number.cumsum(-1) - self.clusters.number
         owner = (self.clusters.owner + before[..., None]).flatten(2)
         return owner.unflatten(2, (-1, self.segment)).transpose(0, 1).flatten(1, 2)
 

@@ -1,6 +1,6 @@
 """Guides that stand for alike queries: `rule.merging`, for all segments of a list at once.
 
-The guides of a list and segment follow one another, those of its first head first; a `count` says how many they are.
+The guides of a list and segment follow one another, those of its first head first; `counts` say how many they are.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _COLUMNS = 64
 
 
 class MergedGuides(NamedTuple):
-    """The guides of `most` queries of each list and segment, in as many places; those from `count` on are undefined.
+    """The guides of `most` queries of each list and segment, in as many places; those from `counts` on are undefined.
 
     Attributes:
         rows: [B, Hkv, lists, segments * most, D], in the dtype of queries.
-        count: [B, Hkv, lists, segments] int32.
+        counts: [B, Hkv, lists, segments] int32, how many there are.
         reach: [B, Hkv, lists, segments * most] float32, how far their logits reach, in units of log 2.
         first: [B, Hkv, lists, segments * most] int32, the position of the first query of each.
         owner: [B, Hkv, G, Lq] int32, the place of each query's guide in its segment.
     """
 
     rows: torch.Tensor
-    count: torch.Tensor
+    counts: torch.Tensor
     reach: torch.Tensor
     first: torch.Tensor
     owner: torch.Tensor

@@ -57,7 +57,7 @@ def score_merged(
     programs = -(-len(segments) // together) * -(-(capacity + config.ranking.segment * together) // tilings.CHUNK)
     launch(
         merged_importance_kernel, (programs, arguments.lists, arguments.batch_kv_heads),
-        guides, operands.ranges, guide_lse, merged.reach, merged.count, key,
+        guides, operands.ranges, guide_lse, merged.reach, merged.counts, key,
         guide_lse if distances is None else distances, guide_lse if neglected is None else neglected,
         arguments.masks[0], importance,
         *guides.stride()[:4], *key.stride()[:3], arguments.mask_strides[0],

@@ -42,7 +42,7 @@ def normalisers(arguments: Arguments, operands: Operands, merged: MergedGuides |
     tiling = normaliser_tiling(key.shape[-1], key.element_size(), total)
     # Of merged guides there may be few, so programs have a few of many segments.
     together = tiling.segments(total if merged is None else min(total, MERGED))
-    of_merged = (lse, lse) if merged is None else (merged.count, merged.first)
+    of_merged = (lse, lse) if merged is None else (merged.counts, merged.first)
     grid = (-(-segments // together), -(-total * together // tiling.rows), arguments.batch_kv_heads)
     launch(
         normaliser_kernel, grid,

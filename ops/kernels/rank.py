@@ -25,7 +25,7 @@ def scoring_of(arguments: Arguments, query: torch.Tensor) -> Scoring:
     merged = None
     if moments is not None and arguments.config.ranking.merges:
         merged = merge(arguments, key_covariance(moments, key, padding, scale))
-    guides, count = (query, None) if merged is None else (merged.rows, merged.count)
+    guides, count = (query, None) if merged is None else (merged.rows, merged.counts)
     subset: Operands | None = None
     neglected: torch.Tensor | None
     if moments is not None and picks_channels(channels, key.shape[-1]):

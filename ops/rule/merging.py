@@ -19,17 +19,17 @@ MERGED = 32
 
 
 class Clusters(NamedTuple):
-    """Clusters of n queries; those from `count` on are empty.
+    """Clusters of n queries; those from `number` on are empty.
 
     Attributes:
         owner: The cluster of each query [..., n], int64; 0 for those that are not real.
-        count: Clusters [...], int64.
+        number: How many clusters there are [...], int64.
         reach: The largest distance of a member from the mean [..., n], float32 or float64.
         first: The first member [..., n], int64; n for empty clusters.
     """
 
     owner: torch.Tensor
-    count: torch.Tensor
+    number: torch.Tensor
     reach: torch.Tensor
     first: torch.Tensor
 
@@ -95,6 +95,6 @@ def _extent(apart: torch.Tensor, owner: torch.Tensor, real: torch.Tensor) -> tup
     square = from_members - (together @ from_members[..., None])[..., 0] / (2 * size)
     distance = square.clamp_min(0).sqrt().masked_fill(~real, 0)
     reach = torch.zeros_like(distance).scatter_reduce_(-1, owner, distance, "amax")
-    size, place = owner.shape[-1], torch.arange(owner.shape[-1], device=owner.device)
-    place = torch.where(real, place, size).expand_as(owner)
-    return reach, torch.full_like(owner, size).scatter_reduce_(-1, owner, place, "amin")
+    queries = owner.shape[-1]
+    place = torch.where(real, torch.arange(queries, device=owner.device), queries).expand_as(owner)
+    return reach, torch.full_like(owner, queries).scatter_reduce_(-1, owner, place, "amin")

@@ -1,8 +1,9 @@
-"""A prompt that is cut at multiples of the segment gives the bits that it gives whole, if all channels rank."""
+"""A prompt cut at multiples of the segment gives the bits that it gives whole, if all queries rank in all channels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from s2o_compile.ops.visibility import Visibility
 
 from .settings import config_of
 
-CONFIG = config_of(threshold=0.05, channels=None, near_keys=0)
+CONFIG = config_of(threshold=0.05, channels=None, radius=0.0, near_keys=0)
 LENGTH = 384
 CUTS = [32, 96, 160, 256]
 
@@ -71,10 +72,11 @@ def test_cuts_between_segments_change_no_bit(
     assert torch.equal(in_chunks(attend, inputs, cuts, window, CONFIG), whole)
 
 
-def test_channels_of_the_call_make_the_difference() -> None:
+@pytest.mark.parametrize("fields", [{"channels": 8, "radius": 0.0}, {"channels": None, "radius": 1.5}])
+def test_channels_and_distances_of_the_call_make_the_difference(fields: dict[str, Any]) -> None:
     query, key, value = inputs_of(64, torch.float32)
     # Small enough that few channels tell nearly all, so that not all rank after all.
-    inputs, config = (query / 4, key, value), config_of(threshold=0.05, channels=8, near_keys=0)
+    inputs, config = (query / 4, key, value), config_of(threshold=0.05, near_keys=0, **fields)
     whole = by_torch(inputs, Visibility(is_causal=True), config).output
     assert not torch.equal(in_chunks(by_torch, inputs, [256], None, config), whole)
 

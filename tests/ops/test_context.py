@@ -31,7 +31,9 @@ if not distributed.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
 
 RANKS = 4
-SPARSE = S2OConfig(min_length=0, threshold=0.02, ranking=Ranking(rule="dropped", channels=None, near_keys=0))
+SPARSE = S2OConfig(
+    min_length=0, threshold=0.02, ranking=Ranking(rule="dropped", channels=None, radius=0.0, near_keys=0)
+)
 NAMES = ("key_padding", "query_documents", "key_documents")
 
 
@@ -89,21 +91,11 @@ def one_process(call: Call, dtype: torch.dtype = torch.float32, on: str = "cpu")
     return [part.double().cpu() for part in result]
 
 
-@functools.cache
-def draws_by_position() -> bool:
-    """Whether the sampled tail of a part of the queries is that of the whole call's same rows."""
-    x = torch.randn(1, 1, 256, 16, generator=torch.Generator().manual_seed(0))
-    config = S2OConfig(min_length=0, threshold=0.05, ranking=Ranking(channels=None))
-    whole = s2o_compile.attention(x, x, x, True, config=config)
-    return torch.allclose(s2o_compile.attention(x[:, :, 128:], x, x, True, 128, config=config), whole[:, :, 128:])
-
-
 def comparable(call: Call) -> Call:
     """The same with choices that depend on no other queries than those of a segment."""
-    config = call.config.with_ranking(channels=None, measure="mass")
+    config = call.config.with_ranking(channels=None, radius=0.0, measure="mass")
     # Segments before position 0 draw as those from there on.
-    draws_alike = draws_by_position() and call.offset >= 0
-    if call.visibility().effective_config(config).has_samples and not draws_alike:
+    if call.visibility().effective_config(config).has_samples and call.offset < 0:
         config = config.with_ranking(rule="dropped")
     return dataclasses.replace(call, config=config)
 
@@ -151,18 +143,16 @@ CAUSAL = Call(
 
 
 RULES = {
-    "sampled": Ranking(channels=None),
+    "sampled": Ranking(channels=None, radius=0.0),
     "dropped": Ranking(rule="dropped", channels=None, pool=2),
-    "means": Ranking(rule="means", channels=None, lists="head"),
-    "gain": Ranking(rule="gain", channels=None, lists="head", segment=16),
+    "means": Ranking(rule="means", channels=None, radius=0.0, lists="head"),
+    "gain": Ranking(rule="gain", channels=None, radius=0.0, lists="head", segment=16),
 }
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rules(layout: str, rule: str, ranks: Ranks) -> None:
-    if rule == "sampled" and not draws_by_position():
-        pytest.skip("draws count from the first query of a call")
     call = dataclasses.replace(CAUSAL, config=S2OConfig(threshold=0.02, min_length=0, ranking=RULES[rule]))
     got = whole_of(ranks.call(own_call, call, RANKS, layout, True), RANKS, layout)
     for one, another in zip(got, one_process(call), strict=True):

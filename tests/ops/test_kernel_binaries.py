@@ -10,8 +10,10 @@ import pytest
 
 from .build_kernels import is_reduced_right, linear_reductions
 
-PLAIN = {"normaliser_kernel", "importance_kernel", "sample_kernel", "attend_kernel"}
-IN_HALF_PRECISION = {"moments_kernel", "choose_kernel", "dense_kernel"}
+PLAIN = {"moments_kernel", "normaliser_kernel", "sample_kernel", "attend_kernel"}
+BY_EVERY_QUERY = {"importance_kernel"}
+MERGING = {"covariance_kernel", "distance_kernel", "cluster_kernel", "mean_kernel", "merged_importance_kernel"}
+IN_HALF_PRECISION = {"choose_kernel", "dense_kernel"}
 WITHOUT_FLOAT8 = {"pick_kernel"}
 WITH_FLOAT8 = {"pool_kernel", "select_kernel", "origin_kernel", "reach_kernel", "quantise_kernel"}
 
@@ -27,6 +29,10 @@ def test_kernels_compile_for_gpus(dtype: str, capability: int, calls: str) -> No
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     wanted = set(PLAIN)
+    if dtype != "float32" or calls == "all":
+        wanted |= BY_EVERY_QUERY
+    if dtype != "float16" or calls == "all":
+        wanted |= MERGING
     if dtype != "float32":
         wanted |= IN_HALF_PRECISION
     if dtype == "bfloat16":

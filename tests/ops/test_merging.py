@@ -81,7 +81,7 @@ def test_clusters_are_those_of_the_specification(sizes: tuple[int, ...], radius:
     real = torch.arange(runs.shape[3] * 32).view(-1, 32) < query.shape[3]
     covariance = channels.key_covariance(key, None)[:, :, None, None]
     clusters = find_clusters(runs * 0.5, real, covariance, radius)
-    assert torch.equal(clusters.count.sum(-1), guides.seen.any(-1).sum(-1))
+    assert torch.equal(clusters.number.sum(-1), guides.seen.any(-1).sum(-1))
     means = clusters.means(runs, real).take_along_dim(clusters.owner[..., None], -2)
     assert same(means.flatten(3, 4)[..., : query.shape[3], :], guides.query, guides, 1e-9)
     reach = clusters.reach.gather(-1, clusters.owner)
@@ -118,7 +118,7 @@ def test_the_kernels_merge_as_specified(
         x, seen = call.query[..., rows, :], call.seen[..., rows, :]
         guides = reference.merge(call, x, seen, reference.key_covariance(call), radius)
         of_lists = guides.seen.any(-1).sum(-1).unflatten(2, (-1, per_list)).sum(-1)
-        assert torch.equal(got.count[..., first // segment], of_lists.int())
+        assert torch.equal(got.counts[..., first // segment], of_lists.int())
         owner = got.owner[..., rows].long()
         for found, wanted in ((got.rows, guides.query), (got.reach[..., None] * math.log(2), guides.reach[..., None])):
             of_queries = found[:, :, :, places].repeat_interleave(per_list, 2).take_along_dim(owner[..., None], -2)
