@@ -33,6 +33,8 @@ def with_lse(
         Output [B, Hq, Lq, D] and log-sum-exp [B, Hq, Lq], float32.
     """
     if query.is_cpu:
+        # Unlike SDPA, this operator takes the elements of a row to lie side by side.
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         key, value = (_for_each_head(x, query.shape[1]) for x in (key, value))
         output, lse = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
     elif _backend(query, key, value) == "cudnn":

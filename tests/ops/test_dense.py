@@ -88,6 +88,18 @@ def test_pieces_agree_with_a_mask(call: tuple[Operands, Visibility]) -> None:
     assert largest_difference(got, dense(*operands, seen(*operands[:2], terms), 0.3)) < 1e-5
 
 
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("offset", [0, 1, 57])
+def test_rows_whose_elements_lie_apart(place: int, offset: int) -> None:
+    """Of queries, keys or values, as where channels are moved behind the positions and nothing is copied."""
+    torch.manual_seed(offset)
+    operands = [torch.randn(1, 1, length, 16, device=DEVICE) for length in (43, 43 + offset, 43 + offset)]
+    operands[place] = operands[place].mT.contiguous().mT
+    terms = Visibility(True, offset)
+    got = pieces.attend_in_pieces(*operands, terms, 0.3)
+    assert largest_difference(got, dense(*operands, seen(*operands[:2], terms), 0.3)) < 1e-5
+
+
 @pytest.mark.parametrize("rows", [16, 100])
 @given(call=calls())
 def test_pieces_of_any_size(rows: int, call: tuple[Operands, Visibility]) -> None:
