@@ -17,12 +17,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.baselines.flashprefill_v2 import flashprefill_v2
+from benchmarks.baselines.group import Group
 from benchmarks.captured import Layer
 from benchmarks.inputs import Structure
 from benchmarks.judge import Judge
 from benchmarks.methods import ranking_flops
 from benchmarks.quality import __main__ as command
-from benchmarks.quality.attention import METHODS, attend_densely, attend_visits, operator, rule
+from benchmarks.quality.attention import METHODS, attend_densely, attend_visits, operator, rule, with_dense_layers
 from benchmarks.quality.cases import PLACES, Settings, build_case
 from benchmarks.quality.flips import Flips, mcnemar
 from benchmarks.quality.journal import Journal
@@ -218,7 +220,8 @@ class TestTasks:
 
 def layer(length: int = 700) -> Layer:
     structure = Structure.draw(length, 4, 2, 32)
-    return Layer("layer", structure.query(0.3)[0], structure.key[0], structure.value[0], 32**-0.5)
+    tensors = structure.query(0.3)[0], structure.key[0], structure.value[0]
+    return Layer("layer", *tensors, 32**-0.5, facts={"layer": "5"})
 
 
 class TestAttention:
@@ -255,8 +258,32 @@ class TestAttention:
         assert sparse.output.shape == dense.shape and sparse.output.dtype == dense.dtype
         error = (sparse.output - dense).square().sum() / dense.square().sum()
         assert error < 0.5 and 0.05 < sparse.density < 1.2 and sparse.ranking >= 0
-        # Its budget is larger than so short a text.
-        assert error > 0 or name == "vertical-slash"
+        # So short a text is within their budgets, or its blocks are too much alike for a share of the best to tell.
+        assert error > 0 or name.startswith(("vertical-slash", "Stem, crutches", "FlashPrefill"))
+
+    def test_first_layers_are_dense(self) -> None:
+        some = layer(1300)
+        attention = with_dense_layers(5, METHODS["StreamingLLM"])
+        assert attention(some).density < 1
+        assert attention(replace(some, facts={"layer": "4"})).density == 1
+
+    def test_means_stand_for_what_is_left_out(self) -> None:
+        some = layer(1300)
+        (visits,) = flashprefill_v2(Group(*some.group(1), some.scale), [0.9])
+        visit = visits[0]
+        assert visit.means is not None and visit.means.any()
+        output = attend_visits(replace(some, query=some.query[2:], key=some.key[1:], value=some.value[1:]), visits)
+        query, key, value = (x.double() for x in some.head(3))
+        rows = torch.arange(1300)
+        seen = visit.seen(rows // visit.tile, 1300) & (rows <= rows[:, None])
+        exact = (query @ key.T * some.scale).exp() * seen
+        means = key[:1280].unflatten(0, (-1, 128)).mean(1), value[:1280].unflatten(0, (-1, 128)).mean(1)
+        rest = 128 * (query @ means[0].T * some.scale).exp() * visit.means[rows // visit.tile, :10]
+        want = (exact @ value + rest @ means[1]) / (exact.sum(1) + rest.sum(1))[:, None]
+        torch.testing.assert_close(output[1].double(), want, atol=1e-5, rtol=1e-4)
+        judged = Judge(some).attend(3, visit)
+        torch.testing.assert_close(judged[0].double(), want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(judged[1].double(), (exact.sum(1) + rest.sum(1)).log(), atol=1e-5, rtol=1e-4)
 
     def test_half_precision_stays(self) -> None:
         some = layer(300)
