@@ -14,14 +14,17 @@ from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColu
 
 from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
+from s2o_compile.testbed.document import build_document as build_development_text
+from s2o_compile.testbed.document import read_texts
 from s2o_compile.testbed.memory import check_memory
 from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.testbed.options import Device, DType, Json, Model, make_folder, read_config
 
+from ..baselines.kascade import DEVELOPMENT_TOKENS
 from ..command import progress_bars, run, wide_console
 from ..results import as_text, versions
 from ..results import save as save_result
-from .attention import COMPARED, DENSE, METHODS, Attention, operator
+from .attention import COMPARED, DENSE, METHODS, Attention, Reusing, operator
 from .cases import Settings, build_case
 from .filler import FILLERS
 from .journal import Journal
@@ -109,6 +112,7 @@ def main(
         left = unread(journal, methods, list(itertools.product(lengths, range(samples), tasks)))
         for size, each in itertools.product(lengths, tasks):
             build_case(tokenizer, each, size, 0, settings)  # what cannot be built is said before the work begins
+        prepare(methods, loaded, tokenizer)
         layers = loaded.config.get_text_config().num_hidden_layers
         progress.update(bar, total=sum(len(some) + 1 for some in left.values()) * layers)
         try:
@@ -128,6 +132,13 @@ def main(
     for table in tables(outcomes):
         wide_console().print(table, "")
     wide_console().print(LEGEND)
+
+
+def prepare(methods: Mapping[str, Attention], model: Any, tokenizer: Any) -> None:
+    """Let the methods that need it read a development text, which is none of the documents."""
+    for attention in methods.values():
+        if isinstance(attention, Reusing):
+            attention.prepare(model, build_development_text(tokenizer, read_texts(None), DEVELOPMENT_TOKENS))
 
 
 def unread(

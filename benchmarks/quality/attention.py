@@ -6,17 +6,20 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.ops import S2OConfig
+from s2o_compile.testbed.document import Document
+from s2o_compile.testbed.predict import prefill_inputs
 
 from ..baselines import (
     flashprefill,
     flashprefill_v2,
     flexprefill,
+    kascade,
     pbs,
     prism,
     quoka,
@@ -28,6 +31,7 @@ from ..baselines import (
 from ..baselines.blocks import pool
 from ..baselines.group import Group, GroupRule, Rule, by_head
 from ..baselines.visit import Visit
+from ..capture import capture
 from ..captured import Layer
 from ..judge import dense_flops
 from ..methods import operator_attention, ranking_flops
@@ -69,6 +73,10 @@ def attend_by_rule(rule: GroupRule, setting: float, layer: Layer) -> Attended:
     visits: list[Visit] = []
     for index in range(len(layer.key)):
         visits += next(rule(Group(*exact.group(index), layer.scale), (setting,)))
+    return _attended(layer, visits)
+
+
+def _attended(layer: Layer, visits: list[Visit]) -> Attended:
     densities = [visit.density(layer.length) for visit in visits]
     ranking = sum(visit.ranking for visit in visits)
     return Attended(attend_visits(layer, visits), sum(densities) / len(densities), ranking / dense_flops(layer))
@@ -142,6 +150,25 @@ def with_dense_layers(first: int, attention: Attention) -> Attention:
     return attend
 
 
+class Reusing:
+    """Kascade, whose layers reuse what others have chosen; it needs `prepare` for a model before its first text."""
+
+    def __init__(self, dense_layers: int = 0) -> None:
+        self._rule, self._dense_layers = kascade.Kascade(), dense_layers
+
+    def prepare(self, model: Any, document: Document) -> None:
+        """Make the plan for a model by reading a development text."""
+        layers: list[Layer] = []
+        capture(model, prefill_inputs(document, next(model.parameters()).device), layers.append)
+        self._rule = kascade.Kascade(plan=kascade.make_plan(layers))
+
+    def __call__(self, layer: Layer) -> Attended:
+        """What a layer attends; layers come in order."""
+        index = int(layer.facts["layer"])
+        visits = self._rule.visits(layer, index)  # a layer that attends densely may be an anchor
+        return attend_densely(layer) if index < self._dense_layers else _attended(layer, visits)
+
+
 DENSE = "dense"
 METHODS: dict[str, Attention] = {
     "s2o": operator(S2OConfig(min_length=0)),
@@ -163,6 +190,8 @@ METHODS: dict[str, Attention] = {
     "Stem, crutches": with_dense_layers(stem.FIRST_LAYERS, group_rule(partial(stem.stem, relaxed=True), stem.KEPT)),
     "Prism": rule(prism.prism, prism.THRESHOLD),
     "QuoKA": group_rule(quoka.quoka, quoka.KEPT),
+    "Kascade": Reusing(),
+    "Kascade, crutches": Reusing(kascade.FIRST_LAYERS),
     "S2O as published": operator(S2OConfig.paper(min_length=0)),
     "vertical-slash": rule(vertical_slash.vertical_slash, 1),
     "StreamingLLM": rule(streaming.streaming, streaming.WINDOW),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.baselines.flashprefill import flashprefill
 from benchmarks.baselines.flashprefill_v2 import flashprefill_v2
 from benchmarks.baselines.flexprefill import covering, divergence, flexprefill
 from benchmarks.baselines.group import Group, GroupRule, Rule, by_head
+from benchmarks.baselines.kascade import Kascade, Plan, best_keys, choose_anchors, make_plan, pooled_attention
 from benchmarks.baselines.lines import slash_keys, slash_sums
 from benchmarks.baselines.oracle import oracle
 from benchmarks.baselines.pbs import pbs
@@ -25,6 +27,7 @@ from benchmarks.baselines.streaming import streaming
 from benchmarks.baselines.vertical_slash import vertical_slash
 from benchmarks.baselines.visit import Visit
 from benchmarks.baselines.xattention import xattention
+from benchmarks.captured import Layer
 
 HEADS = 2
 RULES: dict[str, tuple[Rule, tuple[float, ...]]] = {
@@ -330,3 +333,55 @@ def test_quoka_follows_the_query_that_is_unlike_the_others() -> None:
     seen = visits[0].mask[5].nonzero()[:, 0].tolist()
     assert len(seen) == 2 + CHUNK and {100, 200} < set(seen)
     assert 100 not in visits[0].mask[6].nonzero()[:, 0].tolist()
+
+
+def one_layer(seed: int = 0, length: int = 2000) -> Layer:
+    some = group(length, seed)
+    return Layer("layer", torch.cat([some.query, some.query]), torch.stack([some.key, 2 * some.key]),
+                 torch.stack([some.value, some.value]), 0.2)  # fmt: skip
+
+
+def test_kascade_pools_the_attention_of_a_kv_head() -> None:
+    some = one_layer(length=300)
+    pooled = pooled_attention(some)
+    late = torch.ones(300, 300, dtype=torch.bool).triu(1)
+    query, key, _ = some.group(1)
+    attention = (query.double() @ key.double().T * 0.2).masked_fill(late, -torch.inf).softmax(-1).mean(0)
+    torch.testing.assert_close(
+        pooled[1, :9].double(), attention[:288].unflatten(0, (9, 32)).mean(1), atol=1e-6, rtol=1e-4
+    )
+    torch.testing.assert_close(pooled[1, 9].double(), attention[288:].mean(0), atol=1e-6, rtol=1e-4)
+
+
+def test_kascade_keeps_the_best_keys_and_the_own_ones() -> None:
+    pooled = torch.rand(1, 63, 2000, generator=torch.Generator().manual_seed(0))
+    chosen = best_keys(pooled, 0.1)
+    assert chosen[0, 3].nonzero()[:, 0].tolist() == list(range(4 * 32))  # the fewest keys are more than there are
+    tile, start = 60, 60 * 32
+    earlier = chosen[0, tile, :start]
+    assert earlier.sum() == int(0.1 * start) - 32 and chosen[0, tile, start : start + 32].all()
+    assert not chosen[0, tile, start + 32 :].any()
+    assert pooled[0, tile, :start][earlier].min() > pooled[0, tile, :start][~earlier].max()
+    assert best_keys(pooled, 2.0)[0, tile, :start].all()
+
+
+def test_kascade_reuses_what_the_last_anchor_chose() -> None:
+    rule = Kascade(plan=Plan((0, 2), ((0, 1), (1, 0), (0, 1))))
+    first, second, third = (rule.visits(one_layer(seed), index) for index, seed in enumerate((0, 3, 3)))
+    assert [len(visits) for visits in (first, second, third)] == [4, 4, 4]
+    assert torch.equal(second[0].mask, first[2].mask) and torch.equal(second[3].mask, first[1].mask)
+    assert not torch.equal(third[0].mask, first[0].mask)
+    assert first[0].ranking == 2000**2 * 32 and second[0].ranking == 0
+    assert torch.equal(third[0].mask, Kascade().visits(one_layer(3), 7)[0].mask)
+
+
+def test_kascade_plans_by_what_serves_best() -> None:
+    similarity = torch.tensor([[1.0, 0.9, 0.1, 0.1], [0, 1, 0.2, 0.2], [0, 0, 1, 0.9], [0, 0, 0, 1]])
+    assert choose_anchors(similarity, 2) == (0, 2)
+    assert choose_anchors(similarity, 1) == (0,)
+    assert choose_anchors(similarity, 4) == (0, 1, 2, 3)
+    swapped = one_layer()
+    swapped = replace(swapped, query=swapped.query.flip(0), key=swapped.key.flip(0))
+    other = one_layer(9)
+    plan = make_plan([one_layer(), swapped, other, other])
+    assert plan.anchors == (0, 2) and plan.heads == ((0, 1), (1, 0), (0, 1), (0, 1))

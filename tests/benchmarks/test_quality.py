@@ -487,6 +487,13 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "load_model", lambda *_: (model(), Characters(VOCABULARY)))
 
 
+def test_kascade_reads_a_development_text_first(tiny_model: None, tmp_path: Path) -> None:
+    run(method=["Kascade", "Kascade, crutches"], task=["niah"], output=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()[1:]]
+    densities = {line["method"]: line["density"] for line in lines if line["place"] == "text"}
+    assert densities["Kascade"] < densities["Kascade, crutches"] < 0.7
+
+
 def test_command_line(tiny_model: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     run(method=["FlexPrefill"], s2o=["pool=4 threshold=0.01"], task=["niah"], samples=2, output=out)
