@@ -1,9 +1,9 @@
 """Kascade (arXiv 2512.16391, github.com/microsoft/kascade): a few layers choose keys, and the others reuse them.
 
 An anchor layer computes its attention, adds it up over a tile of queries and the query heads of a KV head, and keeps
-the keys with the most of it. A later layer visits what the last anchor's heads have kept, each KV head following the one
-that serves it best on a development text; the anchors are those that serve best together. The published development
-set cannot be had without a download, so the text is the caller's; published anchors are for other models.
+the keys with the most of it. A later layer visits what the last anchor's heads have kept, each KV head following the
+one that serves it best on a development text; the anchors are those that serve best together. The published
+development set cannot be had without a download, so the text is the caller's; published anchors are for other models.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def make_plan(layers: Iterable[Layer], kept: float = KEPT) -> Plan:
 
 
 def _served(chosen: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """The share of each KV head's attention that lies on the keys that each head of an anchor chose: [heads, anchors]."""
+    """The share of each KV head's attention on the keys that each head of an anchor chose: [heads, anchor's heads]."""
     return torch.einsum("atl,htl->ha", chosen.float(), pooled) / pooled.shape[1]
 
 
