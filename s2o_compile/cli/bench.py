@@ -12,6 +12,7 @@ BENCHMARKS = {
     "calibration": "calibration",
     "frontier": "frontier",
     "generation": "generation",
+    "paper": "paper.__main__",
     "prefill": "prefill.__main__",
     "quality": "quality.__main__",
     "speed": "speed.__main__",
