@@ -14,7 +14,7 @@ from rich.progress import Progress
 from s2o_compile._console import UsageError
 from s2o_compile.testbed.document import build_document, read_texts
 from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
-from s2o_compile.testbed.options import Device, Json, Model, make_folder
+from s2o_compile.testbed.options import Device, Json, make_folder
 from s2o_compile.testbed.predict import prefill_inputs
 
 from ..capture import capture
@@ -38,7 +38,7 @@ def main(
     captures: Annotated[
         list[Path] | None, typer.Argument(help="Files of benchmarks.capture; layers of the model without any.")
     ] = None,
-    model: Model = None,
+    model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     layer: Annotated[list[int] | None, typer.Option(min=0, help="A layer to capture; repeatable.")] = None,
     length: Annotated[int, typer.Option(min=1024, help="Tokens to capture, or the first ones of files.")] = 4096,
     every: Annotated[int, typer.Option(min=1, help="Judge one strip of 128 rows in EVERY.")] = 1,
