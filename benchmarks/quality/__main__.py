@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColu
 from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
 from s2o_compile.testbed.document import build_document as build_development_text
-from s2o_compile.testbed.document import read_texts
+from s2o_compile.testbed.document import LEAST_LENGTH, check_document, read_texts
 from s2o_compile.testbed.memory import check_memory
 from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.testbed.options import Device, DType, Json, Model, make_folder, read_config
@@ -53,12 +54,14 @@ def choose_tasks(names: list[str] | None, settings: Settings) -> list[str]:
     """The tasks asked for, in the order of `TASKS`.
 
     Raises:
-        UsageError: A task or the filler is unknown, or the filler does not go with the document.
+        UsageError: A task or the filler is unknown, or the filler does not go with the document, which may be unreadable.
     """
     _check_names("--task", names or [], TASKS)
     _check_names("--filler", [settings.filler], FILLERS)
     if (settings.filler == "document") != (settings.text is not None):
         raise UsageError(f"--filler {settings.filler} does not go with {'a' if settings.text else 'no'} --document.")
+    if settings.text is not None:
+        check_document(settings.text, LEAST_LENGTH)
     return [task for task in TASKS if not names or task in names]
 
 
@@ -166,8 +169,13 @@ def describe(model: Any, name: str, settings: Settings) -> dict[str, Any]:
         "dtype": str(weight.dtype).removeprefix("torch."),
         "rope": getattr(config, "rope_parameters", None),
         "s2o": S2OConfig().to_dict(),
-        "documents": asdict(settings) | {"text": None if settings.text is None else settings.text.name},
+        "documents": asdict(settings) | {"text": settings.text and _digest(settings.text)},
     }
+
+
+def _digest(text: Path) -> str:
+    """A file's name and what tells its contents from others."""
+    return f"{text.name}, SHA-256 {hashlib.sha256(text.read_bytes()).hexdigest()}"
 
 
 def save(outcomes: list[Outcome], settings: dict[str, Any], device: torch.device, folder: Path) -> None:

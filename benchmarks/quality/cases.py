@@ -59,7 +59,7 @@ class Settings:
         filler: A name in `FILLERS`, for tasks that take any.
         text: The file of "document".
         seed: Of all that is drawn.
-        depths: Depths of single needles, from 0 to 1 in even steps, one after the other.
+        depths: Depths of single needles, from 0 to 1 in even steps, one after the other; tasks begin at different ones.
         scored: The most tokens, of the last stretch of text, to measure perplexity over.
     """
 
@@ -78,7 +78,8 @@ def build_case(tokenizer: Any, task: str, length: int, sample: int, settings: Se
         UsageError: The length is too small for the task.
     """
     rng = random.Random(f"{settings.seed} {task} {length} {sample}")
-    plan = TASKS[task].plan(rng, sample % settings.depths / max(1, settings.depths - 1), length)
+    turn = (sample + list(TASKS).index(task)) % settings.depths  # so that few samples have several depths, too
+    plan = TASKS[task].plan(rng, turn / max(1, settings.depths - 1), length)
     kind = TASKS[task].filler or settings.filler
     scored = settings.scored if kind in TEXTS and not plan.haystack else 0
     haystack = plan.haystack or (FILLERS[kind](rng, settings.text),)

@@ -552,6 +552,7 @@ def test_a_run_reads_only_what_is_left(
         ({"filler": "essay"}, "--filler must be one of 'code', .*, not 'essay'"),
         ({"filler": "document"}, "--filler document does not go with no --document"),
         ({"filler": "prose", "document": Path("a")}, "--filler prose does not go with a --document"),
+        ({"document": Path("nowhere.txt")}, "The document nowhere.txt cannot be read"),
         ({"s2o": ["pools=4"]}, "unknown option 'pools'"),
     ],
 )
