@@ -15,8 +15,8 @@ from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColu
 
 from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
-from s2o_compile.testbed.document import build_document as build_development_text
 from s2o_compile.testbed.document import LEAST_LENGTH, check_document, read_texts
+from s2o_compile.testbed.document import build_document as build_development_text
 from s2o_compile.testbed.memory import check_memory
 from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.testbed.options import Device, DType, Json, Model, make_folder, read_config
@@ -54,7 +54,7 @@ def choose_tasks(names: list[str] | None, settings: Settings) -> list[str]:
     """The tasks asked for, in the order of `TASKS`.
 
     Raises:
-        UsageError: A task or the filler is unknown, or the filler does not go with the document, which may be unreadable.
+        UsageError: A task or the filler is unknown, or the document cannot be read or does not go with the filler.
     """
     _check_names("--task", names or [], TASKS)
     _check_names("--filler", [settings.filler], FILLERS)
