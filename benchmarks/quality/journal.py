@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from s2o_compile._console import UsageError
+from s2o_compile.writing import append_text, write_text
 
 from ..compare import differences
 from .cases import PLACES
@@ -43,7 +44,7 @@ class Journal:
             return
         first = json.dumps({"configuration": configuration})
         if not path.exists():
-            path.write_text(f"{first}\n", encoding="utf-8")
+            write_text(path, f"{first}\n")
             return
         head, *lines = _whole_lines(path)
         _check(path, head.get("configuration"), json.loads(first)["configuration"])
@@ -63,8 +64,7 @@ class Journal:
             return
         self._outcomes[outcome.key] = outcome
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{json.dumps(line)}\n" for line in _lines(self._model, outcome)))
+            append_text(self._path, "".join(f"{json.dumps(line)}\n" for line in _lines(self._model, outcome)))
 
 
 def _lines(model: str, outcome: Outcome) -> Iterator[dict[str, Any]]:
@@ -94,16 +94,18 @@ def _outcomes(path: Path, lines: list[dict[str, Any]]) -> Iterator[Outcome]:
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of the file, of which a last one that was cut off is removed."""
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
     try:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
         lines = [json.loads(line) for line in whole.splitlines()]
         if not lines or not all(isinstance(line, dict) for line in lines):
             raise ValueError("no JSON objects")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise UsageError(f"{path} is no file of answers: delete it to start anew.") from error
     if whole != text:
-        path.write_text(whole, encoding="utf-8")
+        write_text(path, whole)
     return lines
 
 

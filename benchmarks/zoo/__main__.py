@@ -50,11 +50,11 @@ def main(
         raise UsageError(f"--only must be one of {', '.join(ALL)}, not {sorted(unknown)[0]!r}.")
     if MISSING and set(only or ()) & set(DIFFUSION):
         raise UsageError(MISSING)
-    if MISSING and not only:
-        print(MISSING, file=sys.stderr)
     names = only or (ARCHITECTURES if MISSING else ALL)
     if markdown:
         check_file(markdown)
+    if MISSING and not only:
+        print(MISSING, file=sys.stderr)
     pending = list(calls({name: ALL[name] for name in names}))
     rows = [row(*call) for call in track(pending, "Compile", transient=True, console=Console(stderr=True))]
     if markdown:

@@ -460,6 +460,11 @@ class TestJournal:
         with pytest.raises(UsageError, match=r"answers.jsonl is no file of answers: delete it to start anew\.$"):
             Journal(path, "m", {})
 
+    def test_a_folder_in_its_place_is_one_sentence(self, tmp_path: Path) -> None:
+        (tmp_path / "answers.jsonl").mkdir()
+        with pytest.raises(UsageError, match=r"answers\.jsonl cannot be read: Is a directory\.$"):
+            Journal(tmp_path / "answers.jsonl", "m", {})
+
     def test_another_configuration_is_refused(self, tmp_path: Path) -> None:
         Journal(tmp_path / "a", "m", {"documents": {"seed": 0}})
         with pytest.raises(UsageError, match=r"where configuration\.documents\.seed was 0, not 1: choose another"):
