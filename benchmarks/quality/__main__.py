@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,10 +115,10 @@ def main(
         left = unread(journal, methods, list(itertools.product(lengths, range(samples), tasks)))
         for size, each in itertools.product(lengths, tasks):
             build_case(tokenizer, each, size, 0, settings)  # what cannot be built is said before the work begins
-        prepare(methods, loaded, tokenizer)
         layers = loaded.config.get_text_config().num_hidden_layers
         progress.update(bar, total=sum(len(some) + 1 for some in left.values()) * layers)
         try:
+            prepare(left.values(), loaded, tokenizer)
             for (size, sample, each), some in left.items():
                 progress.update(bar, description=f"{size:,} tokens, {each} {sample + 1} of {samples}")
                 case = build_case(tokenizer, each, size, sample, settings)
@@ -137,9 +137,9 @@ def main(
     wide_console().print(LEGEND)
 
 
-def prepare(methods: Mapping[str, Attention], model: Any, tokenizer: Any) -> None:
-    """Let the methods that need it read a development text, which is none of the documents."""
-    for attention in methods.values():
+def prepare(methods: Iterable[Mapping[str, Attention]], model: Any, tokenizer: Any) -> None:
+    """Let the methods that need it read a development text, Python's sources."""
+    for attention in {name: one for some in methods for name, one in some.items()}.values():
         if isinstance(attention, Reusing):
             attention.prepare(model, build_development_text(tokenizer, read_texts(None), DEVELOPMENT_TOKENS))
 
