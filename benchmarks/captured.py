@@ -50,6 +50,10 @@ class Layer:
         group = index // (self.heads // len(self.key))
         return self.query[index], self.key[group], self.value[group]
 
+    def group(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query [G, L, D], key [L, D] and value [L, Dv] of one KV head, G query heads."""
+        return self.query.unflatten(0, (len(self.key), -1))[index], self.key[index], self.value[index]
+
     def first(self, length: int) -> Layer:
         """The first `length` positions."""
         return replace(self, **{name: getattr(self, name)[:, :length] for name in ("query", "key", "value")})

@@ -11,6 +11,9 @@ from rich.progress import Progress, ProgressColumn, TaskID
 
 from s2o_compile._command_line import run as run_command_line
 
+SPEED_PERIOD = 600.0
+"""Seconds of the past that the time left is estimated from, as single steps take very different times."""
+
 
 def run(main: Callable[..., None]) -> None:
     """Run `main` on the process's arguments; what the user did wrong is one sentence on stderr and exit code 2."""
@@ -28,7 +31,9 @@ def wide_console() -> Console:
 def progress_bars(*columns: ProgressColumn) -> Progress:
     """Progress bars on stderr, those of rich's usual columns without others; none where it is not a terminal."""
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=SPEED_PERIOD
+    )
 
 
 def announce(progress: Progress, task: TaskID, text: str) -> None:

@@ -69,7 +69,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], noise: float = NOISE
         change for place in both if (change := _change(place, old, before[place], after[place], noise)) is not None
     ]
     return Comparison(
-        facts=dict(pair for name in FACTS for pair in _differences(name, old[name], new[name])),
+        facts=dict(pair for name in FACTS for pair in differences(name, old[name], new[name])),
         moved=moved,
         within=len(both) - len(moved),
         only_old=[place for place in before if place not in after],
@@ -77,11 +77,11 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], noise: float = NOISE
     )
 
 
-def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+def differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """The parts in which two facts differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for part in {**old, **new}:
-            yield from _differences(f"{name}.{part}", old.get(part), new.get(part))
+            yield from differences(f"{name}.{part}", old.get(part), new.get(part))
     elif old != new:
         yield name, (old, new)
 

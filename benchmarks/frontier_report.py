@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,12 @@ def work_at(points: list[Point], target: float) -> tuple[str, float]:
         A sign and the work: "" where the target lies within the sweep, "<" where its least work reaches it already,
         ">" where its most work does not.
     """
-    curve = sorted((point.score.work, point.score.error) for point in points)
+    return least_cost([(point.score.work, point.score.error) for point in points], target)
+
+
+def least_cost(points: Iterable[tuple[float, float]], target: float) -> tuple[str, float]:
+    """The least cost at which a value that falls with it reaches a target, as `work_at`; points of cost and value."""
+    curve = sorted(points)
     if curve[0][1] <= target:
         return "<", curve[0][0]
     for (less, worse), (more, better) in itertools.pairwise(curve):

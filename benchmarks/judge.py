@@ -10,6 +10,7 @@ import torch
 
 from s2o_compile.ops.density import dense_pairs
 
+from .baselines.blocks import pool
 from .baselines.visit import Visit
 from .captured import Layer
 
@@ -84,6 +85,7 @@ class Judge:
     def attend(self, head: int, visit: Visit) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention of one head over what it visits: output [rows, Dv] and log-sum-exp [rows] of the judged rows."""
         query, key, value = self.layer.head(head)
+        means = None if visit.means is None else (pool(key, visit.block), pool(value, visit.block))
         results = []
         for tile, rows in self._tiles(visit.tile):
             keys = visit.keys(tile, self.layer.length)
@@ -91,9 +93,14 @@ class Judge:
             logits = (query[rows] * self.layer.scale) @ key[keys].T
             late = (keys > rows[0]).nonzero()[:, 0]
             logits[:, late] = logits[:, late].masked_fill(keys[late] > rows[:, None], -math.inf)
+            values = value[keys]
+            if means is not None and visit.means is not None:
+                stand = visit.means[tile].nonzero()[:, 0]
+                more = (query[rows] * self.layer.scale) @ means[0][stand].T + math.log(visit.block)
+                logits, values = torch.cat([logits, more], dim=1), torch.cat([values, means[1][stand]])
             lse = logits.logsumexp(-1)
             share = (logits - lse.masked_fill(lse == -math.inf, 0)[:, None]).exp()
-            results.append((share @ value[keys], lse))
+            results.append((share @ values, lse))
         output, lse = (torch.cat(parts) for parts in zip(*results, strict=True))
         return output, lse
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,14 +15,23 @@ from s2o_compile.ops.geometry import Geometry
 from s2o_compile.ops.rule.output_weighting import sampled_rows
 from s2o_compile.ops.visibility import Visibility
 
-from .baselines import flexprefill, pbs, streaming, vertical_slash, xattention
+from .baselines import (
+    flashprefill,
+    flashprefill_v2,
+    flexprefill,
+    pbs,
+    prism,
+    quoka,
+    stem,
+    streaming,
+    vertical_slash,
+    xattention,
+)
+from .baselines.group import Group, GroupRule, Rule, by_head
 from .baselines.oracle import oracle
 from .baselines.pooled_blocks import pooled_blocks
-from .baselines.visit import Visit
 from .captured import Layer
 from .judge import Judge, Loss, Score
-
-Rule = Callable[[torch.Tensor, torch.Tensor, float, Sequence[float]], Iterator[Visit]]
 
 
 @dataclass(frozen=True)
@@ -42,17 +51,18 @@ class Method:
     default: float | None = None
 
 
-def rule_scores(rule: Rule, judge: Judge, settings: Sequence[float]) -> list[Score]:
+def rule_scores(rule: GroupRule, judge: Judge, settings: Sequence[float]) -> list[Score]:
     """Scores of a rule that chooses what each head visits."""
     layer = judge.layer
     losses: list[list[Loss]] = [[] for _ in settings]
     densities, ranking = [0.0] * len(settings), [0.0] * len(settings)
-    for head in range(layer.heads):
-        query, key, _ = layer.head(head)
-        for place, visit in enumerate(rule(query, key, layer.scale, settings)):
-            losses[place].append(judge.loss(head, *judge.attend(head, visit)))
-            densities[place] += visit.density(layer.length) / layer.heads
-            ranking[place] += visit.ranking
+    for index in range(len(layer.key)):
+        group = Group(*layer.group(index), layer.scale)
+        for place, visits in enumerate(rule(group, settings)):
+            for head, visit in enumerate(visits, index * len(visits)):
+                losses[place].append(judge.loss(head, *judge.attend(head, visit)))
+                densities[place] += visit.density(layer.length) / layer.heads
+                ranking[place] += visit.ranking
     return [judge.score(*parts) for parts in zip(losses, densities, ranking, strict=True)]
 
 
@@ -100,7 +110,12 @@ def ranking_flops(layer: Layer, config: S2OConfig) -> float:
 
 
 def rule(function: Rule, dial: str, settings: tuple[float, ...], default: float | None = None) -> Method:
-    """A method of a rule."""
+    """A method of a rule of single heads."""
+    return group_rule(by_head(function), dial, settings, default)
+
+
+def group_rule(function: GroupRule, dial: str, settings: tuple[float, ...], default: float | None = None) -> Method:
+    """A method of a rule of the query heads of a KV head."""
     return Method(partial(rule_scores, function), dial, settings, default)
 
 
@@ -109,6 +124,7 @@ def operator(config: S2OConfig, settings: tuple[float, ...], default: float | No
     return Method(partial(operator_scores, config), "threshold", settings, default)
 
 
+ALPHAS = (0.3, 0.1, 0.08, 0.02, 5e-3)
 COVERED = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 PACKED_MEANS = S2OConfig.fast().with_ranking(rule="means", near_keys=128)
 LEAST_WORK = S2OConfig(ranking=Ranking(pool=4, channels=64, lists="head", sample=64, measure="output"))
@@ -122,6 +138,11 @@ METHODS: dict[str, Method] = {
     "XAttention, stride 8": rule(xattention.xattention, "covers", COVERED, xattention.THRESHOLD),
     "XAttention, stride 16": rule(partial(xattention.xattention, stride=16), "covers", COVERED, xattention.THRESHOLD),
     "FlexPrefill": rule(flexprefill.flexprefill, "gamma", COVERED, flexprefill.COVERAGE),
+    "FlashPrefill": rule(flashprefill.flashprefill, "alpha", ALPHAS, flashprefill.ALPHA),
+    "FlashPrefill V2": group_rule(flashprefill_v2.flashprefill_v2, "alpha", ALPHAS, flashprefill_v2.THRESHOLD),
+    "Stem": group_rule(stem.stem, "keeps", (0.05, 0.1, 0.2, 0.4), stem.KEPT),
+    "Prism": rule(prism.prism, "covers", COVERED, prism.THRESHOLD),
+    "QuoKA": group_rule(quoka.quoka, "keeps", (0.03, 0.06, 0.12, 0.25, 0.5), quoka.KEPT),
     "vertical-slash": rule(vertical_slash.vertical_slash, "budgets", (0.0625, 0.125, 0.25, 0.5, 1), 1),
     "mean-pooled blocks": rule(pooled_blocks, "covers", COVERED),
     "StreamingLLM": rule(streaming.streaming, "window", (512, 1020, 2048, 4096, 8192), streaming.WINDOW),

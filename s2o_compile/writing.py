@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, and says beforehand whether one can be written, as their contents take long."""
+"""Writes files whole or not at all, or by lines, and says beforehand if one can be written, as contents take long."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with replacing(path) as place:
         place.write_text(text, encoding="utf-8")
+
+
+def append_text(path: str | os.PathLike[str], text: str) -> None:
+    """Add to the end of a file, of which what was there stays; of `text` only the beginning may, if the disk is full.
+
+    Raises:
+        WriteError: It cannot be written.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager

@@ -54,3 +54,10 @@ def cover(scores: torch.Tensor, share: float, forced: torch.Tensor) -> torch.Ten
     before = ordered.cumsum(-1) - ordered + (scores * forced).sum(-1, keepdim=True)
     wanted = (before < share * scores.sum(-1, keepdim=True)) & (ordered > 0)
     return torch.zeros_like(forced).scatter(-1, index, wanted) | forced
+
+
+def sinks_and_window(blocks: int, sinks: int, window: int, device: torch.device) -> torch.Tensor:
+    """The first blocks, and those within the window of each block of queries, causally [blocks, blocks]."""
+    allowed = causal(blocks, device)
+    index = torch.arange(blocks, device=device)
+    return allowed & ((index < sinks) | (index > index[:, None] - window))

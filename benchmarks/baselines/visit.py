@@ -20,6 +20,8 @@ class Visit:
         block: Keys of a block; 1 for rules that choose key by key.
         ranking: FLOPs of the products that scored keys, those in float8 counted half.
         order: [L], the key positions in the order in which blocks hold them; None for their own order.
+        means: [tiles, blocks] boolean, whole blocks in their own order for which their mean key and mean value stand,
+            each for all keys of the block; None for none.
     """
 
     mask: torch.Tensor
@@ -27,6 +29,7 @@ class Visit:
     block: int
     ranking: float
     order: torch.Tensor | None = None
+    means: torch.Tensor | None = None
 
     def seen(self, tile: int | slice, length: int) -> torch.Tensor:
         """Which of `length` positions a tile visits: [length] boolean; for a slice of tiles [tiles, length]."""

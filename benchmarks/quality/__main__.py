@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
+from s2o_compile.testbed.document import LEAST_LENGTH, check_document, read_texts
+from s2o_compile.testbed.document import build_document as build_development_text
 from s2o_compile.testbed.memory import check_memory
 from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.testbed.options import Device, DType, Json, Model, make_folder, read_config
 
-from ..command import progress_bars, run
-from ..results import as_text
+from ..baselines.kascade import DEVELOPMENT_TOKENS
+from ..command import progress_bars, run, wide_console
+from ..results import as_text, versions
 from ..results import save as save_result
-from .attention import COMPARED, METHODS, Attention, operator
-from .cases import Settings, build_case, count_cases
+from .attention import COMPARED, DENSE, METHODS, Attention, Reusing, operator
+from .cases import Settings, build_case
 from .filler import FILLERS
-from .picture import save_picture
+from .journal import Journal
+from .page import save_page
 from .report import LEGEND, as_dict, tables
 from .run import Outcome, read_case
 from .tasks import TASKS
 from .yarn import stretch
 
 LENGTHS = (2048, 4096)
+ANSWERS = "answers.jsonl"
 
 
 def choose(names: list[str], variants: list[str]) -> dict[str, Attention]:
@@ -47,10 +54,14 @@ def choose_tasks(names: list[str] | None, settings: Settings) -> list[str]:
     """The tasks asked for, in the order of `TASKS`.
 
     Raises:
-        UsageError: A task or the filler is unknown.
+        UsageError: A task or the filler is unknown, or the document cannot be read or does not go with the filler.
     """
     _check_names("--task", names or [], TASKS)
     _check_names("--filler", [settings.filler], FILLERS)
+    if (settings.filler == "document") != (settings.text is not None):
+        raise UsageError(f"--filler {settings.filler} does not go with {'a' if settings.text else 'no'} --document.")
+    if settings.text is not None:
+        check_document(settings.text, LEAST_LENGTH)
     return [task for task in TASKS if not names or task in names]
 
 
@@ -68,52 +79,85 @@ def main(
         list[str] | None, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable.")
     ] = None,
     task: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}; repeatable.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Documents of each task and length.")] = 1,
-    depths: Annotated[int, typer.Option(min=1, help="Depths of the single needle, a document each.")] = 5,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each task and length, asked at both places.")] = 100,
+    depths: Annotated[int, typer.Option(min=1, help="Depths of single needles, a prompt each in turn.")] = 5,
     scored: Annotated[int, typer.Option(min=1, help="The most tokens of a document for perplexity.")] = 1024,
-    filler: Annotated[str, typer.Option(help="What hides the values: text, noise or pairs.")] = "text",
-    document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
+    filler: Annotated[
+        str | None, typer.Option(help=f"What hides the values where a task takes any text: {', '.join(FILLERS)}.")
+    ] = None,
+    document: Annotated[Path | None, typer.Option(help="A text file, for --filler document.")] = None,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     yarn: Annotated[float | None, typer.Option(help="Stretch the model's positions by this factor.")] = None,
     device: Device = "auto",
     dtype: DType = "auto",
-    output: Annotated[Path | None, typer.Option(help="Folder for quality.json and quality.png.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the answers, quality.json and quality.html; a run there goes on.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare perplexity and retrieval with sparse attention against dense attention, in a real model."""
+    """Compare retrieval, aggregation and perplexity with sparse attention and with dense attention, in a real model."""
     methods = choose(method or ([] if s2o else list(COMPARED)), s2o or [])
-    settings = Settings(filler, document, seed, depths, repeats, scored)
+    settings = Settings(filler or ("document" if document else "code"), document, seed, depths, scored)
     tasks = choose_tasks(task, settings)
     lengths = sorted(set(length or LENGTHS))
     place = choose_device(device)
     if output:
         make_folder(output)
-    outcomes: list[Outcome] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with progress_bars(*columns) as progress:
+    with progress_bars(*_columns()) as progress:
         bar = progress.add_task("Loading the model")
         loaded, tokenizer = load_model(model, place, choose_dtype(dtype, place))
         if yarn is not None:
             stretch(loaded, yarn)
         name = model_name(loaded, model)
         check_length(loaded, name, lengths[-1])
-        chosen = describe(loaded, name, settings)
-        numbers = [(size, each, n) for size in lengths for each in tasks for n in range(count_cases(each, settings))]
+        configuration = describe(loaded, name, settings)
+        journal = Journal(output / ANSWERS if output else None, name, configuration | {"versions": versions()})
+        left = unread(journal, methods, list(itertools.product(lengths, range(samples), tasks)))
+        for size, each in itertools.product(lengths, tasks):
+            build_case(tokenizer, each, size, 0, settings)  # what cannot be built is said before the work begins
         layers = loaded.config.get_text_config().num_hidden_layers
-        progress.update(bar, total=len(numbers) * (len(methods) + 1) * layers)
-        for size, each, number in numbers:
-            progress.update(bar, description=f"{size:,} tokens, {each} {number + 1}")
-            case = build_case(tokenizer, each, size, number, settings)
-            check_memory(loaded, case.document)
-            outcomes += read_case(loaded, case, methods, lambda: progress.advance(bar))
-            if output:
-                save(outcomes, chosen, place, output)
+        progress.update(bar, total=sum(len(some) + 1 for some in left.values()) * layers)
+        try:
+            prepare(left.values(), loaded, tokenizer)
+            for (size, sample, each), some in left.items():
+                progress.update(bar, description=f"{size:,} tokens, {each} {sample + 1} of {samples}")
+                case = build_case(tokenizer, each, size, sample, settings)
+                check_memory(loaded, case.document)
+                for outcome in read_case(loaded, case, some, lambda: progress.advance(bar)):
+                    journal.add(outcome)
+        finally:
+            outcomes = journal.outcomes
+            if output and outcomes:
+                save(outcomes, configuration, place, output)
     if as_json:
-        print(as_text(as_dict(outcomes, chosen, place)))
+        print(as_text(as_dict(outcomes, configuration, place)))
         return
     for table in tables(outcomes):
-        Console().print(table, "")
-    Console().print(LEGEND)
+        wide_console().print(table, "")
+    wide_console().print(LEGEND)
+
+
+def prepare(methods: Iterable[Mapping[str, Attention]], model: Any, tokenizer: Any) -> None:
+    """Let the methods that need it read a development text, Python's sources."""
+    for attention in {name: one for some in methods for name, one in some.items()}.values():
+        if isinstance(attention, Reusing):
+            attention.prepare(model, build_development_text(tokenizer, read_texts(None), DEVELOPMENT_TOKENS))
+
+
+def unread(
+    journal: Journal, methods: Mapping[str, Attention], prompts: Sequence[tuple[int, int, str]]
+) -> dict[tuple[int, int, str], dict[str, Attention]]:
+    """The prompts, each a length, a sample and a task, that some methods have not read, with these methods."""
+    left = {}
+    for length, sample, task in prompts:
+        names = [name for name in (DENSE, *methods) if (name, task, length, sample) not in journal]
+        if names:
+            left[length, sample, task] = {name: methods[name] for name in names if name != DENSE}
+    return left
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
 
 
 def describe(model: Any, name: str, settings: Settings) -> dict[str, Any]:
@@ -125,14 +169,19 @@ def describe(model: Any, name: str, settings: Settings) -> dict[str, Any]:
         "dtype": str(weight.dtype).removeprefix("torch."),
         "rope": getattr(config, "rope_parameters", None),
         "s2o": S2OConfig().to_dict(),
-        "documents": asdict(settings) | {"text": str(settings.text or "Python's standard library")},
+        "documents": asdict(settings) | {"text": settings.text and _digest(settings.text)},
     }
 
 
+def _digest(text: Path) -> str:
+    """A file's name and what tells its contents from others."""
+    return f"{text.name}, SHA-256 {hashlib.sha256(text.read_bytes()).hexdigest()}"
+
+
 def save(outcomes: list[Outcome], settings: dict[str, Any], device: torch.device, folder: Path) -> None:
-    """Write quality.json and the picture of needles; after each document, as a run may be cut short."""
+    """Write quality.json and the page of it."""
     save_result(as_dict(outcomes, settings, device), folder / "quality.json")
-    save_picture(outcomes, folder / "quality.png")
+    save_page(outcomes, f"{settings['model']}: sparse against dense attention", folder / "quality.html")
 
 
 if __name__ == "__main__":

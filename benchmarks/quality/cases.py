@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from s2o_compile.testbed.document import (
     take_tokens,
 )
 
-from .filler import FILLERS
-from .tasks import TASKS, Fact, Plan, Question
+from .filler import FILLERS, TEXTS
+from .plan import Fact, Plan, Question
+from .tasks import TASKS
 
 PLACES = ("middle", "end")
 
@@ -33,13 +34,14 @@ class Case:
 
     Attributes:
         task: A name in `TASKS`.
-        number: Which of the task's documents of this length.
+        sample: Which of the task's documents of this length.
         document: With the values asked for at both places.
-        depths: By place, for each value, the share of the text before its question that lies before its fact.
+        depths: By place, for each value that a fact gives, the share of the text before its question that lies before
+            the fact.
     """
 
     task: str
-    number: int
+    sample: int
     document: Document
     depths: dict[str, list[float]]
 
@@ -54,50 +56,57 @@ class Settings:
     """How documents are made.
 
     Attributes:
-        filler: "text" or "noise", for tasks that take any.
-        text: The file of "text"; None for Python's standard library.
+        filler: A name in `FILLERS`, for tasks that take any.
+        text: The file of "document".
         seed: Of all that is drawn.
-        depths: Depths of single needles, from 0 to 1 in even steps.
-        repeats: Documents of each task and length, of single needles of each depth.
+        depths: Depths of single needles, from 0 to 1 in even steps, one after the other; tasks begin at different ones.
         scored: The most tokens, of the last stretch of text, to measure perplexity over.
     """
 
-    filler: str = "text"
+    filler: str = "code"
     text: Path | None = None
     seed: int = 0
     depths: int = 5
-    repeats: int = 1
     scored: int = 1024
 
 
-def count_cases(task: str, settings: Settings) -> int:
-    """How many documents of each length a task has."""
-    return settings.repeats * (settings.depths if TASKS[task].has_depth else 1)
-
-
-def build_case(tokenizer: Any, task: str, length: int, number: int, settings: Settings) -> Case:
-    """Build the document `number` of a task: the same one for the same settings and tokenizer.
+def build_case(tokenizer: Any, task: str, length: int, sample: int, settings: Settings) -> Case:
+    """Build the document `sample` of a task: the same one for the same settings and tokenizer.
 
     Raises:
         UsageError: The text is too short, or the tokenizer gives no offsets.
         UsageError: The length is too small for the task.
     """
-    rng = random.Random(f"{settings.seed} {task} {length} {number}")
-    plan = TASKS[task].plan(rng, number % settings.depths / max(1, settings.depths - 1))
+    rng = random.Random(f"{settings.seed} {task} {length} {sample}")
+    turn = (sample + list(TASKS).index(task)) % settings.depths  # so that few samples have several depths, too
+    plan = TASKS[task].plan(rng, turn / max(1, settings.depths - 1), length)
     kind = TASKS[task].filler or settings.filler
-    texts = FILLERS[kind](rng, settings.text)
-    document = build_document(tokenizer, plan, texts, length, settings.scored if kind == "text" else 0)
+    scored = settings.scored if kind in TEXTS and not plan.haystack else 0
+    haystack = plan.haystack or (FILLERS[kind](rng, settings.text),)
+    document = build_document(tokenizer, plan, haystack, length, scored)
     depth = {fact.value: fact.depth for fact in plan.facts}
     before = {"middle": MIDDLE, "end": 1.0}
     depths = {
-        place: [round(depth[value] / before[place], 6) for asked in getattr(plan, place) for value in asked.values]
+        place: [
+            round(depth[value] / before[place], 6)
+            for asked in getattr(plan, place)
+            for value in asked.values
+            if value in depth
+        ]
         for place in PLACES
     }
-    return Case(task, number, document, depths)
+    return Case(task, sample, document, depths)
 
 
-def build_document(tokenizer: Any, plan: Plan, texts: Iterable[str], length: int, scored: int) -> Document:
-    """Build a document of exactly `length` tokens; `scored` bounds those that perplexity is measured over.
+def build_document(tokenizer: Any, plan: Plan, haystack: Sequence[Iterable[str]], length: int, scored: int) -> Document:
+    """Build a document of exactly `length` tokens.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+        plan: What is hidden in it, and asked.
+        haystack: Pieces of all the text, or of the text before and behind the questions in the middle.
+        length: Tokens.
+        scored: The most tokens that perplexity is measured over.
 
     Raises:
         UsageError: The text is too short, or the tokenizer gives no offsets.
@@ -109,16 +118,27 @@ def build_document(tokenizer: Any, plan: Plan, texts: Iterable[str], length: int
     taken = len(start) + sum(len(passage.tokens) for passage in [*facts.values(), *middle, *end])
     if length < 2 * taken:
         raise UsageError(f"--length must be at least {2 * taken} for this task, not {length}.")
-    text = take_tokens(tokenizer, texts, length - taken, length)
-    split = int(len(text) * MIDDLE)
-    tokens = start + _hide_facts(text[:split], facts, 0, MIDDLE)
+    before, behind = _take_haystack(tokenizer, haystack, length - taken, length)
+    tokens = start + _hide_facts(before, facts, 0, MIDDLE)
     middle_spans = [span for passage in middle for span in append(tokens, passage)]
-    tokens += _hide_facts(text[split:], facts, MIDDLE, 1)
-    deepest = max(MIDDLE, *(fact.depth for fact in facts))
-    uninterrupted = int((1 - deepest) * len(text))
+    tokens += _hide_facts(behind, facts, MIDDLE, 1)
+    deepest = max([MIDDLE, *(fact.depth for fact in facts)])
+    uninterrupted = int((1 - deepest) * (length - taken))
     last = range(len(tokens) - min(scored, uninterrupted), len(tokens))
     end_spans = [span for passage in end for span in append(tokens, passage)]
     return Document(tokens, middle_spans, end_spans, last)
+
+
+def _take_haystack(
+    tokenizer: Any, haystack: Sequence[Iterable[str]], wanted: int, length: int
+) -> tuple[list[int], list[int]]:
+    """The tokens of the text before the questions in the middle, and of that behind them."""
+    split = int(wanted * MIDDLE)
+    if len(haystack) == 1:
+        text = take_tokens(tokenizer, haystack[0], wanted, length)
+        return text[:split], text[split:]
+    before, behind = haystack
+    return take_tokens(tokenizer, before, split, length), take_tokens(tokenizer, behind, wanted - split, length)
 
 
 def _hide_facts(text: list[int], facts: dict[Fact, Passage], first: float, last: float) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Iterator
@@ -15,9 +14,17 @@ from rich.table import Table
 from ..results import record
 from .attention import DENSE
 from .cases import PLACES
+from .flips import Flips
 from .run import Outcome
+from .tasks import TASKS
 
-LEGEND = "a + b: a of the values that dense attention finds are found, and b that it does not."
+ALL = "all"
+SIGNIFICANT = 0.05
+LEGEND = (
+    "-a +b: a of the values that dense attention finds are lost, and b that it does not find are found; p: McNemar's "
+    f"exact test of the prompts that lose and gain values; *: p below {SIGNIFICANT}. Nats: minus the logarithm of a "
+    "value's probability; the mean with dense attention, and what a method adds."
+)
 
 MEASURES: dict[str, tuple[str, str | None]] = {
     "density": ("share", None),
@@ -25,9 +32,11 @@ MEASURES: dict[str, tuple[str, str | None]] = {
     "perplexity": ("", None),
     "perplexity_ratio": ("times dense", None),
     "agreement": ("share", None),
-    "kept": ("values", None),
-    "gained": ("values", None),
     "found": ("values", None),
+    "lost": ("values", None),
+    "gained": ("values", None),
+    "p_value": ("", None),
+    "nats_a_value": ("nats", None),
 }
 
 
@@ -63,92 +72,94 @@ class Summary:
 
 @dataclass(frozen=True)
 class Lookups:
-    """Values of a task that a method finds at one place of documents of one length.
-
-    Attributes:
-        length: Tokens of a document.
-        task: The task.
-        place: "middle" or "end".
-        method: The method.
-        asked: Values asked for.
-        kept: Found by dense attention and by the method.
-        gained: Found by the method alone.
-    """
+    """Values of a task, or of all together, that a method finds at one place of documents of one length."""
 
     length: int
     task: str
     place: str
     method: str
-    asked: int
-    kept: int
-    gained: int
+    prompts: int
+    flips: Flips
 
-    @property
-    def found(self) -> int:
-        """Found by the method."""
-        return self.kept + self.gained
+
+Pairs = list[tuple[Outcome, Outcome]]
+"""What a method and dense attention make of the same documents."""
+
+
+def pairs(outcomes: list[Outcome]) -> dict[tuple[int, str], Pairs]:
+    """By length and method, dense attention first; documents that it has not read are left out."""
+    dense = {outcome.key[1:]: outcome for outcome in outcomes if outcome.method == DENSE}
+    methods = dict.fromkeys([DENSE, *(outcome.method for outcome in outcomes)])
+    lengths = sorted({outcome.length for outcome in outcomes})
+    found: dict[tuple[int, str], Pairs] = {(length, method): [] for length in lengths for method in methods}
+    for outcome in outcomes:
+        if outcome.key[1:] in dense:
+            found[outcome.length, outcome.method].append((outcome, dense[outcome.key[1:]]))
+    return {key: own for key, own in found.items() if own}
 
 
 def summarise(outcomes: list[Outcome]) -> list[Summary]:
     """Every method at every length, dense attention first."""
-    summaries = []
-    for length, method in _ordered(outcomes, "length", "method"):
-        own = _select(outcomes, length=length, method=method)
-        scored = sum(outcome.scored for outcome in own)
-        loss, dense = (
-            sum(outcome.loss for outcome in some) / max(1, scored)
-            for some in (own, _select(outcomes, length=length, method=DENSE))
-        )
-        summaries.append(
-            Summary(
-                length,
-                method,
-                statistics.fmean(outcome.density for outcome in own),
-                statistics.fmean(outcome.ranking for outcome in own),
-                perplexity=math.exp(loss) if scored else None,
-                perplexity_ratio=math.exp(loss - dense) if scored else None,
-                agreement=sum(outcome.agreed for outcome in own) / scored if scored else None,
-                scored=scored,
-            )
-        )
-    return summaries
+    return [_summary(length, method, own) for (length, method), own in pairs(outcomes).items()]
+
+
+def _summary(length: int, method: str, own: Pairs) -> Summary:
+    scored = sum(outcome.scored for outcome, _ in own)
+    loss, dense = (sum(pair[place].loss for pair in own) / max(1, scored) for place in (0, 1))
+    return Summary(
+        length,
+        method,
+        statistics.fmean(outcome.density for outcome, _ in own),
+        statistics.fmean(outcome.ranking for outcome, _ in own),
+        perplexity=math.exp(loss) if scored else None,
+        perplexity_ratio=math.exp(loss - dense) if scored else None,
+        agreement=sum(outcome.agreed for outcome, _ in own) / scored if scored else None,
+        scored=scored,
+    )
 
 
 def count_lookups(outcomes: list[Outcome]) -> list[Lookups]:
-    """The values that every method finds, by length, task and place."""
+    """The values that every method finds, by length, task and place, and those of all tasks."""
     counts = []
-    for length, task, method in _ordered(outcomes, "length", "task", "method"):
-        own = _select(outcomes, length=length, task=task, method=method)
-        dense = _select(outcomes, length=length, task=task, method=DENSE)
-        for place in PLACES:
-            pairs = list(zip(*(_found(some, place) for some in (own, dense)), strict=True))
-            kept = sum(here and there for here, there in pairs)
-            gained = sum(here and not there for here, there in pairs)
-            counts.append(Lookups(length, task, place, method, len(pairs), kept, gained))
+    for (length, method), own in pairs(outcomes).items():
+        by_task = {task: some for task in TASKS if (some := [pair for pair in own if pair[0].task == task])}
+        if len(by_task) > 1:
+            by_task[ALL] = own
+        for task, some in by_task.items():
+            for place in PLACES:
+                flips = sum((Flips.of(*pair, place) for pair in some), Flips())
+                counts.append(Lookups(length, task, place, method, len(some), flips))
     return counts
 
 
 def tables(outcomes: list[Outcome]) -> Iterator[Table]:
-    """For every length, a table of text and work, and one of values found (`LEGEND` says how it counts)."""
+    """For every length, tables of text and work, of values found and of nats (`LEGEND` says how they count)."""
     summaries, lookups = summarise(outcomes), count_lookups(outcomes)
-    for (length,) in _ordered(outcomes, "length"):
+    for length in dict.fromkeys(one.length for one in summaries):
         yield _text_table([one for one in summaries if one.length == length])
-        yield _lookup_table([one for one in lookups if one.length == length])
+        own = [one for one in lookups if one.length == length]
+        yield _lookup_table(own, f"{length:,} tokens: values found", _found_cell)
+        yield _lookup_table(own, f"{length:,} tokens: nats a value", _nats_cell)
 
 
 def as_dict(outcomes: list[Outcome], settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Everything as a result: a row for each summary and each count of values, and the outcomes of all documents."""
+    """Everything as a result: a row for each summary and each count of values."""
     rows = [asdict(one) | {"work": one.work} for one in summarise(outcomes)]
-    rows += [asdict(one) | {"found": one.found} for one in count_lookups(outcomes)]
-    key = ("length", "task", "place", "method")
-    return record("quality", rows, key, MEASURES, device, settings, outcomes=[asdict(one) for one in outcomes])
+    rows += [_row(one) for one in count_lookups(outcomes)]
+    return record("quality", rows, ("length", "task", "place", "method"), MEASURES, device, settings)
+
+
+def _row(one: Lookups) -> dict[str, Any]:
+    fields, flips = asdict(one), one.flips
+    del fields["flips"]
+    figures = {"found": flips.found, "p_value": flips.p_value, "nats_a_value": flips.nats / max(1, flips.asked)}
+    return fields | asdict(flips) | figures
 
 
 def _text_table(summaries: list[Summary]) -> Table:
     first = summaries[0]
     title = f"{first.length:,} tokens: work, and perplexity over {first.scored:,} tokens of text"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
+    table = _table(title, "")
     for name in ("density", "work", "perplexity", "to dense", "agree"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in summaries:
@@ -161,49 +172,39 @@ def _text_table(summaries: list[Summary]) -> Table:
     return table
 
 
-def _lookup_table(lookups: list[Lookups]) -> Table:
-    title = f"{lookups[0].length:,} tokens: values found"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("task", "asked"):
-        table.add_column(name, no_wrap=True)
-    for method in dict.fromkeys(one.method for one in lookups):
+def _lookup_table(lookups: list[Lookups], title: str, cell: Any) -> Table:
+    table = _table(title, "task", "asked", "prompts")
+    methods = dict.fromkeys(one.method for one in lookups)
+    for method in methods:
         table.add_column(method, justify="right")
+    cells = {(one.task, one.place, one.method): one for one in lookups}
     for place in PLACES:
-        total: dict[str, Lookups] = {}
-        here = [one for one in lookups if one.place == place]
-        for task, row in itertools.groupby(here, lambda one: one.task):
-            cells = list(row)
-            for one in cells:
-                total[one.method] = _add(total.get(one.method), one)
-            table.add_row(task, place, *map(_cell, cells))
-        if len({one.task for one in here}) > 1:
-            table.add_row("all", place, *map(_cell, total.values()))
+        for task in (*TASKS, ALL):
+            row = {method: cells[task, place, method] for method in methods if (task, place, method) in cells}
+            if row:
+                figures = (cell(row[method]) if method in row else "" for method in methods)
+                table.add_row(task, place, str(row[DENSE].prompts), *figures)
     return table
 
 
-def _add(total: Lookups | None, more: Lookups) -> Lookups:
-    """Two tasks together."""
-    if total is None:
-        return more
-    counts = (getattr(total, name) + getattr(more, name) for name in ("asked", "kept", "gained"))
-    return Lookups(more.length, "all", more.place, more.method, *counts)
+def _table(title: str, *left: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in left:
+        table.add_column(name, no_wrap=True)
+    return table
 
 
-def _cell(one: Lookups) -> str:
-    return f"{one.found} of {one.asked}" if one.method == DENSE else f"{one.kept} + {one.gained}"
+def _found_cell(one: Lookups) -> str:
+    flips = one.flips
+    if one.method == DENSE:
+        return f"{flips.found} of {flips.asked}"
+    if one.task == ALL:
+        return f"-{flips.lost} +{flips.gained}, p {flips.p_value:.2g}"
+    return f"-{flips.lost} +{flips.gained}{'*' if flips.p_value < SIGNIFICANT else ''}"
 
 
-def _found(outcomes: list[Outcome], place: str) -> list[bool]:
-    """Whether each value was found, in the order of the documents."""
-    ordered = sorted(outcomes, key=lambda outcome: outcome.number)
-    return [found for outcome in ordered for found in outcome.found[place]]
-
-
-def _select(outcomes: list[Outcome], **fields: Any) -> list[Outcome]:
-    return [one for one in outcomes if all(getattr(one, name) == value for name, value in fields.items())]
-
-
-def _ordered(outcomes: list[Outcome], *names: str) -> list[tuple[Any, ...]]:
-    """The combinations of fields that occur, in the order in which they do, lengths together."""
-    seen = dict.fromkeys(tuple(getattr(outcome, name) for name in names) for outcome in outcomes)
-    return sorted(seen, key=lambda combination: combination[0])
+def _nats_cell(one: Lookups) -> str:
+    flips = one.flips
+    if one.method == DENSE:
+        return f"{flips.nats / max(1, flips.asked):.2f}"
+    return f"{(flips.nats - flips.nats_dense) / max(1, flips.asked):+.2f}"

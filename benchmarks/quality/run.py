@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,10 @@ class Outcome:
     """What one method makes of one document.
 
     Attributes:
+        method: The method.
         task: The task.
         length: Tokens of the document.
-        number: Which of the task's documents of this length.
-        method: The method.
+        sample: Which of the task's documents of this length.
         seconds: Of the prefill, with the counting of the work.
         density: Mean over the layers.
         ranking: The ranking's products as a share of dense attention's FLOPs, mean over the layers.
@@ -35,13 +35,14 @@ class Outcome:
         loss: Sum of their negative log-likelihoods, in nats.
         agreed: How many of them are predicted to be what dense attention predicts.
         found: By place, for each value, whether it was found.
+        nats: By place, for each value, its negative log-likelihood, in nats.
         depths: By place, the depth of each value's fact.
     """
 
+    method: str
     task: str
     length: int
-    number: int
-    method: str
+    sample: int
     seconds: float
     density: float
     ranking: float
@@ -49,22 +50,28 @@ class Outcome:
     loss: float
     agreed: int
     found: dict[str, list[bool]]
+    nats: dict[str, list[float]]
     depths: dict[str, list[float]]
 
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What tells it from all others of a model."""
+        return self.method, self.task, self.length, self.sample
 
-def read_case(model: Any, case: Case, methods: dict[str, Attention], advance: Callable[[], None]) -> list[Outcome]:
+
+def read_case(
+    model: Any, case: Case, methods: Mapping[str, Attention], advance: Callable[[], None]
+) -> Iterator[Outcome]:
     """Read a document densely and with each of `methods`; `advance` is called after every layer.
 
     Raises:
         UsageError: The model's attention is not plain causal SDPA.
     """
-    outcomes = []
     dense = None
     for name, attention in {DENSE: attend_densely, **methods}.items():
-        prediction, attended = prefill(model, case.document, attention, advance)
+        prediction, work = prefill(model, case.document, attention, advance)
         dense = dense or prediction
-        outcomes.append(_outcome(case, name, prediction, attended, dense))
-    return outcomes
+        yield _outcome(case, name, prediction, work, dense)
 
 
 def prefill(
@@ -97,10 +104,10 @@ def _outcome(
     densities, rankings = zip(*work, strict=True)
     spans = dict(zip(PLACES, (document.middle, document.end), strict=True))
     return Outcome(
+        method,
         case.task,
         case.length,
-        case.number,
-        method,
+        case.sample,
         prediction.seconds,
         statistics.fmean(densities),
         statistics.fmean(rankings),
@@ -108,5 +115,6 @@ def _outcome(
         loss=sum(prediction.loss[i] for i in document.scored),
         agreed=sum(prediction.best[i] == dense.best[i] for i in document.scored),
         found={place: prediction.found(document, values) for place, values in spans.items()},
+        nats={place: [sum(prediction.loss[i] for i in value) for value in values] for place, values in spans.items()},
         depths=case.depths,
     )

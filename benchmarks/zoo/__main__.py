@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,11 +21,15 @@ from ..results import as_text, record
 from . import report
 from .architectures import ARCHITECTURES, calls
 from .compare import examine
+from .diffusion import DIFFUSION, MISSING
+
+ALL = ARCHITECTURES | DIFFUSION
+"""Every model by name, those of diffusers last."""
 
 
 def row(name: str, implementation: str, scenario: str) -> report.Row:
     """One call; a table of all models goes on where one of them fails."""
-    architecture = ARCHITECTURES[name]
+    architecture = ALL[name]
     call = report.Row(name, architecture.family, implementation, scenario, architecture.expected_sites(scenario))
     try:
         outcome = examine(architecture, implementation, scenario)
@@ -40,12 +45,17 @@ def main(
     as_json: Json = False,
 ) -> None:
     """Compile tiny models of many architectures and report what happens to their attention."""
-    unknown = set(only or ()) - set(ARCHITECTURES)
+    unknown = set(only or ()) - set(ALL)
     if unknown:
-        raise UsageError(f"--only must be one of {', '.join(ARCHITECTURES)}, not {sorted(unknown)[0]!r}.")
+        raise UsageError(f"--only must be one of {', '.join(ALL)}, not {sorted(unknown)[0]!r}.")
+    if MISSING and set(only or ()) & set(DIFFUSION):
+        raise UsageError(MISSING)
+    names = only or (ARCHITECTURES if MISSING else ALL)
     if markdown:
         check_file(markdown)
-    pending = list(calls(only or ARCHITECTURES))
+    if MISSING and not only:
+        print(MISSING, file=sys.stderr)
+    pending = list(calls({name: ALL[name] for name in names}))
     rows = [row(*call) for call in track(pending, "Compile", transient=True, console=Console(stderr=True))]
     if markdown:
         write_text(markdown, report.markdown(rows))

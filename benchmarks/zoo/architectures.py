@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,14 +89,18 @@ class Architecture:
         """The model in evaluation mode, with weights for which no attention is close to uniform."""
         torch.manual_seed(0)
         config = self.model_class.config_class(**self.options)
-        model = self.model_class._from_config(config, attn_implementation=implementation).eval()
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.dim() > 1:
-                    weight.normal_(std=weight.shape[-1] ** -0.5)
-                else:
-                    weight.add_(torch.randn_like(weight), alpha=0.1)
-        return model
+        return randomise(self.model_class._from_config(config, attn_implementation=implementation).eval())
+
+
+@torch.no_grad()
+def randomise(model: Any) -> Any:
+    """The model, with weights for which no attention is close to uniform."""
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.normal_(std=weight.shape[-1] ** -0.5)
+        else:
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    return model
 
 
 def decoder(model: str, scenarios: tuple[str, ...] = (*GENERATION, *STATIC_CACHE), **options: Any) -> Architecture:
@@ -273,10 +277,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 }  # fmt: skip
 
 
-def calls(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-    """Each architecture with each spelling of its attention and each scenario."""
-    for name in names:
-        architecture = ARCHITECTURES[name]
+def calls(architectures: Mapping[str, Architecture]) -> Iterator[tuple[str, str, str]]:
+    """Each architecture by name, with each spelling of its attention and each scenario."""
+    for name, architecture in architectures.items():
         for implementation in architecture.implementations:
             for scenario in architecture.scenarios:
                 yield name, implementation, scenario

@@ -9,6 +9,9 @@ import torch
 BATCH, LENGTH, SOURCE, PREFIX = 2, 40, 32, 24
 VOCABULARY, IMAGE_TOKEN = 99, 3
 PADDING = ("left padding", "right padding")
+TEXT_PADDING = "text padding"
+TEXT_MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
+"""Of diffusion models, the masks of the encoded text."""
 CACHE = {"prefill": PREFIX, "decode": LENGTH - 1, "padded decode": LENGTH - 1}
 STATIC_CACHE = {"static prefill": PREFIX, "static decode": LENGTH - 1}
 """How many positions are in the cache before the call that is compiled; a static cache has its full length at once."""
@@ -73,8 +76,17 @@ def padding_mask(inputs: Inputs, side: str) -> torch.Tensor:
     return mask
 
 
+def padded_text(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of texts of which the first is a quarter shorter."""
+    mask = mask.clone()
+    mask[0, -(mask.shape[1] // 4) :] = 0
+    return mask
+
+
 def scenario_inputs(model: Any, inputs: Inputs, scenario: str) -> Inputs:
     """The arguments of the call that a scenario compiles; what is before it in a cache is computed here."""
+    if scenario == TEXT_PADDING:
+        return inputs | {name: padded_text(inputs[name]) for name in TEXT_MASKS if name in inputs}
     if scenario in PADDING:
         return inputs | {"attention_mask": padding_mask(inputs, scenario.split()[0])}
     if scenario == "padded decode":

@@ -18,13 +18,15 @@ EXPECTED: dict[str, set[str]] = {
     "mpnet": {"additive bias"},
     "mpt": {"additive bias"},
     "opt": {"additive bias"},
+    "pixart": {"additive bias"},
     "sam_vision": {"additive bias"},
     "swin": {"additive bias"},
     "swinv2": {"scale per head"},
     "t5": {"additive bias"},
     "xglm": {"additive bias"},
 }
-"""The architectures of which some attention stays dense, and why; of opt and xglm, an added mask that is an input.
+"""The architectures of which some attention stays dense, and why; of opt and xglm, an added mask that is an input, and
+of pixart one that is made of integers that could be any.
 
 gpt_neo hides keys by two masks of finite numbers.
 """

@@ -13,6 +13,7 @@ BENCHMARKS = {
     "distributed": "distributed.__main__",
     "frontier": "frontier",
     "generation": "generation",
+    "paper": "paper.__main__",
     "prefill": "prefill.__main__",
     "quality": "quality.__main__",
     "speed": "speed.__main__",

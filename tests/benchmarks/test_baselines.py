@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,17 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.baselines.blocks import BLOCK, cover
+from benchmarks.baselines.flashprefill import flashprefill
+from benchmarks.baselines.flashprefill_v2 import flashprefill_v2
 from benchmarks.baselines.flexprefill import covering, divergence, flexprefill
+from benchmarks.baselines.group import Group, GroupRule, Rule, by_head
+from benchmarks.baselines.kascade import Kascade, Plan, best_keys, choose_anchors, make_plan, pooled_attention
 from benchmarks.baselines.lines import slash_keys, slash_sums
 from benchmarks.baselines.oracle import oracle
 from benchmarks.baselines.pbs import pbs
 from benchmarks.baselines.pooled_blocks import pooled_blocks
+from benchmarks.baselines.prism import band, prism
+from benchmarks.baselines.quoka import CHUNK, quoka
+from benchmarks.baselines.stem import budget, stem
 from benchmarks.baselines.streaming import streaming
 from benchmarks.baselines.vertical_slash import vertical_slash
 from benchmarks.baselines.visit import Visit
 from benchmarks.baselines.xattention import xattention
-from benchmarks.methods import Rule
+from benchmarks.captured import Layer
 
+HEADS = 2
 RULES: dict[str, tuple[Rule, tuple[float, ...]]] = {
     "xattention": (xattention, (0.3, 0.6, 0.9)),
     "xattention 16": (partial(xattention, stride=16), (0.3, 0.6, 0.9)),
@@ -29,9 +38,27 @@ RULES: dict[str, tuple[Rule, tuple[float, ...]]] = {
     "flexprefill": (flexprefill, (0.3, 0.6, 0.9)),
     "vertical-slash": (vertical_slash, (0.005, 0.01, 0.02)),
     "streaming": (streaming, (1, 50, 300)),
+    "flashprefill": (flashprefill, (1.0, 0.95, 0.9)),
+    "prism": (prism, (0.2, 0.4, 0.5)),
     "oracle": (oracle, (1e-2, 1e-3, 1e-4)),
     "block oracle": (partial(oracle, tile=128, block=128), (3e-3, 1e-3, 7e-4)),
 }
+GROUP_RULES: dict[str, tuple[GroupRule, tuple[float, ...]]] = {
+    **{name: (by_head(rule), settings) for name, (rule, settings) in RULES.items()},
+    "flashprefill v2": (flashprefill_v2, (1.0, 0.95, 0.9)),
+    "stem": (stem, (0.1, 0.2, 0.4)),
+    "quoka": (quoka, (0.05, 0.1, 0.2)),
+}
+EVERYTHING: dict[str, tuple[GroupRule, float]] = {
+    "xattention": (by_head(xattention), 1.0),
+    "flashprefill": (by_head(flashprefill), 0.0),
+    "flashprefill v2": (flashprefill_v2, 0.0),
+    "stem": (stem, 1.0),
+    "stem, relaxed": (partial(stem, relaxed=True), 0.1),
+    "prism": (by_head(prism), 1.0),
+    "quoka": (quoka, 1.0),
+}
+"""The setting at which each is dense attention, for 2,000 positions."""
 LENGTHS = (2000, 1536, 100)
 
 
@@ -40,6 +67,18 @@ def head(length: int, seed: int = 0, channels: int = 32) -> tuple[torch.Tensor, 
     generator = torch.Generator().manual_seed(seed)
     query, key = (torch.randn(length, channels, generator=generator) for _ in range(2))
     return 2 * query, key
+
+
+def group(length: int, seed: int = 0, channels: int = 32) -> Group:
+    """Query heads with peaked attention, the first of them those of `head`."""
+    query, key = head(length, seed, channels)
+    more, value = head(length, seed + 1, channels)
+    return Group(torch.stack([query, more]), key, value, 0.2)
+
+
+def planted(query: torch.Tensor, key: torch.Tensor) -> Group:
+    """Query heads [G, L, D] over keys [L, D], whose values are all the same."""
+    return Group(query, key, torch.ones_like(key), 1.0)
 
 
 def visited(visit: Visit, length: int) -> torch.Tensor:
@@ -53,18 +92,20 @@ def visited(visit: Visit, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", GROUP_RULES)
 def test_rules_are_causal_see_their_own_positions_and_widen(name: str, length: int) -> None:
-    rule, settings = RULES[name]
-    query, key = head(length)
+    rule, settings = GROUP_RULES[name]
     narrower = torch.zeros(0)
-    for visit in rule(query, key, 0.2, settings):
+    for visits in rule(group(length), settings):
+        assert len(visits) == HEADS
+        visit = visits[0]
         seen = visited(visit, length)
         owner = torch.arange(length) // visit.tile
         assert seen[owner, torch.arange(length)].all()
         # PBS-Attn permutes keys within segments of two tiles, whose own blocks are all visited, and masked.
         reach = (torch.arange(len(seen))[:, None] * visit.tile // 256 + 1) * 256 if name == "pbs" else None
         reach = (torch.arange(len(seen))[:, None] + 1) * visit.tile if reach is None else reach
+        reach = -(-reach // visit.block) * visit.block
         assert not (seen & (torch.arange(length) >= reach)).any()
         if len(narrower):
             assert not (narrower & ~seen).any()
@@ -199,3 +240,148 @@ def test_the_oracle_visits_the_most_probable(tile: int, block: int) -> None:
     own = torch.eye(1024, dtype=torch.bool).unflatten(0, (-1, tile)).any(1).unflatten(1, (-1, block)).any(2)
     assert torch.equal(visit.mask, (mass >= 1e-3) | own)
     assert visit.density(1024) < 0.95
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_whoever_keeps_everything_is_dense_attention(name: str) -> None:
+    rule, setting = EVERYTHING[name]
+    some = group(2000)
+    (visits,) = rule(some, [setting])
+    late = torch.ones(2000, 2000, dtype=torch.bool).triu(1)
+    for visit in visits:
+        seen = visited(visit, 2000)[torch.arange(2000) // visit.tile]
+        assert (seen | late).all()
+        assert visit.means is None or not visit.means.any()
+
+
+def test_flashprefill_visits_what_one_query_of_a_tile_wants() -> None:
+    query, key = torch.zeros(1600, 8), torch.zeros(1600, 8)
+    query[10 * BLOCK + 77, 0] = 30
+    key[4 * BLOCK : 5 * BLOCK, 0] = 1
+    (visit,) = flashprefill(query, key, 1.0, [0.1])
+    assert visit.mask[10].nonzero()[:, 0].tolist() == [0, 1, 4, 7, 8, 9, 10]
+    assert visit.mask[9].nonzero()[:, 0].tolist() == list(range(10))  # all logits are the same
+    (last,) = flashprefill(query, key, 1.0, [0.1], last_blocks=3)
+    assert last.mask[10].sum() == 11 and torch.equal(last.mask[9], visit.mask[9])
+
+
+def test_flashprefill_compares_with_the_largest_score() -> None:
+    query, key = torch.zeros(1600, 8), torch.zeros(1600, 8)
+    query[:, 0] = 1
+    for block, logit in ((3, 5.0), (4, 3.0), (5, 1.0)):
+        key[block * BLOCK : (block + 1) * BLOCK, 0] = logit
+    for alpha, found in ((0.1, [3, 4]), (0.2, [3]), (0.01, [3, 4, 5])):
+        (visit,) = flashprefill(query, key, 1.0, [alpha])
+        assert [block for block in visit.mask[11].nonzero()[:, 0].tolist() if block in (2, 3, 4, 5, 6)] == found
+
+
+def test_flashprefill_v2_chooses_for_all_heads_and_corrects_by_means() -> None:
+    some = planted(torch.zeros(2, 1600, 8), torch.zeros(1600, 8))
+    some.query[1, 10 * BLOCK + 5, 0] = 30
+    some.key[4 * BLOCK : 5 * BLOCK, 0] = 1
+    (visits,) = flashprefill_v2(some, [0.1])
+    visit = visits[0]
+    assert visit is visits[1] and visit.tile == 64 and visit.means is not None
+    tile = 10 * BLOCK // 64
+    assert visit.mask[tile].nonzero()[:, 0].tolist() == [0, 1, 4, 7, 8, 9, 10]
+    assert visit.means[tile].nonzero()[:, 0].tolist() == [2, 3, 5, 6]
+    (last,) = flashprefill_v2(some, [0.1], last_tiles=8)
+    assert last[0].mask[tile].sum() == 11 and not last[0].mask[tile - 4].all()
+
+
+def test_stem_counts_values_and_the_antidiagonal() -> None:
+    for offset, found in ((5, True), (6, False)):
+        some = planted(torch.zeros(1, 2048, 8), torch.zeros(2048, 8))
+        some.query[0, 14 * BLOCK + offset : 15 * BLOCK : 8, 0] = 400
+        some.key[6 * BLOCK + 40 + 2, 0] = 1
+        ((visit,),) = stem(some, [1 / 16])
+        assert bool(visit.mask[14, 6]) == found
+        assert {0, 1, 2, 3, 11, 12, 13, 14} <= set(visit.mask[14].nonzero()[:, 0].tolist())
+    some = planted(torch.zeros(1, 2048, 8), torch.zeros(2048, 8))
+    some.value[7 * BLOCK : 8 * BLOCK] = 5
+    ((visit,),) = stem(some, [1 / 16])
+    assert visit.mask[14, 7] and visit.mask[14].sum() == 9
+
+
+def test_stem_relaxes_short_texts() -> None:
+    assert [budget(blocks, 0.2, True) for blocks in (40, 100, 256)] == [40, 50, 55]
+    assert [budget(blocks, 0.2, False) for blocks in (40, 100, 256)] == [8, 20, 51]
+    assert budget(256, 1.0, True) == 256
+
+
+def test_prism_scores_bands_apart() -> None:
+    """Each of two keys is found by its own band, however much stronger the other band is."""
+    assert band(8, 0.5, True) == [0, 1, 4, 5]
+    assert band(8, 0.75, False) == [1, 2, 3, 5, 6, 7]
+    query, key = torch.zeros(2048, 16), torch.zeros(2048, 16)
+    query[:, 0] = query[:, 7] = 4
+    key[4 * BLOCK : 5 * BLOCK, 0] = 20
+    key[9 * BLOCK : 10 * BLOCK, 7] = 200
+    (visit,) = prism(query, key, 0.25, [0.9])
+    assert visit.mask[14].nonzero()[:, 0].tolist() == [0, 4, 9, 14]
+
+
+def test_quoka_follows_the_query_that_is_unlike_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.zeros(2, 1024, 16), torch.randn(1024, 16, generator=generator)
+    query[:, :, 0] = 1
+    query[:, 5 * CHUNK + 9] = torch.eye(16)[3]
+    key[100] = 7 * torch.eye(16)[3]
+    key[200] = 7 * torch.eye(16)[0]
+    (visits,) = quoka(planted(query, key), [2 / (5 * CHUNK)])
+    assert visits[0] is visits[1]
+    seen = visits[0].mask[5].nonzero()[:, 0].tolist()
+    assert len(seen) == 2 + CHUNK and {100, 200} < set(seen)
+    assert 100 not in visits[0].mask[6].nonzero()[:, 0].tolist()
+
+
+def one_layer(seed: int = 0, length: int = 2000) -> Layer:
+    some = group(length, seed)
+    return Layer("layer", torch.cat([some.query, some.query]), torch.stack([some.key, 2 * some.key]),
+                 torch.stack([some.value, some.value]), 0.2)  # fmt: skip
+
+
+def test_kascade_pools_the_attention_of_a_kv_head() -> None:
+    some = one_layer(length=300)
+    pooled = pooled_attention(some)
+    late = torch.ones(300, 300, dtype=torch.bool).triu(1)
+    query, key, _ = some.group(1)
+    attention = (query.double() @ key.double().T * 0.2).masked_fill(late, -torch.inf).softmax(-1).mean(0)
+    torch.testing.assert_close(
+        pooled[1, :9].double(), attention[:288].unflatten(0, (9, 32)).mean(1), atol=1e-6, rtol=1e-4
+    )
+    torch.testing.assert_close(pooled[1, 9].double(), attention[288:].mean(0), atol=1e-6, rtol=1e-4)
+
+
+def test_kascade_keeps_the_best_keys_and_the_own_ones() -> None:
+    pooled = torch.rand(1, 63, 2000, generator=torch.Generator().manual_seed(0))
+    chosen = best_keys(pooled, 0.1)
+    assert chosen[0, 3].nonzero()[:, 0].tolist() == list(range(4 * 32))  # the fewest keys are more than there are
+    tile, start = 60, 60 * 32
+    earlier = chosen[0, tile, :start]
+    assert earlier.sum() == int(0.1 * start) - 32 and chosen[0, tile, start : start + 32].all()
+    assert not chosen[0, tile, start + 32 :].any()
+    assert pooled[0, tile, :start][earlier].min() > pooled[0, tile, :start][~earlier].max()
+    assert best_keys(pooled, 2.0)[0, tile, :start].all()
+
+
+def test_kascade_reuses_what_the_last_anchor_chose() -> None:
+    rule = Kascade(plan=Plan((0, 2), ((0, 1), (1, 0), (0, 1))))
+    first, second, third = (rule.visits(one_layer(seed), index) for index, seed in enumerate((0, 3, 3)))
+    assert [len(visits) for visits in (first, second, third)] == [4, 4, 4]
+    assert torch.equal(second[0].mask, first[2].mask) and torch.equal(second[3].mask, first[1].mask)
+    assert not torch.equal(third[0].mask, first[0].mask)
+    assert first[0].ranking == 2000**2 * 32 and second[0].ranking == 0
+    assert torch.equal(third[0].mask, Kascade().visits(one_layer(3), 7)[0].mask)
+
+
+def test_kascade_plans_by_what_serves_best() -> None:
+    similarity = torch.tensor([[1.0, 0.9, 0.1, 0.1], [0, 1, 0.2, 0.2], [0, 0, 1, 0.9], [0, 0, 0, 1]])
+    assert choose_anchors(similarity, 2) == (0, 2)
+    assert choose_anchors(similarity, 1) == (0,)
+    assert choose_anchors(similarity, 4) == (0, 1, 2, 3)
+    swapped = one_layer()
+    swapped = replace(swapped, query=swapped.query.flip(0), key=swapped.key.flip(0))
+    other = one_layer(9)
+    plan = make_plan([one_layer(), swapped, other, other])
+    assert plan.anchors == (0, 2) and plan.heads == ((0, 1), (1, 0), (0, 1), (0, 1))

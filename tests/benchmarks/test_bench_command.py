@@ -62,6 +62,7 @@ def test_speed_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (["prefill", "--device", "tpu"], "--device must be auto, cpu or cuda"),
         (["prefill", "--length", "10"], "--length must be at least 1,024 tokens, not 10."),
         (["frontier", "nowhere.safetensors"], "cannot be read"),
+        (["paper", "nowhere.safetensors"], "cannot be read"),
         (["frontier", "nowhere.safetensors", "--s2o", "pool"], "--s2o takes NAME=VALUE, not 'pool'."),
         (["calibration", "--budget", "3"], "--budget must be above 0 and below 0.4, not 3.0."),
         (["nothing"], "No such command"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.baselines.group import by_head
 from benchmarks.baselines.visit import Visit
 from benchmarks.baselines.xattention import xattention
 from benchmarks.captured import Layer, save_layer
@@ -63,7 +64,7 @@ def test_errors_are_those_of_masked_attention() -> None:
         wrong, norm = wrong + float(squared[0].sum()), norm + float(squared[1].sum())
         by_row.append(squared[0] / squared[1])
         lse_errors.append((lse - full).abs())
-    (score,) = rule_scores(xattention, judge, [0.6])
+    (score,) = rule_scores(by_head(xattention), judge, [0.6])
     assert score.error == pytest.approx(wrong / norm, rel=1e-4) and score.error > 1e-3
     assert score.row_max == pytest.approx(float(torch.cat(by_row).max()), rel=1e-3)
     assert score.row_999 == pytest.approx(float(torch.cat(by_row).topk(3).values[-1]), rel=1e-3)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import calibration, compare, generation, layers, pages
+from benchmarks.paper import claims as paper
 from benchmarks.prefill import measure as prefill
 from benchmarks.prefill import report as prefill_report
 from benchmarks.results import commit, describe, load, record, row_key, save, versions
@@ -77,6 +78,7 @@ class TestFiles:
     [
         (calibration.Row, calibration.MEASURES),
         (layers.Row, layers.MEASURES),
+        (paper.Row, paper.MEASURES),
         (prefill.Row, prefill_report.MEASURES),
         (speed.Row, speed_report.MEASURES),
         (zoo.Row, zoo.MEASURES),

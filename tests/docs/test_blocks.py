@@ -6,6 +6,7 @@ A block that takes minutes follows a comment ``skip: next if(quick, ...)``; ``-m
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -34,6 +35,11 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT)).removeprefix("docs/")
 
 
+def is_installed(package: str) -> bool:
+    """Whether a package that is an extra is there, for what follows a comment ``skip: next if(not ...)``."""
+    return importlib.util.find_spec(package) is not None
+
+
 def run_commands(example: Example) -> None:
     """Run a block of commands in the current folder, with this Python's programs first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -51,7 +57,7 @@ SLOW = pytest.param(False, marks=[pytest.mark.docs_slow, pytest.mark.timeout(360
 @pytest.mark.usefixtures("checkout")
 def test_blocks_run(page: Path, quick: bool) -> None:
     document = Sybil(parsers=PARSERS).parse(page)
-    document.namespace["quick"] = quick
+    document.namespace |= {"quick": quick, "is_installed": is_installed}
     for example in document.examples():
         with contextlib.suppress(unittest.SkipTest):
             example.evaluate()

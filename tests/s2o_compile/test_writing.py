@@ -22,7 +22,7 @@ from s2o_compile._console import UsageError
 from s2o_compile.benchmarks import captured
 from s2o_compile.demo import report
 from s2o_compile.view import ViewError
-from s2o_compile.writing import WriteError, check_writable, replacing, write_text
+from s2o_compile.writing import WriteError, append_text, check_writable, replacing, write_text
 
 from .test_damaged_files import calibration
 
@@ -90,6 +90,19 @@ def test_nothing_is_written_in_another_way() -> None:
     pattern = re.compile(r"\.write_(text|bytes)\(|open\([^)]*[\"'][wax]|\.savefig\((?!place,|file,|png,)")
     found = {file.name for file in files if pattern.search(file.read_text())}
     assert found == {"writing.py"}
+
+
+def test_lines_are_added(tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    for line in ("one\n", "two\n"):
+        append_text(path, line)
+    assert path.read_text() == "one\ntwo\n"
+    before = path.read_bytes()
+    with full_disk(), pytest.raises(WriteError, match="File too large"):
+        append_text(path, "x" * 2 * ROOM)
+    assert path.read_bytes().startswith(before)
+    with pytest.raises(WriteError, match="Is a directory"):
+        append_text(tmp_path, "x")
 
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
