@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend
 from s2o_compile.ops.dispatch import has_kernels
 from s2o_compile.ops.visibility import Visibility
 
-from ..prefill.backends import EAGER, S2O, preferring
+from ..prefill.backends import EAGER, S2O, Contenders, preferring
 from ..prefill.calls import plain_calls
 from ..prefill.measure import measure as measure_prefills
 from ..prefill.models import Subject
@@ -45,10 +45,11 @@ def prefill(
 ) -> Iterator[Row]:
     """A prefill with each setting, compiled, beside the model as it is, which then attends by FlashAttention-2."""
     tokens = subject.tokens(length, None)
+    contenders = Contenders(subject.model, (EAGER, S2O))
     for name, config in TIMED.items():
         calls = plain_calls(tokens, (False,))
         with preferring(FLASH_FIRST):
-            found = measure_prefills(subject.model, tokens, calls, config, density, repetitions, progress)
+            found = measure_prefills(contenders, tokens, calls, config, density, repetitions, False, progress)
         rows = {row.backend: row for row in found}
         eager, ours = rows[EAGER], rows[S2O]
         ratio = eager.seconds / ours.seconds if eager.seconds and ours.seconds else None
