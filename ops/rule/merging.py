@@ -34,11 +34,13 @@ class Clusters(NamedTuple):
     first: torch.Tensor
 
     def means(self, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """The mean over each cluster of what belongs to its `real` [..., n] queries [..., n, D]; 0 for empty ones."""
-        owner = self.owner[..., None].expand_as(x)
-        total = torch.zeros_like(x).scatter_add_(-2, owner, torch.where(real[..., None], x, 0))
-        size = torch.zeros_like(self.reach).scatter_add_(-1, self.owner, real.expand_as(self.owner).to(self.reach))
-        return total / size.clamp_min(1)[..., None].to(x.dtype)
+        """The mean over each cluster of what belongs to its `real` [..., n] queries [..., n, D]; 0 for empty ones.
+
+        NaN and infinities make all means of the n queries NaN.
+        """
+        cluster = torch.arange(self.owner.shape[-1], device=x.device)[:, None]
+        is_member = ((self.owner[..., None, :] == cluster) & real[..., None, :]).to(x.dtype)
+        return is_member @ torch.where(real[..., None], x, 0) / is_member.sum(-1, keepdim=True).clamp_min(1)
 
 
 def find_clusters(query: torch.Tensor, real: torch.Tensor, covariance: torch.Tensor, radius: float) -> Clusters:
