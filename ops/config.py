@@ -63,6 +63,8 @@ class Ranking(_Settings):
             importance is lost. 0 scores every query. Guides that are averaged anyway (`pool` above 1, `guides`
             "kv_head", `combine` "mean") are not merged, nor are queries where a window, documents or a mask let
             neighbours see different keys.
+        merge_length: The keys of a call from which on queries are merged: with fewer that takes as long as it saves.
+            Where lengths are not known, as in packages of ``s2o_compile.export``, queries are merged at any.
         guides: "head" for guides of each query head, "kv_head" for guides averaged over the query heads of a KV head.
         channels: How many directions of the head dimension keys are scored in: those that carry most of the products
             of this call's queries and keys (`ops.rule.channels`); None, or as many as there are, for all channels.
@@ -88,6 +90,7 @@ class Ranking(_Settings):
     rule: str = "sampled"
     pool: int = 1
     radius: float = 1.75
+    merge_length: int = 16384
     guides: str = "head"
     channels: int | None = 64
     lists: str = "kv_head"
@@ -100,6 +103,7 @@ class Ranking(_Settings):
     def __post_init__(self) -> None:
         _check_types(self)
         _check(self, "segment", _is_power_of_two(self.segment, 16, 1024), "a power of two from 16 to 1024")
+        _check(self, "merge_length", self.merge_length >= 0, "at least 0")
         _check(self, "radius", 0 <= self.radius < math.inf, "a finite number of at least 0")
         up_to_segment = f"a power of two up to segment ({self.segment})"
         _check(self, "pool", _is_power_of_two(self.pool, 1, self.segment), up_to_segment)
@@ -123,7 +127,7 @@ class Ranking(_Settings):
 
     @property
     def merges(self) -> bool:
-        """Whether alike queries are merged."""
+        """Whether alike queries are merged, in calls of `merge_length` keys or more."""
         return self.radius > 0 and self.pool == 1 and self.guides == "head" and self.combine == "max"
 
     @property

@@ -84,10 +84,10 @@ def share_of_guides(query: torch.Tensor, key: torch.Tensor, scale: float, config
         query: [B, Hq, Lq, D], of a call without padding that lets its queries be merged.
         key: [B, Hkv, Lk, D].
         scale: Factor of the logits.
-        config: Gives the radius and the segments.
+        config: Gives the radius, the segments, and the keys from which on queries are merged.
     """
     ranking, length = config.ranking, query.shape[2]
-    if not ranking.merges:
+    if not ranking.merges or key.shape[2] < ranking.merge_length:
         return 1.0
     run = min(MERGED, ranking.segment)
     real = torch.arange(length + -length % run, device=query.device).view(-1, run) < length

@@ -327,12 +327,13 @@ def attend(
         scale: Factor of the logits, by default D ** -0.5.
         softcap: Bound of the logits, 0 for none.
         sinks: [H G], one more logit per head in the softmax, without a value; None for none.
-        config: `threshold`, and of its ranking `segment`, `near_keys`, `sample`, `channels` and `radius`, as far as
-            `visibility` lets a call follow them; the rest matters only to `steps_of`, and `min_length` not at all.
+        config: `threshold`, and of its ranking `segment`, `near_keys`, `sample`, `channels`, `radius` and
+            `merge_length`, as far as `visibility` lets a call follow them; the rest matters only to `steps_of`, and
+            `min_length` not at all.
         steps_of: The steps of other settings, by default those of this file.
     """
     terms = visibility or Visibility()
-    config = terms.effective_config(config or S2OConfig())
+    config = terms.effective_config(config or S2OConfig(), key.shape[2])
     ranking = config.ranking
     theta, size, tile, sample, radius = config.threshold, ranking.segment, ranking.tile, ranking.sample, ranking.radius
     first_keys, near_keys, count = ranking.first_keys, ranking.near_keys, ranking.channels or query.shape[3]

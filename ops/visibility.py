@@ -120,8 +120,8 @@ class Visibility(NamedTuple):
             key_documents=of_keys,
         )
 
-    def effective_config(self, config: S2OConfig) -> S2OConfig:
-        """The configuration as far as such a call can follow it.
+    def effective_config(self, config: S2OConfig, keys: int | None = None) -> S2OConfig:
+        """The configuration as far as such a call, of so many `keys` if that is known, can follow it.
 
         Neighbouring queries of other documents, or under a general mask, have no mean that could rank keys for them
         all, so every query is a guide. Queries that see different keys of the history are not merged, and a block's
@@ -129,7 +129,8 @@ class Visibility(NamedTuple):
         """
         if self.query_documents is not None or self.mask is not None:
             config = config.with_ranking(pool=1, guides="head")
-        if self.rows_differ and config.ranking.merges:
+        is_short = isinstance(keys, int) and keys < config.ranking.merge_length
+        if config.ranking.merges and (is_short or self.rows_differ):
             config = config.with_ranking(radius=0.0)
         if self.rows_differ and config.ranking.rule == "means":
             config = config.with_ranking(rule="sampled")

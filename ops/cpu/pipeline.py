@@ -26,7 +26,7 @@ def sparse_attention(
 
     Arithmetic is in float32 at least, but for the scores that rank keys, which are in bfloat16 where that is fast.
     """
-    config = visibility.effective_config(config)
+    config = visibility.effective_config(config, key.shape[2])
     geometry = Geometry.of(query, key, visibility, config)
     batch, kv_heads = query.shape[0], key.shape[1]
     result = AttentionResult.empty(query, value, config.ranking.tile)

@@ -63,7 +63,7 @@ def sparse_attention(
 
     The rule is one of those with kernels (`dispatch.has_kernels`).
     """
-    config = visibility.effective_config(config)
+    config = visibility.effective_config(config, key.shape[2])
     result = AttentionResult.empty(query, value, config.ranking.tile)
     batch, heads = query.shape[:2]
     at_once = max(1, MAX_PROGRAMS // (heads if config.ranking.lists == "head" else key.shape[1]))

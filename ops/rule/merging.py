@@ -40,7 +40,8 @@ class Clusters(NamedTuple):
         """
         cluster = torch.arange(self.owner.shape[-1], device=x.device)[:, None]
         is_member = ((self.owner[..., None, :] == cluster) & real[..., None, :]).to(x.dtype)
-        return is_member @ torch.where(real[..., None], x, 0) / is_member.sum(-1, keepdim=True).clamp_min(1)
+        x = x if real.all() else torch.where(real[..., None], x, 0)
+        return is_member / is_member.sum(-1, keepdim=True).clamp_min(1) @ x
 
 
 def find_clusters(query: torch.Tensor, real: torch.Tensor, covariance: torch.Tensor, radius: float) -> Clusters:
@@ -73,15 +74,13 @@ def find_clusters(query: torch.Tensor, real: torch.Tensor, covariance: torch.Ten
 def _distances(query: torch.Tensor, real: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Squares of the distances of all pairs [..., n, n], 0 for pairs that are not real; the query closest to all.
 
-    From their mean on, queries are small, and differences of their products exact enough.
+    From the first of them on, queries are small, and differences of their products exact enough.
     """
-    counted = real[..., None]
-    total = torch.where(counted, query, 0).sum(-2, keepdim=True)
-    centred = torch.where(counted, query - total / counted.sum(-2, keepdim=True).clamp_min(1), 0)
-    gram = centred @ covariance @ centred.mT
+    shifted = query - query[..., :1, :]
+    gram = shifted @ covariance @ shifted.mT
     square = gram.diagonal(dim1=-2, dim2=-1)
-    apart = (square[..., :, None] + square[..., None, :] - 2 * gram).clamp_min(0).nan_to_num(0)
-    apart = torch.where(counted & real[..., None, :], apart, 0)
+    apart = (square[..., :, None] + square[..., None, :]).sub_(gram, alpha=2).clamp_min_(0).nan_to_num_(0)
+    apart.masked_fill_(~(real[..., None] & real[..., None, :]), 0)
     return apart, apart.sum(-1).masked_fill(~real, math.inf).argmin(-1)
 
 

@@ -20,6 +20,7 @@ from s2o_compile.ops.kernels import attend, dense, pipeline, quantise
 from s2o_compile.ops.kernels.launch import launching
 from s2o_compile.ops.visibility import Visibility
 
+MERGED = S2OConfig(ranking=Ranking(merge_length=0))
 CAPABILITIES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may take, by compute capability."""
 OTHERS = (
@@ -105,14 +106,14 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     )
     has_terms = dtype != torch.float32 and (is_all or not has_float8)
     if is_all or not has_terms:
-        pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
+        pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, MERGED)
     if dtype != torch.float32:
         dense.attend_densely(query, key, key, terms._replace(mask=None), 0.125, 0.0)
     for config in (OTHERS if is_all else [ALL_KERNELS]) if has_float8 else ():
         padded = Visibility(True, key_padding=mask[0, 0, :1])
         pipeline.sparse_attention(query, key, key, padded, 0.125, 0.0, config)
     if is_all:
-        pipeline.sparse_attention(many, key, key, Visibility(True), 0.125, 0.0, S2OConfig())
+        pipeline.sparse_attention(many, key, key, Visibility(True), 0.125, 0.0, MERGED)
         pipeline.sparse_attention(many, key, key, Visibility(True, mask=mask), 0.125, 0.0, S2OConfig())
     if has_terms:
         pipeline.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig(ranking=Ranking(channels=32)))

@@ -18,12 +18,14 @@ from s2o_compile.ops.visibility import Visibility
 
 LENGTHS = 16384, 16000, 8193, 32767, 65536
 """Multiples of 16 and others; the first is what kernels are compiled for, where the next lengths rank any keys."""
+MERGED = Ranking(merge_length=0)
 CALLS: dict[str, Callable[[int], tuple[Visibility, Ranking]]] = {
-    "causal": lambda length: (Visibility(True), Ranking()),
-    "both directions": lambda length: (Visibility(), Ranking()),
+    "causal": lambda length: (Visibility(True), MERGED),
+    "both directions": lambda length: (Visibility(), MERGED),
+    "every query": lambda length: (Visibility(True), Ranking(radius=0.0)),
     "window": lambda length: (Visibility(True, window=length // 2 + 1), Ranking()),
-    "offset": lambda length: (Visibility(True, length // 3), Ranking()),
-    "no tail": lambda length: (Visibility(True), Ranking(rule="dropped")),
+    "offset": lambda length: (Visibility(True, length // 3), MERGED),
+    "no tail": lambda length: (Visibility(True), Ranking(merge_length=0, rule="dropped")),
 }
 
 
@@ -67,7 +69,7 @@ def main() -> None:
             query, key = (torch.empty(1, heads, length, 128, dtype=torch.bfloat16, device="meta") for heads in (12, 2))
             visibility, ranking = call(length)
             pipeline.sparse_attention(query, key, key, visibility, 0.1, 0.0, S2OConfig(ranking=ranking))
-            if ranking == Ranking():
+            if ranking == MERGED:
                 dense.attend_densely(query, key, key, visibility, 0.1, 0.0)
             if length != LENGTHS[0]:
                 print(*(f"{name}, {length}: {kernel}" for kernel in new), sep="\n", end="\n" if new else "")

@@ -112,6 +112,7 @@ def draw_config(choose: Choose, thresholds: Sequence[float] = THRESHOLDS, by_ker
             rule=rule,
             pool=choose([1, 1, 2, 4, 16]),
             radius=choose([0.0, 0.5, 1.75, 4.0]),
+            merge_length=choose([0, 0, 0, 100]),
             guides=guides,
             channels=None if is_gain else choose([None, None, 5, 16]),
             lists="head" if is_gain else choose(["kv_head", "head"]) if guides == "head" else "kv_head",

@@ -17,17 +17,19 @@ from s2o_compile.ops.visibility import Visibility
 POSITIONS = 397
 """No multiple of anything."""
 SETTINGS = {
-    "default": S2OConfig(min_length=0),
+    "default": S2OConfig(min_length=0, ranking=Ranking(merge_length=0)),
+    "every query": S2OConfig(min_length=0),
     "dense": S2OConfig(min_length=0, threshold=0),
     "packed": S2OConfig(
-        min_length=0, ranking=Ranking(pool=8, guides="kv_head", channels=None, combine="mean", rule="dropped")
+        min_length=0,
+        ranking=Ranking(pool=8, guides="kv_head", channels=None, combine="mean", rule="dropped"),
     ),
-    "no tail": S2OConfig(min_length=0, ranking=Ranking(rule="dropped")),
+    "no tail": S2OConfig(min_length=0, ranking=Ranking(merge_length=0, rule="dropped")),
     "pool 4": S2OConfig(min_length=0, threshold=1e-3, ranking=Ranking(pool=4)),
-    "lists per head": S2OConfig(min_length=0, ranking=Ranking(lists="head")),
-    "few channels": S2OConfig(min_length=0, ranking=Ranking(channels=16)),
-    "all channels": S2OConfig(min_length=0, ranking=Ranking(channels=None)),
-    "output": S2OConfig(min_length=0, ranking=Ranking(measure="output")),
+    "lists per head": S2OConfig(min_length=0, ranking=Ranking(merge_length=0, lists="head")),
+    "few channels": S2OConfig(min_length=0, ranking=Ranking(merge_length=0, channels=16)),
+    "all channels": S2OConfig(min_length=0, ranking=Ranking(merge_length=0, channels=None)),
+    "output": S2OConfig(min_length=0, ranking=Ranking(merge_length=0, measure="output")),
     "last queries": S2OConfig(min_length=0, last_queries=40),
 }
 

@@ -72,7 +72,9 @@ def test_cuts_between_segments_change_no_bit(
     assert torch.equal(in_chunks(attend, inputs, cuts, window, CONFIG), whole)
 
 
-@pytest.mark.parametrize("fields", [{"channels": 8, "radius": 0.0}, {"channels": None, "radius": 1.5}])
+@pytest.mark.parametrize(
+    "fields", [{"channels": 8, "radius": 0.0}, {"channels": None, "radius": 1.5, "merge_length": 0}]
+)
 def test_channels_and_distances_of_the_call_make_the_difference(fields: dict[str, Any]) -> None:
     query, key, value = inputs_of(64, torch.float32)
     # Small enough that few channels tell nearly all, so that not all rank after all.

@@ -185,14 +185,17 @@ def test_many_batch_entries() -> None:
 
 
 BY_HEAD = S2OConfig(threshold=1e-2, ranking=Ranking(pool=2, lists="head"))
+MERGED = S2OConfig(threshold=1e-2, ranking=Ranking(merge_length=0))
 
 
 @pytest.mark.parametrize(
     "config, half, heads, groups",
     [
-        (S2OConfig(threshold=1e-2), True, 2, 2),
+        (MERGED, True, 2, 2),
+        (MERGED, True, 6, 1),
         (S2OConfig(threshold=1e-2), True, 6, 1),
         (BY_HEAD, False, 2, 2),
+        pytest.param(MERGED, False, 2, 2, marks=SLOW),
         pytest.param(S2OConfig(threshold=1e-2), False, 2, 2, marks=SLOW),
         pytest.param(BY_HEAD, True, 2, 2, marks=SLOW),
         pytest.param(BY_HEAD, True, 6, 1, marks=SLOW),

@@ -108,7 +108,7 @@ def test_the_kernels_merge_as_specified(
     segment, lists = rule
     query, key = (x.float().to(DEVICE) for x in inputs(sizes, width, seed))
     group, length = sizes[2:4]
-    config = S2OConfig(ranking=Ranking(radius=radius, segment=segment, lists=lists))
+    config = S2OConfig(ranking=Ranking(radius=radius, merge_length=0, segment=segment, lists=lists))
     arguments = Arguments(query.flatten(1, 2), key, key, Visibility(), None, 0.5, 0.0, config, query.device)
     got = merge.merge(arguments, key_covariance(sample_moments(query, key, None), key, None, 0.5))
     call = reference.call_of(query.flatten(1, 2), key, key, Visibility(), 0.5)
@@ -137,7 +137,9 @@ def test_a_key_that_a_single_query_wants_is_visited(implementation: Any) -> None
     query = query[:, :, :1] + 0.05 * query
     query[:, :, -40] = 6 * key[:, :, wanted]
     value[:, :, wanted] += 50
-    config = S2OConfig(min_length=0, threshold=0.05, ranking=Ranking(near_keys=0, rule="dropped", channels=None))
+    config = S2OConfig(
+        min_length=0, threshold=0.05, ranking=Ranking(merge_length=0, near_keys=0, rule="dropped", channels=None)
+    )
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
     for changes, is_found in (
         ({"radius": 1.0}, True),
@@ -160,8 +162,10 @@ def test_a_key_that_a_single_query_wants_is_visited(implementation: Any) -> None
     ids=["window", "documents", "mask"],
 )
 def test_queries_that_see_different_keys_are_not_merged(terms: Visibility) -> None:
-    assert not terms.effective_config(S2OConfig()).ranking.merges
-    assert Visibility(True).effective_config(S2OConfig()).ranking.merges
+    config = S2OConfig(ranking=Ranking(merge_length=8))
+    assert not terms.effective_config(config, 8).ranking.merges
+    assert Visibility(True).effective_config(config, 8).ranking.merges
+    assert not Visibility(True).effective_config(config, 7).ranking.merges
 
 
 @pytest.mark.parametrize("fields", [{"pool": 2}, {"guides": "kv_head"}, {"combine": "mean"}, {"radius": 0.0}])
@@ -179,5 +183,6 @@ def test_a_radius_is_a_finite_number(radius: float) -> None:
 def test_the_share_of_guides_is_counted(scale: float, left: float) -> None:
     """Where all queries of a run are alike, a guide for each of three runs; where none are, all queries."""
     query, key = torch.randn(2, 4, 70, 16), torch.randn(2, 2, 90, 16)
-    assert share_of_guides(query, key, scale, S2OConfig()) == pytest.approx(left)
-    assert share_of_guides(query, key, scale, S2OConfig(ranking=Ranking(radius=0.0))) == 1
+    assert share_of_guides(query, key, scale, S2OConfig(ranking=Ranking(merge_length=90))) == pytest.approx(left)
+    for ranking in (Ranking(radius=0.0, merge_length=90), Ranking(merge_length=91)):
+        assert share_of_guides(query, key, scale, S2OConfig(ranking=ranking)) == 1

@@ -25,7 +25,8 @@ from s2o_compile.ops.visibility import Visibility
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 LENGTH = 90
 RANKINGS = {
-    "defaults": Ranking(channels=16),
+    "defaults": Ranking(channels=16, merge_length=0),
+    "every query": Ranking(channels=16),
     "no tail": Ranking(channels=16, rule="dropped"),
     "lists per head": Ranking(lists="head", channels=None),
     "packed": Ranking(pool=8, guides="kv_head", channels=None, rule="dropped", combine="mean"),
@@ -301,7 +302,7 @@ def only_kept(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     return start
 
 
-GPU_RANKINGS = RANKINGS | {"defaults": Ranking()}
+GPU_RANKINGS = RANKINGS | {"defaults": Ranking(merge_length=0)}
 LENGTHS = [1008, 1009, 1024, 33]
 
 

@@ -283,7 +283,7 @@ def test_the_price_of_groups_that_are_ranked_in_all_channels(size: float, groups
     query, key = torch.randn(1, 4, 50, 64) * size, torch.randn(1, 2, 50, 64)
     call = SiteInputs("", query, key, key, {"is_causal": True})
     few, whole = (ranking_share(S2OConfig(ranking=Ranking(channels=x)), 64, 64, 2) for x in (16, None))
-    config = S2OConfig(ranking=Ranking(channels=16))
+    config = S2OConfig(ranking=Ranking(channels=16, merge_length=50))
     price, left = few + (whole - few) * groups_in_all / 2, share_of_guides(query, key, 64**-0.5, config)
     assert call.ranking_share(config.with_ranking(radius=0.0)) == price
     assert 1 / 32 <= left <= 1 and call.ranking_share(config) == price * left
