@@ -17,6 +17,7 @@ GAIN_CHUNK = 128
 """Keys between two checks of the "gain" rule; a multiple of 64."""
 
 _LARGEST_TILE = 128
+_LARGEST_RADIUS = 1_000_000
 _EVERY_QUERY = 2**62
 """As `last_queries`: no query is ranked for."""
 
@@ -100,7 +101,7 @@ class Ranking(_Settings):
     def __post_init__(self) -> None:
         _check_types(self)
         _check(self, "segment", _is_power_of_two(self.segment, 16, 1024), "a power of two from 16 to 1024")
-        _check(self, "radius", 0 <= self.radius < math.inf, "a finite number of at least 0")
+        _check(self, "radius", 0 <= self.radius <= _LARGEST_RADIUS, f"a number from 0 to {_LARGEST_RADIUS:,}")
         up_to_segment = f"a power of two up to segment ({self.segment})"
         _check(self, "pool", _is_power_of_two(self.pool, 1, self.segment), up_to_segment)
         _check(self, "channels", self.channels is None or self.channels >= 1, "None or at least 1")
