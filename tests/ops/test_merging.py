@@ -15,6 +15,7 @@ from s2o_compile.ops.density import share_of_guides
 from s2o_compile.ops.kernels import merge, pipeline
 from s2o_compile.ops.kernels.arguments import Arguments
 from s2o_compile.ops.kernels.channels import key_covariance, sample_moments
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.rule import channels
 from s2o_compile.ops.rule.merging import find_clusters
 from s2o_compile.ops.visibility import Visibility
@@ -148,6 +149,18 @@ def test_a_key_that_a_single_query_wants_is_visited(implementation: Any) -> None
         settings = config.with_ranking(**changes)
         output = implementation.sparse_attention(query, key, value, Visibility(True), 32**-0.5, 0.0, settings).output
         assert (largest_difference(output[:, :, -40], dense[:, :, -40]) < 1) == is_found
+
+
+@pytest.mark.parametrize("lists", ["kv_head", "head"])
+def test_segments_end_in_runs_without_queries(lists: str) -> None:
+    """Of 96 unlike queries none are merged, so that no guide is left for the last quarter of a segment of 128."""
+    torch.manual_seed(5)
+    query, key, value = (torch.randn(1, heads, size, 64) for heads, size in ((2, 96), (1, 300), (1, 300)))
+    config = S2OConfig(ranking=Ranking(segment=128, channels=16, near_keys=0, lists=lists))
+    got = cpu.sparse_attention(10 * query, key, value, Visibility(), 0.125, 0.0, config).output
+    want = reference_attention(*(x.double() for x in (10 * query, key, value)), config=config).output
+    assert config.bounds_weights(64)
+    assert (got - want).norm() < 0.1 * want.norm()
 
 
 @pytest.mark.parametrize(
