@@ -59,8 +59,8 @@ class Ranking(_Settings):
         pool: Consecutive queries averaged into one guide; a power of two, at most `segment`. 1 averages none.
         radius: How far, in logits, a query may lie from the others that score keys together with it: among 32 positions
             of a head, queries are merged whose logits differ by a standard deviation over keys of about this much, and
-            what they differ by is added to the merged query's logits, so that more keys are visited and none of
-            importance is lost. 0 scores every query. Guides that are averaged anyway (`pool` above 1, `guides`
+            what they differ by is added to the merged query's logits, so that keys that only one of them wants are
+            visited too. 0 scores every query. Guides that are averaged anyway (`pool` above 1, `guides`
             "kv_head", `combine` "mean") are not merged, nor are queries where a window, documents or a mask let
             neighbours see different keys.
         guides: "head" for guides of each query head, "kv_head" for guides averaged over the query heads of a KV head.
