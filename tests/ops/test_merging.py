@@ -155,10 +155,10 @@ def test_a_key_that_a_single_query_wants_is_visited(implementation: Any) -> None
 def test_segments_end_in_runs_without_queries(lists: str) -> None:
     """Of 96 unlike queries none are merged, so that no guide is left for the last quarter of a segment of 128."""
     torch.manual_seed(5)
-    query, key, value = (torch.randn(1, heads, size, 64) for heads, size in ((2, 96), (1, 300), (1, 300)))
+    query, key, value = 10 * torch.randn(1, 2, 96, 64), torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, 64)
     config = S2OConfig(ranking=Ranking(segment=128, channels=16, near_keys=0, lists=lists))
-    got = cpu.sparse_attention(10 * query, key, value, Visibility(), 0.125, 0.0, config).output
-    want = reference_attention(*(x.double() for x in (10 * query, key, value)), config=config).output
+    got = cpu.sparse_attention(query, key, value, Visibility(), 0.125, 0.0, config).output
+    want = reference_attention(query.double(), key.double(), value.double(), config=config).output
     assert config.bounds_weights(64)
     assert (got - want).norm() < 0.1 * want.norm()
 
