@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ GAIN_CHUNK = 128
 """Keys between two checks of the "gain" rule; a multiple of 64."""
 
 _LARGEST_TILE = 128
+_LARGEST_RADIUS = 1_000_000
 _EVERY_QUERY = 2**62
 """As `last_queries`: no query is ranked for."""
 
@@ -59,8 +59,8 @@ class Ranking(_Settings):
         pool: Consecutive queries averaged into one guide; a power of two, at most `segment`. 1 averages none.
         radius: How far, in logits, a query may lie from the others that score keys together with it: among 32 positions
             of a head, queries are merged whose logits differ by a standard deviation over keys of about this much, and
-            what they differ by is added to the merged query's logits, so that more keys are visited and none of
-            importance is lost. 0 scores every query. Guides that are averaged anyway (`pool` above 1, `guides`
+            what they differ by is added to the merged query's logits, so that keys that only one of them wants are
+            visited too. 0 scores every query. Guides that are averaged anyway (`pool` above 1, `guides`
             "kv_head", `combine` "mean") are not merged, nor are queries where a window, documents or a mask let
             neighbours see different keys.
         merge_length: The keys of a call from which on queries are merged: with fewer that takes as long as it saves.
@@ -104,7 +104,7 @@ class Ranking(_Settings):
         _check_types(self)
         _check(self, "segment", _is_power_of_two(self.segment, 16, 1024), "a power of two from 16 to 1024")
         _check(self, "merge_length", self.merge_length >= 0, "at least 0")
-        _check(self, "radius", 0 <= self.radius < math.inf, "a finite number of at least 0")
+        _check(self, "radius", 0 <= self.radius <= _LARGEST_RADIUS, f"a number from 0 to {_LARGEST_RADIUS:,}")
         up_to_segment = f"a power of two up to segment ({self.segment})"
         _check(self, "pool", _is_power_of_two(self.pool, 1, self.segment), up_to_segment)
         _check(self, "channels", self.channels is None or self.channels >= 1, "None or at least 1")

@@ -59,7 +59,7 @@ def choose_tasks(names: list[str] | None, settings: Settings) -> list[str]:
     _check_names("--task", names or [], TASKS)
     _check_names("--filler", [settings.filler], FILLERS)
     if (settings.filler == "document") != (settings.text is not None):
-        raise UsageError(f"--filler {settings.filler} does not go with {'a' if settings.text else 'no'} --document.")
+        raise UsageError(f"--filler {settings.filler} {'takes no' if settings.text else 'needs a'} --document.")
     if settings.text is not None:
         check_document(settings.text, LEAST_LENGTH)
     return [task for task in TASKS if not names or task in names]
@@ -74,7 +74,7 @@ def _check_names(option: str, names: list[str], known: dict[str, Any]) -> None:
 def main(
     model: Model = None,
     length: Annotated[list[int] | None, typer.Option(help="Tokens of a document; repeatable.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"One of {'; '.join(METHODS)}. Repeatable.")] = None,
     s2o: Annotated[
         list[str] | None, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable.")
     ] = None,

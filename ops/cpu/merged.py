@@ -61,9 +61,9 @@ class MergedQueries:
 
     @functools.cached_property
     def owner(self) -> torch.Tensor:
-        """The guide of each query [segments, G, segment]."""
+        """The guide of each query [segments, G, segment]; the first one past the end."""
         before = self.clusters.number.cumsum(-1) - self.clusters.number
-        owner = (self.clusters.owner + before[..., None]).flatten(2)
+        owner = torch.where(self.in_run, self.clusters.owner + before[..., None], 0).flatten(2)
         return owner.unflatten(2, (-1, self.segment)).transpose(0, 1).flatten(1, 2)
 
 

@@ -15,6 +15,7 @@ from s2o_compile.ops.density import share_of_guides
 from s2o_compile.ops.kernels import merge, pipeline
 from s2o_compile.ops.kernels.arguments import Arguments
 from s2o_compile.ops.kernels.channels import key_covariance, sample_moments
+from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.rule import channels
 from s2o_compile.ops.rule.merging import find_clusters
 from s2o_compile.ops.visibility import Visibility
@@ -152,6 +153,18 @@ def test_a_key_that_a_single_query_wants_is_visited(implementation: Any) -> None
         assert (largest_difference(output[:, :, -40], dense[:, :, -40]) < 1) == is_found
 
 
+@pytest.mark.parametrize("lists", ["kv_head", "head"])
+def test_segments_end_in_runs_without_queries(lists: str) -> None:
+    """Of 96 unlike queries none are merged, so that no guide is left for the last quarter of a segment of 128."""
+    torch.manual_seed(5)
+    query, key, value = 10 * torch.randn(1, 2, 96, 64), torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, 64)
+    config = S2OConfig(ranking=Ranking(merge_length=0, segment=128, channels=16, near_keys=0, lists=lists))
+    got = cpu.sparse_attention(query, key, value, Visibility(), 0.125, 0.0, config).output
+    want = reference_attention(query.double(), key.double(), value.double(), config=config).output
+    assert config.bounds_weights(64)
+    assert (got - want).norm() < 0.1 * want.norm()
+
+
 @pytest.mark.parametrize(
     "terms",
     [
@@ -173,9 +186,9 @@ def test_means_are_not_merged(fields: dict[str, object]) -> None:
     assert not Ranking(**fields).merges  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("radius", [-1.0, math.inf, math.nan])
-def test_a_radius_is_a_finite_number(radius: float) -> None:
-    with pytest.raises(ValueError, match="radius must be a finite number of at least 0, not"):
+@pytest.mark.parametrize("radius", [-1.0, math.inf, math.nan, 1e20])
+def test_a_radius_is_bounded(radius: float) -> None:
+    with pytest.raises(ValueError, match="radius must be a number from 0 to 1,000,000, not"):
         Ranking(radius=radius)
 
 
