@@ -52,6 +52,7 @@ def trace_head(
         scale: Factor of the logits.
         config: The rule.
     """
+    config = visibility.effective_config(config, key.shape[2])
     geometry = Geometry.of(query, key, visibility, config)
     index, member = divmod(head, query.shape[1] // key.shape[1])
     kv_head = KVHead.of(query, key, value, visibility, 0, index, geometry, scale, 0.0, config)

@@ -139,7 +139,8 @@ def test_the_kernel_attends_again_where_weights_outgrow_a_maximum() -> None:
     key[:, :, :64] *= 60
     mask = seen(query, key, Visibility(True))
     want = dense(query, key, value, mask, 1.0)
-    assert largest_difference(attend_densely(query, key, value, Visibility(True), 1.0, 0.0)[0], want) < 1e-4
+    # Logits of a thousand, rounded in float32.
+    assert largest_difference(attend_densely(query, key, value, Visibility(True), 1.0, 0.0)[0], want) < 1e-3
 
 
 @pytest.mark.parametrize(
