@@ -20,7 +20,7 @@ import typer
 from s2o_compile._console import UsageError
 from s2o_compile.ops.layout import LAYOUTS
 from s2o_compile.testbed.document import check_document
-from s2o_compile.testbed.model import choose_device, choose_dtype
+from s2o_compile.testbed.model import check_model, choose_device, choose_dtype
 from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
 
 from ..command import progress_bars, run, wide_console
@@ -64,6 +64,8 @@ def main(
     subjects, counts, layouts = subject or [OPERATOR], ranks or [2], layout or [LAYOUTS[0]]
     lengths = length or LENGTHS[place.type]
     check(shape, layouts, lengths, counts, density, place)
+    for name in set(subjects) - {OPERATOR, RANDOM_LLAMA, SMOLLM2}:
+        check_model(name)
     if any(name not in (OPERATOR, RANDOM_LLAMA) for name in subjects):
         check_document(document, min(lengths))
     if output:

@@ -14,9 +14,16 @@ from ..timing import Run, wall_seconds, with_peak_memory
 
 
 def on_ranks(count: int, device: str, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What the first of so many new processes returns, which all do the same work; over NCCL on GPUs, gloo on a CPU."""
+    """What the first of so many new processes returns, which all do the same work; over NCCL on GPUs, gloo on a CPU.
+
+    Raises:
+        RuntimeError: One of them failed; the message is the last line of what it says.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_work, (count, device, Path(folder), work, arguments), nprocs=count)
+        try:
+            torch.multiprocessing.spawn(_work, (count, device, Path(folder), work, arguments), nprocs=count)
+        except torch.multiprocessing.ProcessRaisedException as error:
+            raise RuntimeError(str(error).strip().splitlines()[-1]) from error
         return torch.load(Path(folder) / "result", weights_only=False)
 
 

@@ -83,6 +83,22 @@ def load_model(name: str | None, device: torch.device, dtype: torch.dtype) -> tu
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
+def check_model(name: str) -> None:
+    """Refuse the name of a model of transformers whose configuration cannot be loaded, before anything else is done.
+
+    Raises:
+        UsageError: A package is missing, or there is no such model.
+    """
+    _require_packages()
+    from transformers import AutoConfig
+
+    try:
+        with _quiet():
+            AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
 def check_length(model: Any, name: str, length: int) -> None:
     """Refuse a document that is longer than the model was made for.
 

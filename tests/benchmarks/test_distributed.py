@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.distributed.ranks import on_ranks
 from s2o_compile import cli
 
 
@@ -47,11 +48,21 @@ def test_the_operator(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
         (["--length", "128", "--layout", "zigzag"], "--layout must be head-tail or contiguous, not 'zigzag'."),
         (["--length", "128", "--shape", "gpt"], "--shape must be one of"),
         (["--length", "128", "--density", "1"], "--density must be between 0 and 1, not 1.0."),
+        (["--length", "128", "--subject", "./no/model"], "The model ./no/model cannot be loaded: "),
     ],
 )
 def test_errors_are_one_sentence(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, printed, errors = run(capsys, *arguments)
     assert code == 2 and not printed and message in errors
+
+
+def fail() -> None:
+    raise ValueError("what went wrong")
+
+
+def test_a_rank_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"^ValueError: what went wrong$"):
+        on_ranks(1, "cpu", fail)
 
 
 @pytest.mark.slow
