@@ -108,17 +108,6 @@ def add_keys(
         inside = tl.max(seen.to(tl.int32), 0) > 0
     keys = load_rows(key, index, inside, KEY_STRIDE, D, BLOCK_D)
     values = load_rows(value, index, inside, VALUE_STRIDE, DV, BLOCK_DV)
-    return add_loaded(
-        maximum, mass, total, rows, keys, values, seen, bias, limit, unit, softcap, FIXED, SOFTCAP, PRECISION
-    )
-
-
-@triton.jit
-def add_loaded(
-    maximum, mass, total, rows, keys, values, seen, bias, limit, unit, softcap,
-    FIXED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`add_keys`, of keys [N, D] and values [N, Dv] that are loaded."""
     logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION)
     if SOFTCAP:
         logits = cap(logits, softcap)
@@ -360,16 +349,13 @@ def attend_kernel(
         if SAMPLED:
             bias = ahead.to(tl.float32) * (1 / unit)
         ahead = _load_log_weights(log_weights, column + BLOCK_N, whole, SAMPLED)
-        seen, inside = None, None
+        seen = None
         if rows_differ:
             seen = see(terms, places[0], places[1], places[2], chosen, lane < BLOCK_N, False, WINDOW, DOCUMENTS, MASK)
-            # What a key holds that no row sees does not matter.
-            inside = tl.max(seen.to(tl.int32), 0) > 0
-        some_keys = load_rows(key, chosen, inside, KEY_STRIDE, D, BLOCK_D)
-        values = load_rows(value, chosen, inside, VALUE_STRIDE, DV, BLOCK_DV)
-        maximum, mass, total = add_loaded(
-            maximum, mass, total, rows, some_keys, values, seen, bias, limit, unit, softcap, FIXED, SOFTCAP, PRECISION
-        )
+        maximum, mass, total = add_keys(
+            maximum, mass, total, rows, key, value, chosen, None, seen, bias, limit,
+            unit, softcap, KEY_STRIDE, VALUE_STRIDE, FIXED, rows_differ, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
 
     # 4. Overflow retry: with a running maximum, where far larger logits came later than the fixed one.
     if FIXED and _outgrew(maximum, mass, rows.dtype):

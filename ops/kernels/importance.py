@@ -11,14 +11,12 @@ from . import quantise
 from . import tiling as tilings
 from .arguments import Arguments
 from .helpers import (
-    FIRST_KEYS,
     FLAGS_PER_WORD,
     KEY_BLOCK,
     LOG2_E,
     dot_logits,
     float32,
     load_guides,
-    load_padding,
     load_rows,
     mask_terms,
     pack_halves,
@@ -32,7 +30,7 @@ from .helpers import (
 from .launch import launch
 from .lists import empty_importance
 from .merged_importance import score_merged
-from .products import LANES, by_segment, larger, pack_flags, place_rows
+from .products import LANES, by_segment, decided, pack_flags, place_rows, raise_largest
 from .quantise import Operands
 from .scoring import Scoring
 from .tiling import importance_tiling
@@ -225,23 +223,14 @@ def importance_kernel(
                 logits = tl.where(seen, logits, float("-inf"))
                 visible = tl.maximum(visible, tl.max(by_segment(seen.to(tl.int32), SEGMENTS, beside), 2))
             of_segments = by_segment(logits, SEGMENTS, beside)
-            if HALF:
-                largest = larger(largest, tl.reduce(of_segments, 2, larger))
-            elif TAKES_MEAN:
+            if TAKES_MEAN:
                 mean += tl.sum(tl.exp2(of_segments), 2)
             else:
-                # A maximum over guides does not propagate the NaN of one of them.
-                blind = by_segment((origin != origin).to(tl.int32)[None, :], SEGMENTS, beside)
-                blind = tl.where(tl.max(blind, 2) > 0, float("inf"), float("-inf"))
-                largest = larger(larger(largest, blind), tl.max(of_segments, 2))
+                largest = raise_largest(largest, of_segments, origin, SEGMENTS, beside, HALF)
         score = mean * (step / (heads * present))[None, :] if TAKES_MEAN else tl.exp2(largest.to(tl.float32)) * step
-        if MEASURES_OUTPUT:
-            score *= tl.load(distances + column, mask=column < keys, other=1.0)[:, None]
-        score += tl.where(column < FIRST_KEYS, float("inf"), 0.0)[:, None]
-        if HAS_PADDING:
-            score = tl.where(load_padding(padding, column, column < keys, True)[:, None], score, -1.0)
-        if not CAUSAL:
-            score = tl.where((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]), score, -1.0)
+        score = decided(
+            score, column, keys, low, high, distances, padding, MEASURES_OUTPUT, HAS_PADDING, CAUSAL
+        )  # fmt: skip
         if rows_differ:
             score = tl.where(visible > 0, score, -1.0)
         if SAMPLED:

@@ -11,14 +11,12 @@ from . import quantise
 from . import tiling as tilings
 from .arguments import Arguments
 from .helpers import (
-    FIRST_KEYS,
     FLAGS_PER_WORD,
     KEY_BLOCK,
     LOG2_E,
     dot_logits,
     float32,
     load_guides,
-    load_padding,
     load_rows,
     pack_halves,
     round_up,
@@ -28,15 +26,13 @@ from .helpers import (
 )
 from .launch import launch
 from .merge import MergedGuides
-from .products import LANES, by_segment, larger, pack_flags, place_rows
+from .products import LANES, by_segment, decided, larger, pack_flags, place_rows, raise_largest
 from .quantise import Operands
 from .scoring import Scoring
 from .tiling import merged_importance_tiling
 from .variants import kernel
 
 NEGLECT_LIMIT = tl.constexpr(channels.NEGLECT_LIMIT)
-MIN_ROWS = 32
-"""Guides of a segment that are multiplied at once; some of its last are fewer."""
 
 
 def score_merged(
@@ -53,7 +49,7 @@ def score_merged(
     capacity, most = arguments.capacity(segments[-1]), arguments.guides_of_segment
     half = quantise.sums_in_half(operands, False, arguments.device)
     tiling = merged_importance_tiling(key.shape[-1], key.element_size(), half)
-    together = tiling.segments(min(most, MIN_ROWS))
+    together = tiling.segments(min(most, tilings.MERGED_ROWS))
     programs = -(-len(segments) // together) * -(-(capacity + config.ranking.segment * together) // tilings.CHUNK)
     launch(
         merged_importance_kernel, (programs, arguments.lists, arguments.batch_kv_heads),
@@ -122,21 +118,13 @@ def _score_chunk(
             rows, origin = parts[part]
             if HALF:
                 logits = scale_and_add(tl.dot(block, tl.trans(rows), out_dtype=tl.float16), scale, origin)
-                largest = larger(largest, tl.reduce(by_segment(logits, SEGMENTS, LANES), 2, larger))
             else:
                 logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) + origin[None, :]
-                # A maximum over guides does not propagate the NaN of one of them.
-                blind = by_segment((origin != origin).to(tl.int32)[None, :], SEGMENTS, LANES)
-                blind = tl.where(tl.max(blind, 2) > 0, float("inf"), float("-inf"))
-                largest = larger(larger(largest, blind), tl.max(by_segment(logits, SEGMENTS, LANES), 2))
+            largest = raise_largest(largest, by_segment(logits, SEGMENTS, LANES), origin, SEGMENTS, LANES, HALF)
         score = tl.exp2(largest.to(tl.float32)) * step
-        if MEASURES_OUTPUT:
-            score *= tl.load(distances + column, mask=column < keys, other=1.0)[:, None]
-        score += tl.where(column < FIRST_KEYS, float("inf"), 0.0)[:, None]
-        if HAS_PADDING:
-            score = tl.where(load_padding(padding, column, column < keys, True)[:, None], score, -1.0)
-        if not CAUSAL:
-            score = tl.where((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]), score, -1.0)
+        score = decided(
+            score, column, keys, low, high, distances, padding, MEASURES_OUTPUT, HAS_PADDING, CAUSAL
+        )  # fmt: skip
         if SAMPLED:
             pointers = importance[None, :] + column[:, None]
             written = column[:, None] < end[None, :]

@@ -25,9 +25,9 @@ from .helpers import (
     unit_scale,
 )
 from .launch import launch
-from .merge import MERGED, MergedGuides
+from .merge import MergedGuides
 from .quantise import Operands
-from .tiling import normaliser_tiling
+from .tiling import MERGED_ROWS, normaliser_tiling
 from .variants import kernel
 
 
@@ -40,8 +40,7 @@ def normalisers(arguments: Arguments, operands: Operands, merged: MergedGuides |
     lse = torch.empty(guides.shape[:-1], dtype=torch.float32, device=guides.device)
     total = guides.shape[2] * arguments.guides_of_segment
     tiling = normaliser_tiling(key.shape[-1], key.element_size(), total)
-    # Of merged guides there may be few, so programs have a few of many segments.
-    together = tiling.segments(total if merged is None else min(total, MERGED))
+    together = tiling.segments(total if merged is None else min(total, MERGED_ROWS))
     of_merged = (lse, lse) if merged is None else (merged.counts, merged.first)
     grid = (-(-segments // together), -(-total * together // tiling.rows), arguments.batch_kv_heads)
     launch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .helpers import FLAGS_PER_WORD
+from .helpers import FIRST_KEYS, FLAGS_PER_WORD, load_padding
 
 LANES = tl.constexpr(4)
 """Threads that share a row of a product."""
@@ -52,3 +52,35 @@ def pack_flags(flags):
     bit = 1 << tl.arange(0, flags.shape[0]) % FLAGS_PER_WORD
     bits = tl.where(flags, bit[:, None], 0)
     return tl.sum(tl.reshape(bits, [flags.shape[0] // FLAGS_PER_WORD, FLAGS_PER_WORD, flags.shape[1]]), 1).to(tl.int16)
+
+
+@triton.jit
+def raise_largest(largest, of_segments, origin, SEGMENTS: tl.constexpr, BESIDE: tl.constexpr, HALF: tl.constexpr):
+    """`largest` [N, SEGMENTS], or the largest of the logits `of_segments` [N, SEGMENTS, guides]; NaN if one is.
+
+    `origin` is what was added to the logits of each guide; not read with HALF.
+    """
+    if HALF:
+        largest = larger(largest, tl.reduce(of_segments, 2, larger))
+    else:
+        # A maximum over guides does not propagate the NaN of one of them.
+        blind = by_segment((origin != origin).to(tl.int32)[None, :], SEGMENTS, BESIDE)
+        blind = tl.where(tl.max(blind, 2) > 0, float("inf"), float("-inf"))
+        largest = larger(larger(largest, blind), tl.max(of_segments, 2))
+    return largest
+
+
+@triton.jit
+def decided(
+    score, column, keys, low, high, distances, padding,
+    MEASURES_OUTPUT: tl.constexpr, HAS_PADDING: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """The scores of keys [N, SEGMENTS] where they decide: times distances, infinite for the first keys, -1 for none."""
+    if MEASURES_OUTPUT:
+        score *= tl.load(distances + column, mask=column < keys, other=1.0)[:, None]
+    score += tl.where(column < FIRST_KEYS, float("inf"), 0.0)[:, None]
+    if HAS_PADDING:
+        score = tl.where(load_padding(padding, column, column < keys, True)[:, None], score, -1.0)
+    if not CAUSAL:
+        score = tl.where((column[:, None] < low[None, :]) | (column[:, None] >= high[None, :]), score, -1.0)
+    return score

@@ -20,16 +20,15 @@ from .select import select
 def scoring_of(arguments: Arguments, query: torch.Tensor) -> Scoring:
     """Operands, normalisers and corrections for all segments, given queries or pooled guides [B, Hkv, G or 1, n, D]."""
     key, channels, scale = arguments.key, arguments.config.ranking.channels, arguments.scale
-    picks, padding = picks_channels(channels, key.shape[-1]), arguments.visibility.key_padding
-    moments = sample_moments(query, key, padding) if picks or arguments.config.ranking.merges else None
-    merged = None
-    if moments is not None and arguments.config.ranking.merges:
-        merged = merge(arguments, key_covariance(moments, key, padding, scale))
+    few, merges = channels if picks_channels(channels, key.shape[-1]) else None, arguments.config.ranking.merges
+    padding = arguments.visibility.key_padding
+    moments = sample_moments(query, key, padding) if few is not None or merges else None
+    merged = merge(arguments, key_covariance(moments, key, padding, scale)) if moments and merges else None
     guides, count = (query, None) if merged is None else (merged.rows, merged.counts)
     subset: Operands | None = None
     neglected: torch.Tensor | None
-    if moments is not None and picks_channels(channels, key.shape[-1]):
-        picked, neglected = select_channels(moments, key, padding, channels, scale)
+    if moments and few is not None:
+        picked, neglected = select_channels(moments, key, padding, few, scale)
         all_channels, subset = operands_of_channels(arguments, guides, picked, count)
     else:
         projected = project(query, key, channels, scale, arguments.valid, guides)

@@ -14,6 +14,8 @@ SHARED_MEMORY = 96 * 1024
 """Bytes that operands may take while they wait for their turn; every GPU that is supported has as many."""
 CHUNK = 4096
 """Keys that one program scores."""
+MERGED_ROWS = 32
+"""Guides of a segment that a kernel takes at once where queries are merged, and there may be few."""
 MAX_GUIDE_BYTES = 32 * 1024
 """Bytes of guides that stay with a program while it goes through its keys."""
 

@@ -107,7 +107,7 @@ def principal_directions(
     if not picks_channels(channels, key.shape[-1]):
         of_queries, of_keys = _improved(of_keys, queries, keys)
     missing = torch.eye(key.shape[-1], dtype=keys.dtype, device=key.device) - of_queries @ of_keys.mT
-    spread = keys - mean[..., :, None] * mean[..., None, :]
+    spread = _covariance(keys, mean)
     neglected = ((queries @ missing) * (missing @ spread)).sum((-2, -1)).clamp_min(0)
     return of_queries.to(query.dtype), of_keys.to(key.dtype), neglected
 
@@ -115,8 +115,11 @@ def principal_directions(
 def key_covariance(key: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
     """The covariance of about `_ROWS` of the `valid` [..., Lk] keys [..., Lk, D]: [..., D, D], float64."""
     some = _sampled(masked(key, valid), key.shape[-2])
-    keys, mean = _moments(some, counted_keys(valid, key.shape[-2]))
-    return keys - mean[..., :, None] * mean[..., None, :]
+    return _covariance(*_moments(some, counted_keys(valid, key.shape[-2])))
+
+
+def _covariance(moments: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    return moments - mean[..., :, None] * mean[..., None, :]
 
 
 def _improved(basis: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
