@@ -21,6 +21,7 @@ class MergedQueries:
         in_run: Which queries are real [segments, parts, `MERGED`].
         slots: The clusters that are guides, in order, those that are not `real` being any [lists, segments, n].
         real: Guides [segments, lists, n], boolean.
+        segment: Positions of a segment.
     """
 
     clusters: Clusters
