@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch.nn.functional import pad
 
 BLOCK = 128
 """Positions of a block, of queries and of keys, as all block rules publish it."""
+PAIRS_AT_ONCE = 2**26
+"""Pairs of a query and a key whose attention is held at once."""
 
 
 def cut(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -25,6 +28,12 @@ def pool(x: torch.Tensor, size: int = BLOCK) -> torch.Tensor:
 def causal(blocks: int, device: torch.device) -> torch.Tensor:
     """Which blocks of keys start no later than a block of queries [blocks, blocks]."""
     return torch.ones(blocks, blocks, dtype=torch.bool, device=device).tril()
+
+
+def strips(length: int, rows: int) -> Iterator[range]:
+    """Consecutive positions, multiples of `rows` but for the last, whose attention to all `length` is small enough."""
+    size = max(1, PAIRS_AT_ONCE // (rows * length)) * rows
+    return (range(first, min(first + size, length)) for first in range(0, length, size))
 
 
 def probability(query: torch.Tensor, key: torch.Tensor, scale: float, allowed: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..captured import Layer
-from .blocks import last_attention
+from .blocks import last_attention, pool, strips
 from .visit import Visit
 
 KEPT = 0.1
@@ -74,10 +74,11 @@ def pooled_attention(layer: Layer) -> torch.Tensor:
     pooled = layer.key.new_zeros(len(layer.key), -(-layer.length // TILE), layer.length, dtype=torch.float32)
     for index in range(len(layer.key)):
         query, key, _ = (x.float() for x in layer.group(index))
-        for tile, start in enumerate(range(0, layer.length, TILE)):
-            end = min(start + TILE, layer.length)
+        for strip in strips(layer.length, TILE):
+            tiles = slice(strip.start // TILE, -(-strip.stop // TILE))
             for head in query:
-                pooled[index, tile, :end] += last_attention(head[:end], key[:end], layer.scale, end - start).mean(0)
+                attention = last_attention(head[: strip.stop], key[: strip.stop], layer.scale, len(strip))
+                pooled[index, tiles, : strip.stop] += pool(attention, TILE)
     return pooled / (layer.heads // len(layer.key))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .blocks import BLOCK, causal, cover, cut, last_attention
+from .blocks import BLOCK, causal, cover, cut, last_attention, strips
 from .visit import Visit
 
 THRESHOLD = 0.9
@@ -40,8 +40,8 @@ def block_scores(query: torch.Tensor, key: torch.Tensor, scale: float, size: int
     """Causal attention among folded positions, summed over blocks of `size` of them: [blocks, blocks]."""
     blocks = len(key) // size
     scores = key.new_zeros(blocks, blocks)
-    for row in range(blocks):
-        end = (row + 1) * size
-        attention = last_attention(query[:end], key[:end], scale, size)
-        scores[row, : row + 1] = attention.unflatten(1, (-1, size)).sum((0, 2))
+    for strip in strips(len(key), size):
+        attention = last_attention(query[: strip.stop], key[: strip.stop], scale, len(strip))
+        summed = attention.unflatten(1, (-1, size)).sum(2).unflatten(0, (-1, size)).sum(1)
+        scores[strip.start // size : strip.stop // size, : strip.stop // size] = summed
     return scores

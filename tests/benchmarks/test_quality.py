@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from benchmarks.baselines.flashprefill_v2 import flashprefill_v2
 from benchmarks.baselines.group import Group
+from benchmarks.baselines.kernel import attend_visit
 from benchmarks.captured import Layer
 from benchmarks.inputs import Structure
 from benchmarks.judge import Judge
@@ -42,7 +43,7 @@ from s2o_compile.testbed.document import MIDDLE
 
 from ..examples import examples
 from ..passes.models import VOCABULARY, tiny
-from .test_baselines import RULES
+from .test_baselines import GROUP_RULES, RULES
 
 
 class Characters:
@@ -237,6 +238,16 @@ class TestAttention:
         for head, visit in enumerate(visits):
             torch.testing.assert_close(output[head], judge.attend(head, visit)[0], atol=1e-5, rtol=1e-4)
         assert (output - judge.output).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("name", ["pbs", "streaming", "flashprefill v2"])
+    def test_the_kernel_attends_what_masks_leave(self, name: str) -> None:
+        """Blocks of permuted keys, single keys, and means behind keys; the length is no multiple of a tile."""
+        some, (function, dials) = layer(1000), GROUP_RULES[name]
+        visit = next(function(Group(*some.group(0), some.scale), dials[:1]))[0]
+        assert not visit.mask.all() and (visit.means is None or visit.means.any())
+        one = replace(some, query=some.query[:1], key=some.key[:1], value=some.value[:1])
+        output = attend_visit(*one.head(0), one.scale, visit)
+        torch.testing.assert_close(output, attend_visits(one, [visit])[0], atol=1e-5, rtol=1e-4)
 
     def test_whoever_keeps_everything_is_dense_attention(self) -> None:
         some = layer()
