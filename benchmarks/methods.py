@@ -72,21 +72,25 @@ def operator_scores(config: S2OConfig, judge: Judge, settings: Sequence[float]) 
     scores = []
     for threshold in settings:
         chosen = dataclasses.replace(config, threshold=threshold, min_length=0)
-        result, share = operator_attention(chosen, layer)
+        result = operator_attention(chosen, layer.scale, *(x[None] for x in (layer.query, layer.key, layer.value)))
+        share = operator_density(chosen, layer, result)
         output, lse = (x[0, :, judge.judged].float() for x in (result.output, result.lse))
         losses = [judge.loss(head, output[head], lse[head]) for head in range(layer.heads)]
         scores.append(judge.score(losses, share, ranking_flops(layer, chosen)))
     return scores
 
 
-def operator_attention(config: S2OConfig, layer: Layer) -> tuple[AttentionResult, float]:
-    """What the operator gives for a layer, in a batch of one, and its density."""
-    tensors = (x[None] for x in (layer.query, layer.key, layer.value))
-    result = AttentionResult(
-        *torch.ops.s2o.attention_stats(*tensors, is_causal=True, scale=layer.scale, **config.arguments())
-    )
-    share = density(result.visited, layer.length, layer.length, True, 0, config.ranking.tile).mean()
-    return result, float(share)
+def operator_attention(
+    config: S2OConfig, scale: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> AttentionResult:
+    """What the operator gives, causally."""
+    arguments = config.arguments()
+    return AttentionResult(*torch.ops.s2o.attention_stats(query, key, value, is_causal=True, scale=scale, **arguments))
+
+
+def operator_density(config: S2OConfig, layer: Layer, result: AttentionResult) -> float:
+    """The density of what the operator gave for a layer."""
+    return float(density(result.visited, layer.length, layer.length, True, 0, config.ranking.tile).mean())
 
 
 def ranking_flops(layer: Layer, config: S2OConfig) -> float:

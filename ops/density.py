@@ -94,8 +94,7 @@ def share_of_guides(query: torch.Tensor, key: torch.Tensor, scale: float, config
     guides = 0
     for queries, keys in zip(query, key, strict=True):
         covariance = key_covariance(keys, None).float()
-        for head, rows in enumerate(queries):
-            runs = torch.nn.functional.pad(rows.float() * scale, (0, 0, 0, -length % run)).unflatten(0, (-1, run))
-            of_keys = covariance[head * len(keys) // len(queries)]
+        for rows, of_keys in zip(queries.unflatten(0, (len(keys), -1)), covariance, strict=True):
+            runs = torch.nn.functional.pad(rows.float() * scale, (0, 0, 0, -length % run)).unflatten(1, (-1, run))
             guides += int(find_clusters(runs, real, of_keys, ranking.radius).number.sum())
     return guides / (query.shape[0] * query.shape[1] * length)

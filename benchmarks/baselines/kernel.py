@@ -1,4 +1,4 @@
-"""Attention over what a query head visits, on a GPU: only the visited keys are read, and no mask of all pairs is made."""
+"""Attention over what a query head visits, on a GPU: only visited keys are read, and no mask of all pairs is made."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def attend_visit(
     output, lse = _attend(query, key, value, scale, visit, is_means=False)
     if visit.means is None:
         return output
-    means = (pool(x.float(), visit.block).to(x.dtype) for x in (key, value))
-    of_means, lse_of_means = _attend(query, *means, scale, visit, is_means=True)
+    mean_key, mean_value = (pool(x.float(), visit.block).to(x.dtype) for x in (key, value))
+    of_means, lse_of_means = _attend(query, mean_key, mean_value, scale, visit, is_means=True)
     share = torch.sigmoid(lse_of_means + math.log(visit.block) - lse)[:, None]
     return torch.lerp(output.float(), of_means.float(), share).to(output.dtype)
 

@@ -23,12 +23,13 @@ from s2o_compile.testbed.options import Device, DType, Json, Model, make_folder,
 
 from ..baselines.kascade import DEVELOPMENT_TOKENS
 from ..command import progress_bars, run, wide_console
+from ..prefill.backends import CUDNN_FIRST, preferring
 from ..results import as_text, versions
 from ..results import save as save_result
 from .attention import COMPARED, DENSE, METHODS, Attention, Reusing, operator
 from .cases import Settings, build_case
 from .filler import FILLERS
-from .journal import Journal
+from .journal import Journal, check_configuration
 from .page import save_page
 from .report import LEGEND, as_dict, tables
 from .run import Outcome, read_case
@@ -101,16 +102,19 @@ def main(
     tasks = choose_tasks(task, settings)
     lengths = sorted(set(length or LENGTHS))
     place = choose_device(device)
+    name = model_name(None, model and str(Path(model).resolve()))
+    known = describe(name, choose_dtype(dtype, place), yarn, settings)
     if output:
         make_folder(output)
-    with progress_bars(*_columns()) as progress:
+        check_configuration(output / ANSWERS, known | {"versions": versions()})
+    with progress_bars(*_columns()) as progress, preferring(CUDNN_FIRST):
         bar = progress.add_task("Loading the model")
         loaded, tokenizer = load_model(model, place, choose_dtype(dtype, place))
         if yarn is not None:
             stretch(loaded, yarn)
-        name = model_name(loaded, model)
         check_length(loaded, name, lengths[-1])
-        configuration = describe(loaded, name, settings)
+        rope = getattr(loaded.config.get_text_config(), "rope_parameters", None)
+        configuration = known | {"rope": rope}
         journal = Journal(output / ANSWERS if output else None, name, configuration | {"versions": versions()})
         left = unread(journal, methods, list(itertools.product(lengths, range(samples), tasks)))
         for size, each in itertools.product(lengths, tasks):
@@ -160,14 +164,12 @@ def _columns() -> tuple[ProgressColumn, ...]:
     return TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
 
 
-def describe(model: Any, name: str, settings: Settings) -> dict[str, Any]:
-    """The settings of all documents of a run."""
-    weight = next(model.parameters())
-    config = model.config.get_text_config()
+def describe(name: str, dtype: torch.dtype, yarn: float | None, settings: Settings) -> dict[str, Any]:
+    """What all answers of a run depend on, as far as it is known before the model is loaded."""
     return {
         "model": name,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "rope": getattr(config, "rope_parameters", None),
+        "dtype": str(dtype).removeprefix("torch."),
+        "yarn": yarn,
         "s2o": S2OConfig().to_dict(),
         "documents": asdict(settings) | {"text": settings.text and _digest(settings.text)},
     }

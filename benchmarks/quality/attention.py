@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from s2o_compile.ops import S2OConfig
+from s2o_compile.ops.dispatch import DENSE_AT_ANY_LENGTH
 from s2o_compile.testbed.document import Document
-from s2o_compile.testbed.predict import prefill_inputs
+from s2o_compile.testbed.predict import prefill_inputs, synchronize
 
 from ..baselines import (
     flashprefill,
@@ -35,7 +37,7 @@ from ..baselines.visit import Visit
 from ..capture import capture
 from ..captured import Layer
 from ..judge import dense_flops
-from ..methods import operator_attention, ranking_flops
+from ..methods import operator_attention, operator_density, ranking_flops
 
 
 class Attended(NamedTuple):
@@ -45,27 +47,49 @@ class Attended(NamedTuple):
         output: [Hq, L, Dv].
         density: Visited pairs over those of a dense kernel.
         ranking: FLOPs of the ranking's products over those of dense attention.
+        seconds: Of the attention, without the counting of its work; None for the rules of others, which choose in
+            plain PyTorch here, unlike their own kernels.
     """
 
     output: torch.Tensor
     density: float
     ranking: float
+    seconds: float | None = None
 
 
 Attention = Callable[[Layer], Attended]
+Output = TypeVar("Output")
+
+
+def timed(layer: Layer, attend: Callable[..., Output]) -> tuple[Output, float]:
+    """What a function makes of the query, key and value of a layer, each in a batch of one, and its seconds."""
+    tensors = [x[None] for x in (layer.query, layer.key, layer.value)]
+    synchronize(layer.key.device)
+    start = time.perf_counter()
+    output = attend(*tensors)
+    synchronize(layer.key.device)
+    return output, time.perf_counter() - start
 
 
 def attend_densely(layer: Layer) -> Attended:
     """All earlier keys, by SDPA."""
-    query, key, value = (x[None] for x in (layer.query, layer.key, layer.value))
-    output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=layer.scale, enable_gqa=True)
-    return Attended(output[0], 1.0, 0.0)
+    attend = partial(scaled_dot_product_attention, is_causal=True, scale=layer.scale, enable_gqa=True)
+    output, seconds = timed(layer, attend)
+    return Attended(output[0], 1.0, 0.0, seconds)
+
+
+def keep_dense(layer: Layer) -> Attended:
+    """All earlier keys, by the operator when it runs dense."""
+    arguments = S2OConfig(min_length=DENSE_AT_ANY_LENGTH).arguments()
+    output, seconds = timed(layer, partial(torch.ops.s2o.attention, is_causal=True, scale=layer.scale, **arguments))
+    return Attended(output[0], 1.0, 0.0, seconds)
 
 
 def attend_by_operator(config: S2OConfig, layer: Layer) -> Attended:
     """The operator."""
-    result, density = operator_attention(config, layer)
-    return Attended(result.output[0], density, ranking_flops(layer, config) / dense_flops(layer))
+    result, seconds = timed(layer, partial(operator_attention, config, layer.scale))
+    density = operator_density(config, layer, result)
+    return Attended(result.output[0], density, ranking_flops(layer, config) / dense_flops(layer), seconds)
 
 
 def attend_by_rule(rule: GroupRule, setting: float, layer: Layer) -> Attended:
@@ -176,6 +200,8 @@ class Reusing:
 DENSE = "dense"
 METHODS: dict[str, Attention] = {
     "s2o": operator(S2OConfig(min_length=0)),
+    "s2o, fast": operator(S2OConfig.fast(min_length=0)),
+    "s2o, kept dense": keep_dense,
     "XAttention": rule(xattention.xattention, xattention.THRESHOLD),
     "PBS-Attn": rule(pbs.pbs, pbs.THRESHOLD),
     "FlexPrefill": rule(flexprefill.flexprefill, flexprefill.COVERAGE),

@@ -67,6 +67,17 @@ class Journal:
             append_text(self._path, "".join(f"{json.dumps(line)}\n" for line in _lines(self._model, outcome)))
 
 
+def check_configuration(path: Path, known: Mapping[str, Any]) -> None:
+    """Refuse the file of a run whose configuration differs in what is known of this one's yet.
+
+    Raises:
+        UsageError: It does, or the file is none of a run.
+    """
+    if path.exists():
+        there = _whole_lines(path)[0].get("configuration") or {}
+        _check(path, {name: there.get(name) for name in known}, json.loads(json.dumps(known)))
+
+
 def _lines(model: str, outcome: Outcome) -> Iterator[dict[str, Any]]:
     fields = asdict(outcome)
     key = {"model": model} | {name: fields.pop(name) for name in KEY}

@@ -23,7 +23,8 @@ SIGNIFICANT = 0.05
 LEGEND = (
     "-a +b: a of the values that dense attention finds are lost, and b that it does not find are found; p: McNemar's "
     f"exact test of the prompts that lose and gain values; *: p below {SIGNIFICANT}. Nats: minus the logarithm of a "
-    "value's probability; the mean with dense attention, and what a method adds."
+    "value's probability; the mean with dense attention, and what a method adds. Seconds: medians; the rules of others "
+    "choose in PyTorch here, which is not timed."
 )
 
 MEASURES: dict[str, tuple[str, str | None]] = {
@@ -32,6 +33,8 @@ MEASURES: dict[str, tuple[str, str | None]] = {
     "perplexity": ("", None),
     "perplexity_ratio": ("times dense", None),
     "agreement": ("share", None),
+    "prefill_seconds": ("s", None),
+    "attention_seconds": ("s", None),
     "found": ("values", None),
     "lost": ("values", None),
     "gained": ("values", None),
@@ -53,6 +56,8 @@ class Summary:
         perplexity_ratio: To that of dense attention.
         agreement: Share of the scored tokens predicted to be what dense attention predicts.
         scored: Tokens scored.
+        prefill_seconds: Median over the documents; None for the rules of others, which choose in PyTorch here.
+        attention_seconds: The same of the attention in it.
     """
 
     length: int
@@ -63,6 +68,8 @@ class Summary:
     perplexity_ratio: float | None
     agreement: float | None
     scored: int
+    prefill_seconds: float | None
+    attention_seconds: float | None
 
     @property
     def work(self) -> float:
@@ -115,7 +122,14 @@ def _summary(length: int, method: str, own: Pairs) -> Summary:
         perplexity_ratio=math.exp(loss - dense) if scored else None,
         agreement=sum(outcome.agreed for outcome, _ in own) / scored if scored else None,
         scored=scored,
+        prefill_seconds=_median([outcome.prefill_seconds for outcome, _ in own]),
+        attention_seconds=_median([outcome.attention_seconds for outcome, _ in own]),
     )
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def count_lookups(outcomes: list[Outcome]) -> list[Lookups]:
@@ -158,12 +172,13 @@ def _row(one: Lookups) -> dict[str, Any]:
 
 def _text_table(summaries: list[Summary]) -> Table:
     first = summaries[0]
-    title = f"{first.length:,} tokens: work, and perplexity over {first.scored:,} tokens of text"
+    title = f"{first.length:,} tokens: work, time, and perplexity over {first.scored:,} tokens of text"
     table = _table(title, "")
-    for name in ("density", "work", "perplexity", "to dense", "agree"):
+    for name in ("density", "work", "prefill, s", "attention, s", "perplexity", "to dense", "agree"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in summaries:
-        work = (f"{one.density:.3f}", f"{one.work:.3f}")
+        times = ("-" if x is None else f"{x:.3f}" for x in (one.prefill_seconds, one.attention_seconds))
+        work = (f"{one.density:.3f}", f"{one.work:.3f}", *times)
         if one.perplexity is None or one.perplexity_ratio is None:
             table.add_row(one.method, *work, "-", "-", "-")
             continue

@@ -41,7 +41,8 @@ def needed_bytes(model: Any, document: Document) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that is free on a device; None where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     information = Path("/proc/meminfo")
     if information.is_file():
         for line in information.read_text().splitlines():

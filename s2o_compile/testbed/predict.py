@@ -66,11 +66,11 @@ class Prefill:
 def predict(model: Any, document: Document, device: torch.device) -> Prediction:
     """Prefill a document once with a causal language model, compiled or not, timed."""
     inputs = prefill_inputs(document, device)
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     with torch.no_grad():
         logits = model(**inputs).logits[0]
-    _synchronize(device)
+    synchronize(device)
     seconds = time.perf_counter() - start
     targets = torch.tensor([document.tokens[i] for i in document.positions], device=logits.device)
     best, loss = _read(logits, targets)
@@ -130,6 +130,7 @@ def _read(logits: torch.Tensor, targets: torch.Tensor) -> tuple[list[int], list[
     return best, loss
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.baselines import blocks
 from benchmarks.baselines.blocks import BLOCK, cover
 from benchmarks.baselines.flashprefill import flashprefill
 from benchmarks.baselines.flashprefill_v2 import flashprefill_v2
@@ -287,6 +288,17 @@ def test_flashprefill_v2_chooses_for_all_heads_and_corrects_by_means() -> None:
     assert visit.means[tile].nonzero()[:, 0].tolist() == [2, 3, 5, 6]
     (last,) = flashprefill_v2(some, [0.1], last_tiles=8)
     assert last[0].mask[tile].sum() == 11 and not last[0].mask[tile - 4].all()
+
+
+@pytest.mark.parametrize("pairs", [1, 40_000])
+def test_strips_of_rows_change_nothing(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = head(1000)
+    (whole,), pooled = xattention(query, key, 0.2, [0.6]), pooled_attention(one_layer(length=300))
+    monkeypatch.setattr(blocks, "PAIRS_AT_ONCE", pairs)
+    assert len(list(blocks.strips(1000, 16))) > 10
+    (cut,) = xattention(query, key, 0.2, [0.6])
+    assert torch.equal(cut.mask, whole.mask)
+    torch.testing.assert_close(pooled_attention(one_layer(length=300)), pooled)
 
 
 def test_stem_counts_values_and_the_antidiagonal() -> None:

@@ -25,6 +25,7 @@ from benchmarks.inputs import Structure
 from benchmarks.judge import Judge
 from benchmarks.methods import ranking_flops
 from benchmarks.quality import __main__ as command
+from benchmarks.quality import attention
 from benchmarks.quality.attention import METHODS, attend_densely, attend_visits, operator, rule, with_dense_layers
 from benchmarks.quality.cases import PLACES, Settings, build_case
 from benchmarks.quality.flips import Flips, mcnemar
@@ -270,13 +271,14 @@ class TestAttention:
         error = (sparse.output - dense).square().sum() / dense.square().sum()
         assert error < 0.5 and 0.05 < sparse.density < 1.2 and sparse.ranking >= 0
         # So short a text is within their budgets, or its blocks are too much alike for a share of the best to tell.
-        assert error > 0 or name.startswith(("vertical-slash", "Stem, crutches", "FlashPrefill"))
+        assert error > 0 or name.startswith(("vertical-slash", "Stem, crutches", "FlashPrefill", "s2o, kept dense"))
+        assert (sparse.seconds is None) == (not name.lower().startswith("s2o"))
 
     def test_first_layers_are_dense(self) -> None:
         some = layer(1300)
-        attention = with_dense_layers(5, METHODS["StreamingLLM"])
-        assert attention(some).density < 1
-        assert attention(replace(some, facts={"layer": "4"})).density == 1
+        attend = with_dense_layers(5, METHODS["StreamingLLM"])
+        assert attend(some).density < 1
+        assert attend(replace(some, facts={"layer": "4"})).density == 1
 
     def test_means_stand_for_what_is_left_out(self) -> None:
         some = layer(1300)
@@ -299,8 +301,8 @@ class TestAttention:
     def test_half_precision_stays(self) -> None:
         some = layer(300)
         half = replace(some, **{name: getattr(some, name).bfloat16() for name in ("query", "key", "value")})
-        for attention in (attend_densely, METHODS["XAttention"], METHODS["s2o"]):
-            output = attention(half).output
+        for attend in (attend_densely, METHODS["XAttention"], METHODS["s2o"]):
+            output = attend(half).output
             assert output.dtype == torch.bfloat16 and output.shape == (4, 300, 32)
 
     def test_the_ranking_is_counted_as_the_frontier_does(self) -> None:
@@ -343,6 +345,25 @@ class TestRun:
         list(read_case(model(), case, {"StreamingLLM": METHODS["StreamingLLM"]}, lambda: steps.append(1)))
         assert len(steps) == 4
 
+    def test_counting_the_work_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A second a call of attention, and ten for each count of its work and for each choice of a rule."""
+        now = [0.0]
+        monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+        def passing(seconds: float, function: Any) -> Any:
+            def call(*arguments: Any, **keywords: Any) -> Any:
+                now[0] += seconds
+                return function(*arguments, **keywords)
+
+            return call
+
+        for name, seconds in (("operator_attention", 1.0), ("ranking_flops", 10.0), ("attend_visits", 10.0)):
+            monkeypatch.setattr(attention, name, passing(seconds, getattr(attention, name)))
+        methods = {name: METHODS[name] for name in ("StreamingLLM", "s2o, kept dense")}
+        found = outcomes({"s2o": operator(S2OConfig(min_length=0)), **methods})
+        dense, sparse, other, kept = ((one.seconds, one.prefill_seconds, one.attention_seconds) for one in found)
+        assert dense == kept == (0, 0, 0) and sparse == (22, 2, 2) and other == (20, None, None)
+
     def test_models_without_sdpa_are_refused(self) -> None:
         some = model()
         some.set_attn_implementation("eager")
@@ -377,11 +398,13 @@ def outcome(method: str, loss: float, found: list[bool], **changes: Any) -> Outc
 class TestReport:
     def test_documents_are_taken_together(self) -> None:
         some = [
-            outcome("dense", 100, [True, False]),
+            outcome("dense", 100, [True, False], prefill_seconds=3, attention_seconds=0.5),
             outcome("s2o", 110, [False, True]),
-            outcome("dense", 20, [True, True], sample=1, scored=50),
+            outcome("dense", 20, [True, True], sample=1, scored=50, prefill_seconds=9, attention_seconds=0.7),
             outcome("s2o", 25, [True, False], sample=1, scored=50, agreed=45, density=0.4),
-            outcome("dense", 0, [True, True], task="multikey", scored=0, agreed=0),
+            outcome(
+                "dense", 0, [True, True], task="multikey", scored=0, agreed=0, prefill_seconds=1, attention_seconds=0.1
+            ),
             outcome("s2o", 1, [True, True], sample=7),
         ]
         dense, sparse = summarise(some)
@@ -390,6 +413,8 @@ class TestReport:
         assert sparse.perplexity_ratio == pytest.approx(2.718281828 ** (15 / 150))
         assert sparse.agreement == pytest.approx(135 / 150)
         assert sparse.density == pytest.approx(0.3) and sparse.work == pytest.approx(0.4)
+        assert (dense.prefill_seconds, dense.attention_seconds) == (3, 0.5)
+        assert (sparse.prefill_seconds, sparse.attention_seconds) == (None, None)
         counts = {(one.task, one.place, one.method): one for one in count_lookups(some)}
         lost = counts["niah", "middle", "s2o"]
         assert lost.prompts == 2
@@ -514,7 +539,7 @@ def test_command_line(tiny_model: None, tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "out"
     run(method=["FlexPrefill"], s2o=["pool=4 threshold=0.01"], task=["niah"], samples=2, output=out)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "1,600 tokens: work, and perplexity" in printed and "s2o, pool=4 threshold=0.01" in printed
+    assert "1,600 tokens: work, time, and perplexity" in printed and "s2o, pool=4 threshold=0.01" in printed
     saved = json.loads((out / "quality.json").read_text())
     summaries = [row for row in saved["rows"] if "work" in row]
     assert [one["method"] for one in summaries] == ["dense", "FlexPrefill", "s2o, pool=4 threshold=0.01"]
@@ -556,8 +581,15 @@ def test_a_run_reads_only_what_is_left(
     assert read == ["dense", "StreamingLLM"]  # dense attention once more, to compare with
     run(**options)
     assert read == ["dense", "StreamingLLM"]
-    with pytest.raises(UsageError, match=r"where configuration\.documents\.seed was 0, not 1"):
-        run(**options, seed=1)
+    monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("the model is loaded before it is refused"))
+    for change, message in (
+        ({"seed": 1}, r"documents\.seed was 0, not 1"),
+        ({"yarn": 2.0}, r"yarn was None, not 2\.0"),
+        ({"dtype": "bfloat16"}, "dtype was float32, not bfloat16"),
+        ({"model": "other"}, "model was SmolLM2-135M-Instruct, not other"),
+    ):
+        with pytest.raises(UsageError, match=rf"where configuration\.{message}"):
+            run(**options, **change)
 
 
 @pytest.mark.parametrize(
