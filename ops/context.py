@@ -11,17 +11,20 @@ at run time which rank it is, so that graphs are the same on all ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from .config import S2OConfig
-from .dispatch import DENSE_AT_ANY_LENGTH, choose_sparse
+from .dense import positive_scale
+from .dispatch import choose_sparse
 from .distributed import holding_all_keys, refuse_dtensors
 from .layout import LAYOUTS, Block, blocks_of_rank, in_order
-from .operator import autocast, library
+from .operator import Call, autocast, library, with_channels
+from .part import Part
 from .process_group import check_alike, group_of, start_gathering
 from .result import AttentionResult
+from .samples import Samples
 from .validation import validate
 from .visibility import Visibility
 
@@ -37,6 +40,7 @@ _INNER = (
     "SymInt? window, Tensor? query_documents, Tensor? key_documents, float softcap, Tensor? sinks, str site, "
     "str group, str layout, str settings"
 )
+_Answer = TypeVar("_Answer")
 _RESULT = "(Tensor output, Tensor lse, Tensor visited)"
 
 library.define(f"attention_context({_ARGUMENTS}) -> Tensor")
@@ -103,60 +107,55 @@ def _validated(
 
 
 class Whole(NamedTuple):
-    """Keys and values [B, Hkv, Lk, D] of the whole sequence, with padding and documents [B, Lk]."""
+    """Keys and values [B, Hkv, Lk, D] of the whole sequence, and its mask."""
 
     key: torch.Tensor
     value: torch.Tensor
-    key_padding: torch.Tensor | None
-    key_documents: torch.Tensor | None
+    terms: Visibility
 
     @classmethod
-    def gathered(
-        cls,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        key_padding: torch.Tensor | None,
-        key_documents: torch.Tensor | None,
-        group: Any,
-        layout: str,
-    ) -> Whole:
+    def gathered(cls, key: torch.Tensor, value: torch.Tensor, terms: Visibility, group: Any, layout: str) -> Whole:
         """What all ranks hold, in the order of the sequence; values travel while keys are put in order."""
-        parts = ((key_padding, 1), (key_documents, 1), (key, 2), (value, 2))
+        parts = (*((x, 1) for x in terms.tensors), (key, 2), (value, 2))
         started = [None if x is None else start_gathering(x.movedim(dim, 0), group) for x, dim in parts]
         ordered: list[Any] = [
             None if wait is None else in_order(wait(), group.size(), layout).movedim(0, dim)
             for wait, (_, dim) in zip(started, parts, strict=True)
         ]
-        padding, documents, key, value = ordered
-        return cls(key, value, padding, documents)
+        *tensors, key, value = ordered
+        return cls(key, value, terms.with_tensors(*tensors))
 
-    def up_to(self, end: int) -> Whole:
-        """The same of the first keys."""
-        padding, documents = (x if x is None else x[:, :end] for x in (self.key_padding, self.key_documents))
-        return Whole(self.key[:, :, :end], self.value[:, :, :end], padding, documents)
+    def seen_by(self, queries: range, is_cut: bool) -> Whole:
+        """The same for some queries; `is_cut` to the first keys, behind which they see none."""
+        end = self.key.shape[2]
+        if is_cut and self.terms.is_causal:
+            end = max(0, min(end, queries.stop + self.terms.causal_offset))
+        terms = self.terms.cut(slice(queries.start, queries.stop), slice(0, end))
+        return Whole(self.key[:, :, :end], self.value[:, :, :end], terms)
 
 
 def _check_alike(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_padding: torch.Tensor | None,
-    key_documents: torch.Tensor | None,
-    group: Any,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, terms: Visibility, samples: Samples, group: Any
 ) -> None:
     batch, heads, length, channels = key.shape
-    of_documents = 0 if key_documents is None else key_documents.element_size()
+    of_keys, of_queries = (0 if x is None else x.element_size() for x in (terms.key_documents, terms.query_documents))
+    guides, outputs = (0 if x is None else len(x) for x in samples)
     numbers = {
         "the length of key": length, "the batch size of key": batch, "the number of heads of key": heads,
         "the number of channels of key": channels, "the number of channels of value": value.shape[3],
         "the size in bytes of an element of key": key.element_size(),
-        "whether there is a key_padding": int(key_padding is not None),
-        "the size in bytes of an element of key_documents": of_documents,
+        "whether there is a key_padding": int(terms.key_padding is not None),
+        "the size in bytes of an element of key_documents": of_keys,
+        "the size in bytes of an element of query_documents": of_queries,
+        "the number of heads of query": query.shape[1],
+        "the number of queries by which channels are chosen": guides,
+        "the number of queries by which the size of outputs is estimated": outputs,
     }  # fmt: skip
     check_alike(numbers, group, key.device)
 
 
 def _attended(
-    operator: Callable[..., Any],
+    attend: Callable[[Call, Part | None], _Answer],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -173,41 +172,56 @@ def _attended(
     group: str,
     layout: str,
     settings: str,
-) -> Iterator[tuple[Block, Any]]:
-    """The blocks of this rank, each with what an operator gives for it."""
+) -> Iterator[tuple[Block, _Answer]]:
+    """The blocks of this rank, each with the answer to it as a call, and as what part; None if it is to run dense."""
     ranks, config = group_of(group), S2OConfig.from_json(settings)
-    _check_alike(key, value, key_padding, key_documents, ranks)
-    if layout == "head-tail" and query.shape[2] % 2:
-        raise ValueError(f"query must have an even length with layout='head-tail', not {query.shape[2]}")
-    whole = Whole.gathered(key, value, key_padding, key_documents, ranks, layout)
-    length, keys = query.shape[2], whole.key.shape[2]
-    shapes = (*query.shape[:2], keys, query.shape[3]), whole.key.shape, whole.value.shape
-    terms = Visibility(is_causal, causal_offset, window=window)
-    is_sparse = choose_sparse(*shapes, terms, query.device, config)
-    options = config.arguments() | {"min_length": 0 if is_sparse else DENSE_AT_ANY_LENGTH}
-    for block in blocks_of_rank(ranks.rank(), ranks.size(), length, layout, config.ranking.segment):
+    query, scale = positive_scale(with_channels(query), scale)
+    key, length, keys = with_channels(key), query.shape[2], query.shape[2] * ranks.size()
+    terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents)
+    of_query, of_key, of_value = ((*x.shape[:2], keys, x.shape[3]) for x in (query, key, value))
+    is_sparse = choose_sparse(of_query, of_key, of_value, terms, query.device, config)
+    # A block whose queries see less than those of the sequence must not follow more of the settings.
+    config = terms.simplified(keys, keys).effective_config(config, keys)
+    samples = Samples.of(query, key.shape[1], keys, config) if is_sparse else Samples(None, None)
+    _check_alike(query, key, value, terms, samples, ranks)
+    if layout == "head-tail" and length % 2:
+        raise ValueError(f"query must have an even length with layout='head-tail', not {length}")
+    blocks = blocks_of_rank(ranks.rank(), ranks.size(), length, layout, config.ranking.segment)
+    sampled = samples.start_gathering(query, key.shape[1], config, blocks, ranks)
+    whole = Whole.gathered(key, value, terms, ranks, layout)
+    part = sampled(whole.terms) if is_sparse else None
+    options = config.arguments()
+    for block in blocks:
         row, position, count = block
         end = position + count
-        seen = whole.up_to(max(0, min(keys, end + causal_offset)) if is_causal else keys)
-        documents = None if query_documents is None else query_documents[:, row : row + count]
+        seen = whole.seen_by(range(position, end), is_cut=not is_sparse)
         options["last_queries"] = max(0, end - keys + config.last_queries)
         with holding_all_keys():
-            result = operator(
-                query[:, :, row : row + count], seen.key, seen.value, is_causal, causal_offset + position,
-                seen.key_padding, scale, window, documents, seen.key_documents, None, softcap, sinks, site, **options,
+            call = Call.of(
+                query[:, :, row : row + count], seen.key, seen.value, **seen.terms._asdict(), scale=scale,
+                softcap=softcap, sinks=sinks, site=site, **options,
             )  # fmt: skip
-        yield block, result
+            answer = attend(call, part)
+        yield block, answer
+
+
+def _output(call: Call, part: Part | None) -> torch.Tensor:
+    return call.dense() if part is None else call.sparse(part).output
+
+
+def _result(call: Call, part: Part | None) -> AttentionResult:
+    return call.spans() if part is None else call.sparse(part)
 
 
 def _context(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
     output = AttentionResult.empty(query, value, 1).output
-    for block, part in _attended(torch.ops.s2o.attention, query, key, value, *rest):
+    for block, part in _attended(_output, query, key, value, *rest):
         output[:, :, block.row : block.row + block.length] = part
     return output
 
 
 def _context_stats(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> AttentionResult:
-    parts = [part for _, part in _attended(torch.ops.s2o.attention_stats, query, key, value, *rest)]
+    parts = [part for _, part in _attended(_result, query, key, value, *rest)]
     output, lse, visited = (torch.cat(x, 2) for x in zip(*parts, strict=True))
     return AttentionResult(output.transpose(1, 2).contiguous().transpose(1, 2), lse, visited)
 

@@ -28,6 +28,11 @@ class Block(NamedTuple):
     position: int
     length: int
 
+    def pooled(self, pool: int) -> Block:
+        """The same where each `pool` queries are one; whole ones, if the block is."""
+        first = self.position // pool
+        return Block(self.row // pool, first, (self.position + self.length) // pool - first)
+
 
 def blocks_of_rank(rank: int, ranks: int, length: int, layout: str, segment: int) -> list[Block]:
     """The positions of the `length` queries of a rank, in order.

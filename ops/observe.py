@@ -13,13 +13,17 @@ import torch
 from torch.profiler import record_function
 
 from .config import S2OConfig
+from .part import Part
 from .result import AttentionResult
 from .visibility import Visibility
 
 
 @dataclass(frozen=True)
 class SparseInputs:
-    """The inputs of a sparse call, and the `site` that it belongs to; '' if that is not known."""
+    """The inputs of a sparse call, and the `site` that it belongs to; '' if that is not known.
+
+    `part` says of what sequence the queries are a part; None where they are all of it.
+    """
 
     site: str
     query: torch.Tensor
@@ -29,6 +33,7 @@ class SparseInputs:
     scale: float
     softcap: float
     config: S2OConfig
+    part: Part | None = None
 
     @property
     def name(self) -> str:

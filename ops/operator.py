@@ -23,6 +23,7 @@ from .dispatch import choose_sparse, has_kernels
 from .distributed import is_dtensor, local_shape, refuse_context_parallel, validate_placements
 from .memory import fit_into_memory
 from .observe import SparseInputs, recorded
+from .part import Part
 from .result import AttentionResult
 from .rule.sinks import add_sinks
 from .sizes import statically_known_true
@@ -64,7 +65,7 @@ def attention(*arguments: Any, **keywords: Any) -> torch.Tensor:
     would be large (`dense`); or with a soft cap or sinks, which SDPA lacks, by the sparse implementation with every key
     in the dense span, or spelled out for a few queries.
     """
-    call = _Call.of(*arguments, **keywords)
+    call = Call.of(*arguments, **keywords)
     sparse = call.chooses_sparse()
     if sparse is None:
         return call.dynamic()
@@ -76,7 +77,7 @@ def attention_stats(*arguments: Any, **keywords: Any) -> AttentionResult:
 
     Where `attention` would run SDPA, this visits every key in the dense span instead, so that it can count.
     """
-    call = _Call.of(*arguments, **keywords)
+    call = Call.of(*arguments, **keywords)
     return call.spans() if call.chooses_sparse() is False else call.sparse()
 
 
@@ -86,7 +87,7 @@ def attention_dynamic(*arguments: Any, **keywords: Any) -> torch.Tensor:
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The arguments of a call, validated and in the form in which the implementations take them."""
 
     query: torch.Tensor
@@ -117,7 +118,7 @@ class _Call(NamedTuple):
         sinks: torch.Tensor | None = None,
         site: str = "",
         **settings: Any,
-    ) -> _Call:
+    ) -> Call:
         """Validate what an operator was called with, in the order of its schema.
 
         `site` is what profiles and traces call it, by default its shapes; `settings` are `S2OConfig.arguments`.
@@ -131,7 +132,7 @@ class _Call(NamedTuple):
             query=query, key=key, value=value, key_padding=key_padding, query_documents=query_documents,
             key_documents=key_documents, mask=mask, sinks=sinks,
         )  # fmt: skip
-        query, key = _with_channels(query), _with_channels(key)
+        query, key = with_channels(query), with_channels(key)
         query, scale = positive_scale(query, scale)
         if terms.mask is not None:
             terms = terms._replace(mask=terms.mask[(None,) * (4 - terms.mask.dim())])
@@ -188,9 +189,9 @@ class _Call(NamedTuple):
         """Attend every key in the dense span."""
         return self._replace(config=self.config.without_ranking()).sparse()
 
-    def sparse(self) -> AttentionResult:
-        """Sparse attention as the configuration says."""
-        settings, value = self.config.as_json, _with_channels(self.value)
+    def sparse(self, part: Part | None = None) -> AttentionResult:
+        """Sparse attention as the configuration says; a `part` of a sequence is computed at once, and never traced."""
+        settings, value = self.config.as_json, with_channels(self.value)
         arguments = (self.query, self.key, value, *self.visibility, self.factor, self.softcap)
         sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
@@ -204,6 +205,9 @@ class _Call(NamedTuple):
 
                 register_rule(torch.ops.s2o.sparse_triton.default)
             result = AttentionResult(*sparse_triton(*arguments, settings))
+        elif part is not None:
+            attend = _sparse_cuda if self.query.is_cuda else _sparse_cpu
+            result = attend(*arguments, self.site, settings, part)
         else:
             result = AttentionResult(*torch.ops.s2o.sparse(*arguments, self.site, settings))
         if value is not self.value:
@@ -211,7 +215,7 @@ class _Call(NamedTuple):
         return result if self.sinks is None else add_sinks(result, self.sinks)
 
 
-def _with_channels(x: torch.Tensor) -> torch.Tensor:
+def with_channels(x: torch.Tensor) -> torch.Tensor:
     """A query, key or value; one channel of zeros where it has none, which says as much."""
     return x.new_zeros(*x.shape[:-1], 1) if statically_known_true(x.shape[-1] == 0) else x
 
@@ -227,7 +231,7 @@ def _sparse_cpu(*arguments: Any) -> AttentionResult:
 
 def _attend_by_torch(call: SparseInputs, config: S2OConfig) -> AttentionResult:
     operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
-    return cpu.sparse_attention(*operands, config)
+    return cpu.sparse_attention(*operands, config, call.part)
 
 
 def _sparse_cuda(*arguments: Any) -> AttentionResult:
@@ -237,7 +241,7 @@ def _sparse_cuda(*arguments: Any) -> AttentionResult:
         from .kernels.pipeline import sparse_attention
 
         operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
-        return sparse_attention(*operands, config)
+        return sparse_attention(*operands, config, call.part)
 
     return _dispatched(attend, *arguments)
 
@@ -257,8 +261,9 @@ def _dispatched(
 ) -> AttentionResult:
     """What an implementation computes, which is not asked where there is nothing to attend to."""
     refuse_context_parallel()  # A graph may have been compiled outside.
-    *terms, scale, softcap, site, settings = rest
-    call = SparseInputs(site, query, key, value, Visibility(*terms), scale, softcap, S2OConfig.from_json(settings))
+    terms, (scale, softcap, site, settings, *part) = rest[:7], rest[7:]
+    config = S2OConfig.from_json(settings)
+    call = SparseInputs(site, query, key, value, Visibility(*terms), scale, softcap, config, *part)
     if _is_empty(query, key):
         return AttentionResult.of_nothing(query, value, call.config.ranking.tile)
     with _without_autocast(query.device.type):

@@ -5,12 +5,12 @@ Operators know groups by their names, which are text, so that graphs can hold th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .layout import LAYOUTS, Sharding
+from .layout import LAYOUTS, Block, Sharding
 from .upload import uploaded
 
 _agreed: dict[str, tuple[int, ...]] = {}
@@ -65,12 +65,36 @@ def start_gathering(x: torch.Tensor, group: Any) -> Callable[[], torch.Tensor]:
     if not x.numel():
         return lambda: gathered
     work = gather(gathered, x, group=group, async_op=True)
+    return lambda: _waited(work, gathered)
 
-    def wait() -> torch.Tensor:
-        work.wait()
-        return gathered
 
-    return wait
+def start_sampling(
+    x: torch.Tensor, positions: torch.Tensor, blocks: Sequence[Block], group: Any
+) -> Callable[[], torch.Tensor]:
+    """Begin to gather some rows of a sequence, of whose rows [..., L, D] each rank has its blocks.
+
+    Returns:
+        What waits for the rows at `positions` [n] and returns them [..., n, D], to the bit: a sum over ranks, of which
+        all but one give zeros.
+    """
+    from torch import distributed
+
+    found = x.new_zeros(*x.shape[:-2], len(positions), x.shape[-1])
+    for row, position, length in blocks:
+        if length:
+            place = positions - position
+            own = x.index_select(-2, place.clamp(0, length - 1) + row)
+            found += torch.where(((place >= 0) & (place < length))[:, None], own, 0)
+    if not found.numel():
+        return lambda: found
+    work = distributed.all_reduce(found, group=group, async_op=True)
+    return lambda: _waited(work, found)
+
+
+def _waited(work: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a collective fills, from when on it is there for what follows on the current stream."""
+    work.wait()
+    return x
 
 
 def check_alike(numbers: Mapping[str, int], group: Any, device: torch.device) -> None:

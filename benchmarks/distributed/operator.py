@@ -14,6 +14,7 @@ from s2o_compile._attention import attention
 from s2o_compile.ops.context import Whole
 from s2o_compile.ops.density import dense_pairs
 from s2o_compile.ops.layout import Block, blocks_of_rank
+from s2o_compile.ops.visibility import Visibility
 
 from ..inputs import Structure
 from ..speed.measure import diffuseness
@@ -39,18 +40,18 @@ def measure_operator(case: Case, setting: float | None) -> Row:
     options: dict[str, Any] = {"config": config}
     if count > 1:
         options |= {"mesh": distributed.group.WORLD, "layout": case.layout}
+    terms = Visibility(shape.is_causal)
     call = partial(attention, query, key, value, shape.is_causal, **options)
 
     def gather() -> Whole:
-        return Whole.gathered(key, value, None, None, distributed.group.WORLD, case.layout)
+        return Whole.gathered(key, value, terms, distributed.group.WORLD, case.layout)
 
     gathered = gather()
 
     def attend() -> None:
         for row, position, length in blocks:
-            seen = gathered.up_to(position + length if shape.is_causal else case.length)
             rows = query[:, :, row : row + length]
-            attention(rows, seen.key, seen.value, shape.is_causal, position, config=config)
+            attention(rows, gathered.key, gathered.value, shape.is_causal, position, config=config)
 
     time = partial(seconds_of_ranks, device=device, repetitions=case.repetitions)
     row.seconds, row.spread = median_and_spread([max(times) for times in time(call)])

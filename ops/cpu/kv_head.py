@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ..config import S2OConfig
 from ..geometry import Geometry
+from ..part import Part
 from ..rule.channels import Projected, key_covariance, project_kv_head
 from ..rule.guides import pool_guides
 from ..rule.output_weighting import sampled_rows, value_distances
@@ -25,6 +26,7 @@ class KVHead:
     `query` [G, Lq, D] with the scale in it, `key` [Lk, D], `value` [Lk, Dv], `valid` [Lk] or None.
     Rows of padding are zero. `finite` says whether the tensors are known to be finite; `spans` [segments, 3] holds
     the segments' spans. `visibility` is that of the whole call, of which the KV head is at `batch`, from `first_head`.
+    Of `part`, as of `visibility`, it is one KV head.
     """
 
     query: torch.Tensor
@@ -39,6 +41,8 @@ class KVHead:
     geometry: Geometry
     spans: torch.Tensor
     config: S2OConfig
+    scale: float
+    part: Part | None
 
     @classmethod
     def of(
@@ -53,6 +57,7 @@ class KVHead:
         scale: float,
         softcap: float,
         config: S2OConfig,
+        part: Part | None = None,
     ) -> KVHead:
         """KV head `index` of a batch entry, from the tensors of a call."""
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -65,8 +70,9 @@ class KVHead:
         spans = geometry.spans(range(geometry.segments), query.device)
         first_head = index * len(members)
         return cls(
-            members, keys, values, valid, finite, visibility, batch, first_head, softcap, geometry, spans, config
-        )
+            members, keys, values, valid, finite, visibility, batch, first_head, softcap, geometry, spans, config,
+            scale, part,
+        )  # fmt: skip
 
     @property
     def heads(self) -> int:
@@ -101,7 +107,11 @@ class KVHead:
     @functools.cached_property
     def scored(self) -> Projected:
         """The factors of the scores: guides [as in `guides`, channels] and keys [Lk, channels]."""
-        scored = project_kv_head(self.pooled, self.key, self.config.ranking.channels, 1.0, self.valid)
+        sample = self.pooled
+        if self.part is not None and self.part.guides is not None:
+            sample = self.scaled(self.part.guides[self.batch, self.first_head // self.heads])
+        channels = self.config.ranking.channels
+        scored = project_kv_head(sample, self.key, channels, 1.0, self.valid, self.pooled)
         if scored.neglected is None:
             return scored._replace(guides=self.guides)
         of_segments = self.by_segment if self.merged is None else self.merged.means
@@ -110,10 +120,19 @@ class KVHead:
     @functools.cached_property
     def log_distances(self) -> torch.Tensor:
         """The logs of how far values lie from the outputs, in units of these [Lk]."""
-        rows = sampled_rows(self.geometry.queries, self.heads, self.query.device)
-        head, position = self.arange(self.heads)[:, None, None], self.arange(self.geometry.keys)
-        seen = self.seen(head, rows[:, None], position)
-        return value_distances(self.query[:, rows], self.key, self.value, seen, 1.0, self.softcap).log()
+        if self.part is not None and self.part.outputs is not None:
+            sampled, rows, visibility = self.part.outputs
+            query = self.scaled(sampled[self.batch, self.first_head : self.first_head + self.heads])
+        else:
+            rows = sampled_rows(self.geometry.queries, self.heads, self.query.device)
+            query, visibility = self.query[:, rows], self.visibility
+        head = self.first_head + self.arange(self.heads)[:, None, None]
+        seen = visibility.seen(self.batch, head, rows[:, None], self.arange(self.geometry.keys))
+        return value_distances(query, self.key, self.value, seen, 1.0, self.softcap).log()
+
+    def scaled(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries of a call as those of `query` are."""
+        return query.to(self.query.dtype) * self.scale
 
     @functools.cached_property
     def real_guides(self) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from ..config import S2OConfig
 from ..geometry import Geometry
+from ..part import Part
 from ..result import AttentionResult
 from ..visibility import Visibility
 from .attend import Attention
@@ -21,9 +22,11 @@ def sparse_attention(
     scale: float,
     softcap: float,
     config: S2OConfig,
+    part: Part | None = None,
 ) -> AttentionResult:
     """Sparse attention without sinks, of some queries and keys; shapes as in `ops.reference`.
 
+    Queries may be a `part` of those of a sequence.
     Arithmetic is in float32 at least, but for the scores that rank keys, which are in bfloat16 where that is fast.
     """
     config = visibility.effective_config(config, key.shape[2])
@@ -33,7 +36,7 @@ def sparse_attention(
     parts = [x.unflatten(1, (kv_heads, -1)) for x in result]
     for b in range(batch):
         for h in range(kv_heads):
-            kv_head = KVHead.of(query, key, value, visibility, b, h, geometry, scale, softcap, config)
+            kv_head = KVHead.of(query, key, value, visibility, b, h, geometry, scale, softcap, config, part)
             attend_kv_head(kv_head, AttentionResult(*(part[b, h] for part in parts)))
     return result
 

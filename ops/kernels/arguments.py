@@ -12,7 +12,8 @@ from triton import next_power_of_2
 
 from ..config import S2OConfig
 from ..geometry import Geometry, round_up
-from ..rule.output_weighting import sampled_rows, value_distances
+from ..part import SampledQueries
+from ..rule.output_weighting import value_distances
 from ..visibility import Visibility, masked
 
 LOG2_E = math.log2(math.e)
@@ -145,16 +146,15 @@ class Arguments:
 
 
 def distances_of_values(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visibility: Visibility, scale: float, softcap: float
+    sampled: SampledQueries, key: torch.Tensor, value: torch.Tensor, scale: float, softcap: float
 ) -> torch.Tensor:
     """How far values lie from the outputs [B, Hkv, Lk], float32, of tensors as in `Arguments`."""
-    (batch, heads, queries, _), (_, kv_heads, keys, _), device = query.shape, key.shape, query.device
-    rows = sampled_rows(queries, heads // kv_heads, device)
+    (batch, heads, _, _), (_, kv_heads, keys, _), device = sampled.query.shape, key.shape, key.device
     entry, head, column = (torch.arange(size, device=device) for size in (batch, heads, keys))
     head = head.view(kv_heads, heads // kv_heads, 1, 1)
-    seen = visibility.seen(entry[:, None, None, None, None], head, rows[:, None], column)
-    query = query.unflatten(1, (kv_heads, heads // kv_heads))[:, :, :, rows]
-    padding = visibility.key_padding
+    seen = sampled.visibility.seen(entry[:, None, None, None, None], head, sampled.rows[:, None], column)
+    query = sampled.query.unflatten(1, (kv_heads, heads // kv_heads))
+    padding = sampled.visibility.key_padding
     value = masked(value, None if padding is None else padding[:, None])
     return value_distances(query, key, value, seen, scale, softcap).contiguous()
 

@@ -12,6 +12,7 @@ from torch.library import triton_op
 from ..config import S2OConfig
 from ..geometry import Geometry, round_up
 from ..memory import workspace
+from ..part import Part, SampledQueries
 from ..result import AttentionResult
 from ..visibility import Visibility
 from .arguments import Arguments, distances_of_values
@@ -58,22 +59,24 @@ def sparse_attention(
     scale: float,
     softcap: float,
     config: S2OConfig,
+    part: Part | None = None,
 ) -> AttentionResult:
     """Sparse attention without sinks, of some queries and keys and a scale above 0; shapes as in `ops.reference`.
 
-    The rule is one of those with kernels (`dispatch.has_kernels`).
+    The rule is one of those with kernels (`dispatch.has_kernels`). Queries may be a `part` of those of a sequence.
     """
     config = visibility.effective_config(config, key.shape[2])
     result = AttentionResult.empty(query, value, config.ranking.tile)
     batch, heads = query.shape[:2]
     at_once = max(1, MAX_PROGRAMS // (heads if config.ranking.lists == "head" else key.shape[1]))
     if batch <= at_once:
-        attend_batch(query, key, value, visibility, scale, softcap, config, result)
+        attend_batch(query, key, value, visibility, scale, softcap, config, part, result)
         return result
     for first in range(0, batch, at_once):
-        part = slice(first, first + at_once)
-        of_part = AttentionResult(*(x[part] for x in result))
-        attend_batch(query[part], key[part], value[part], visibility.of(part), scale, softcap, config, of_part)
+        some = slice(first, first + at_once)
+        tensors, of_some = (query[some], key[some], value[some]), AttentionResult(*(x[some] for x in result))
+        of_part = None if part is None else part.of(some)
+        attend_batch(*tensors, visibility.of(some), scale, softcap, config, of_part, of_some)
     return result
 
 
@@ -85,16 +88,19 @@ def attend_batch(
     scale: float,
     softcap: float,
     config: S2OConfig,
+    part: Part | None,
     result: AttentionResult,
 ) -> None:
     """Fill the `result` of as many batch entries as one launch can have programs for."""
     query, key, value = (_with_rows(x) for x in (query, key, value))
     padding, of_queries, of_keys = (None if x is None else _with_rows(x) for x in visibility.tensors[:3])
     visibility = visibility.with_tensors(padding, of_queries, of_keys, visibility.mask)
+    part = part or Part(None, None)
     distances = None
     if config.ranking.measure == "output" and Geometry.of(query, key, visibility, config).ranked_segments:
-        distances = distances_of_values(query, key, value, visibility, scale, softcap)
-    tensors = (query, key, value, *visibility.tensors, distances, *result)
+        sampled = part.outputs or SampledQueries.of(query, key.shape[1], visibility)
+        distances = distances_of_values(sampled, key, value, scale, softcap)
+    tensors = (query, key, value, *visibility.tensors, distances, part.guides, *result)
     terms = visibility.with_tensors(None, None, None, None)
     planned(rank_and_attend, tensors, query.device, terms, scale, softcap, config, workspace())
 
@@ -114,7 +120,7 @@ def rank_and_attend(
     workspace: int,
 ) -> None:
     """What the kernels do in a call, with the tensors and terms of `attend_batch`, on a device."""
-    query, key, value, *masks, distances, output, lse, visited = tensors
+    query, key, value, *masks, distances, sample, output, lse, visited = tensors
     arguments = Arguments(query, key, value, terms.with_tensors(*masks), distances, scale, softcap, config, device)
     result = AttentionResult(output, lse, visited)
     if not arguments.geometry.ranked_segments:
@@ -122,7 +128,7 @@ def rank_and_attend(
         attend(arguments, Lists.without_keys(arguments), range(arguments.geometry.segments), result)
         return
     guides = pool_guides(query.unflatten(1, (arguments.kv_heads, arguments.group_size)), config)
-    scoring = scoring_of(arguments, guides)
+    scoring = scoring_of(arguments, guides, guides if sample is None else sample)
     for segments in runs(arguments, workspace):
         attend(arguments, rank(arguments, scoring, segments), segments, result)
 

@@ -197,6 +197,12 @@ def _load(
     return rows
 
 
+@triton.jit
+def _round_up(reach):
+    """The bits of the next FLOAT8_REACH times a power of two."""
+    return ((reach + 0x1FFFFF) & 0x7F800000) | 0x600000
+
+
 @kernel
 def reach_kernel(
     ranges, guides, key, origin, count,
@@ -215,7 +221,7 @@ def reach_kernel(
     )  # fmt: skip
     # Magnitudes have the order of their bits, with infinity and NaN above all.
     furthest = tl.max(tl.max(tl.abs(rows).to(tl.int32, bitcast=True), 1), 0)
-    furthest = tl.where(furthest < INFINITY, furthest, NAN)
+    furthest = tl.where(furthest < INFINITY, _round_up(furthest), NAN)
     ranges += (place[0] == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)
     tl.atomic_max(ranges.to(tl.pointer_type(tl.int32), bitcast=True), furthest, sem="relaxed")
 

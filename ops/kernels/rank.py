@@ -17,12 +17,15 @@ from .scoring import Scoring
 from .select import select
 
 
-def scoring_of(arguments: Arguments, query: torch.Tensor) -> Scoring:
-    """Operands, normalisers and corrections for all segments, given queries or pooled guides [B, Hkv, G or 1, n, D]."""
+def scoring_of(arguments: Arguments, query: torch.Tensor, sample: torch.Tensor) -> Scoring:
+    """Operands, normalisers and corrections for all segments, given queries or pooled guides [B, Hkv, G or 1, n, D].
+
+    Channels are chosen by the `sample` of them, of any n.
+    """
     key, channels, scale = arguments.key, arguments.config.ranking.channels, arguments.scale
     few, merges = channels if picks_channels(channels, key.shape[-1]) else None, arguments.config.ranking.merges
     padding = arguments.visibility.key_padding
-    moments = sample_moments(query, key, padding) if few is not None or merges else None
+    moments = sample_moments(sample, key, padding) if few is not None or merges else None
     merged = merge(arguments, key_covariance(moments, key, padding, scale)) if moments and merges else None
     guides, count = (query, None) if merged is None else (merged.rows, merged.counts)
     subset: Operands | None = None
@@ -31,7 +34,7 @@ def scoring_of(arguments: Arguments, query: torch.Tensor) -> Scoring:
         picked, neglected = select_channels(moments, key, padding, few, scale)
         all_channels, subset = operands_of_channels(arguments, guides, picked, count)
     else:
-        projected = project(query, key, channels, scale, arguments.valid, guides)
+        projected = project(sample, key, channels, scale, arguments.valid, guides)
         neglected = None if projected.neglected is None else projected.neglected.float()
         all_channels = ranking_operands(arguments, guides, key, count)
         if neglected is not None:

@@ -63,7 +63,7 @@ def project(
         channels: How many; None for all, as more than D are.
         scale: Factor of the logits.
         valid: [..., Lk], False for keys that do not count; None for none of these.
-        merged: What is projected in place of the guides [..., g, n, D]; None for themselves.
+        merged: What is projected in place of the guides, which are then a sample [..., g, n, D]; None for themselves.
     """
     if channels is None or channels >= key.shape[-1]:
         return Projected(guides if merged is None else merged, key, None)
@@ -76,10 +76,16 @@ def project(
 
 
 def project_kv_head(
-    guides: torch.Tensor, key: torch.Tensor, channels: int | None, scale: float, valid: torch.Tensor | None = None
+    sample: torch.Tensor,
+    key: torch.Tensor,
+    channels: int | None,
+    scale: float,
+    valid: torch.Tensor | None,
+    guides: torch.Tensor,
 ) -> Projected:
-    """`project` of one KV head, guides [G, n, D] and keys [Lk, D]; all channels where fewer neglect too much."""
-    projected = project(guides, key, channels, scale, valid)
+    """`project` of guides and keys [Lk, D] of one KV head, by a `sample` of guides; all channels where fewer neglect
+    too much."""
+    projected = project(sample, key, channels, scale, valid, guides)
     return Projected(guides, key, None) if projected.neglects_too_much else projected
 
 

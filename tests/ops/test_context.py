@@ -92,12 +92,10 @@ def one_process(call: Call, dtype: torch.dtype = torch.float32, on: str = "cpu")
 
 
 def comparable(call: Call) -> Call:
-    """The same with choices that depend on no other queries than those of a segment."""
-    config = call.config.with_ranking(channels=None, radius=0.0, measure="mass")
-    # Segments before position 0 draw as those from there on.
-    if call.visibility().effective_config(config).has_samples and call.offset < 0:
-        config = config.with_ranking(rule="dropped")
-    return dataclasses.replace(call, config=config)
+    """The same without draws where segments lie before position 0, which draw as those from there on."""
+    if not call.visibility().effective_config(call.config).has_samples or call.offset >= 0:
+        return call
+    return dataclasses.replace(call, config=call.config.with_ranking(rule="dropped"))
 
 
 @st.composite
@@ -143,10 +141,11 @@ CAUSAL = Call(
 
 
 RULES = {
-    "sampled": Ranking(channels=None, radius=0.0),
-    "dropped": Ranking(rule="dropped", channels=None, pool=2),
-    "means": Ranking(rule="means", channels=None, radius=0.0, lists="head"),
-    "gain": Ranking(rule="gain", channels=None, radius=0.0, lists="head", segment=16),
+    "sampled": Ranking(channels=8, merge_length=0),
+    "dropped": Ranking(rule="dropped", channels=8, pool=2),
+    "means": Ranking(rule="means", channels=5, merge_length=0, lists="head"),
+    "gain": Ranking(rule="gain", channels=None, merge_length=0, lists="head", segment=16),
+    "output": Ranking(measure="output", channels=12, guides="kv_head"),
 }
 
 
@@ -185,18 +184,37 @@ def test_what_one_rank_alone_is_given(ranks: Ranks) -> None:
             assert torch.equal(one, another)
 
 
-def test_channels_and_draws_of_each_rank_err_as_those_of_one_process(ranks: Ranks) -> None:
-    call = dataclasses.replace(CAUSAL, padded=False, sunk=False, channels=64, queries=512, keys=512, config=S2OConfig(
-        min_length=0, threshold=0.02, ranking=Ranking(channels=32)))  # fmt: skip
-    exact = one_process(dataclasses.replace(call, config=S2OConfig(min_length=2**62)))[0]
+DEFAULT = dataclasses.replace(
+    CAUSAL, batch=1, group=3, padded=False, sunk=False, channels=128, queries=2048, keys=2048,
+    config=S2OConfig(min_length=0, ranking=Ranking(merge_length=0)),
+)  # fmt: skip
+"""Of 6,144 queries of a KV head every third chooses channels, which ranks and blocks do not begin with."""
 
-    def error(output: torch.Tensor) -> float:
-        return float((output - exact).square().sum() / exact.square().sum())
 
-    of_one = error(one_process(call)[0])
-    for layout in LAYOUTS:
-        output = whole_of(ranks.call(own_call, call, RANKS, layout), RANKS, layout)[0]
-        assert 0.3 * of_one < error(output) < 3 * of_one
+def ranked(threshold: float = 0.02, **fields: Any) -> S2OConfig:
+    return S2OConfig(min_length=0, threshold=threshold, ranking=Ranking(merge_length=0, **fields))
+
+
+AS_ONE_PROCESS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "merged": {"config": ranked(channels=None, radius=4.0)},
+    "merged from so many keys on": {"config": S2OConfig(min_length=0, ranking=Ranking(merge_length=2000, radius=4.0))},
+    "merged but for a window": {"groups": 1, "window": 1200, "config": ranked(radius=4.0)},
+    "padding": {"padded": True, "batch": 2, "groups": 1},
+    "bidirectional": {"is_causal": False, "queries": 1024, "keys": 1024},
+    "offset": {"offset": 96, "groups": 1},
+    "outputs": {"groups": 1, "config": ranked(0.2, measure="output")},
+    "outputs in documents": {"groups": 1, "documents": 3, "config": ranked(0.2, measure="output", channels=None)},
+}
+
+
+@pytest.mark.parametrize("name", AS_ONE_PROCESS)
+def test_bits_are_those_of_one_process(name: str, ranks: Ranks) -> None:
+    call = dataclasses.replace(DEFAULT, **AS_ONE_PROCESS[name])
+    want = one_process(call)
+    for count, layout in ((2, "head-tail"), (RANKS, "head-tail"), (RANKS, "contiguous")):
+        got = whole_of(ranks.call(own_call, call, count, layout, True), count, layout)
+        assert all(torch.equal(one, another) for one, another in zip(got, want, strict=True))
 
 
 def call_of(lengths: list[int], documents: bool = False, **options: Any) -> int:

@@ -75,6 +75,19 @@ def test_float8_keeps_its_share_of_each_number(bias: float) -> None:
     assert ((got_key - centred - shift).abs() <= COARSEST * (centred.abs() + 1)).all()
 
 
+def test_float8_of_a_part_of_the_guides_is_that_of_all() -> None:
+    """But for what is tiny beside the largest, as units differ by powers of two alone."""
+    guides, key = operands()
+    guides[:, :, :, 30:] *= 5
+    (few, key_beside_few), (many, key_beside_many) = (
+        restored(quantise(x.contiguous(), key)[0]) for x in (guides[:, :, :, :30], guides)
+    )
+    assert torch.equal(key_beside_few, key_beside_many)
+    assert largest_difference(few, many[:, :, :, :30]) <= 2**-6
+    is_large = guides[:, :, :, :30].abs() > 0.1
+    assert torch.equal(few[is_large], many[:, :, :, :30][is_large])
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_bad_numbers_make_the_logits_of_their_group_nan(bad: float) -> None:
     """So that all its keys are visited, and none of another group's."""

@@ -1,0 +1,56 @@
+"""Calls of a part of the queries choose as the call of all of them, given its samples, and all keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from s2o_compile.ops import AttentionResult, cpu
+from s2o_compile.ops.kernels import pipeline
+from s2o_compile.ops.part import Part, SampledQueries
+from s2o_compile.ops.rule.channels import sampling_step
+from s2o_compile.ops.visibility import Visibility
+
+from .settings import config_of
+
+LENGTH, CUT = 256, 96
+SETTINGS: dict[str, dict[str, Any]] = {
+    "half of the channels": {"channels": 16, "radius": 0.0},
+    "few channels": {"channels": 5, "radius": 0.0},
+    "merged": {"channels": 20, "radius": 3.0, "merge_length": LENGTH},
+    "outputs": {"channels": 16, "radius": 0.0, "measure": "output"},
+}
+
+
+@pytest.mark.parametrize("implementation", [cpu, pipeline])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_parts_are_those_of_the_whole(name: str, implementation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = 2 if name == "outputs" else 1
+    # Of two batch entries, each is a launch of its own.
+    monkeypatch.setattr(pipeline, "MAX_PROGRAMS", 1)
+    torch.manual_seed(3)
+    query, key, value = (torch.randn(batch, heads, LENGTH, 32) for heads in (2, 1, 1))
+    config = config_of(threshold=0.1, near_keys=0, **SETTINGS[name])
+    padding = torch.arange(LENGTH).expand(batch, -1) > 5 * torch.arange(1, batch + 1)[:, None]
+    attend: Callable[..., AttentionResult] = implementation.sparse_attention
+
+    def attended(rows: slice, part: Part | None) -> AttentionResult:
+        offset = rows.start or 0
+        terms = Visibility(is_causal=True, causal_offset=offset, key_padding=padding)
+        return attend(query[:, :, rows], key, value, terms, 32**-0.5, 0.0, config, part)
+
+    mask = Visibility(is_causal=True, key_padding=padding)
+    of_all = Part(query.unflatten(1, (1, 2)), SampledQueries.of(query, 1, mask))
+    whole, rows = attended(slice(None), None).output, [slice(0, CUT), slice(CUT, LENGTH)]
+    assert torch.equal(torch.cat([attended(some, of_all).output for some in rows], 2), whole)
+    assert not torch.equal(torch.cat([attended(some, None).output for some in rows], 2), whole)
+
+
+def test_a_sample_is_its_own_sample() -> None:
+    for heads in (1, 3, 8, 71):
+        for length in (*range(1, 300), *range(2000, 9000, 7), 131072, 10**6 + 1):
+            sampled = -(-length // sampling_step(heads * length))
+            assert sampling_step(heads * sampled) == 1
