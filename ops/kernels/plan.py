@@ -301,7 +301,7 @@ class Recorder(TorchDispatchMode):
         return self._numbered(self._workspace, start + offset, x.dtype)
 
     def _numbered(self, *place: Any) -> Operand:
-        return self.operands.setdefault(place, Operand(*place, number=len(self.operands)))
+        return self.operands.setdefault(place, Operand(*place, len(self.operands)))
 
 
 _ALLOCATIONS = {
