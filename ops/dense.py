@@ -28,8 +28,9 @@ def dense_attention(
 ) -> torch.Tensor:
     """SDPA with a scale above 0; shapes as in `ops.operator`. Rows with nothing to attend to give zeros."""
     grouped = query.shape[1] != key.shape[1]
-    is_causal, offset, *terms = visibility
-    if all(term is None for term in terms) and (not is_causal or statically_known_true(offset == 0)):
+    is_causal, offset = visibility.is_causal, visibility.causal_offset
+    is_plain = visibility.is_positional and visibility.window is None
+    if is_plain and (not is_causal or statically_known_true(offset == 0)):
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     if _avoids_mask(query, key, visibility):
         factor = query.shape[-1] ** -0.5 if scale is None else scale

@@ -23,8 +23,8 @@ _FORCE = "min_length=0 asks for sparse attention at any length"
 
 def has_kernels(visibility: Visibility, config: S2OConfig) -> bool:
     """Whether Triton kernels follow a call's rule; the "gain" rule and block means, which measured worse, have none."""
-    config = visibility.effective_config(config)
-    return config.ranking.rule != "gain" and not config.has_means
+    # Where queries see different keys, none are means (`Visibility.effective_config`).
+    return config.ranking.rule != "gain" and (visibility.rows_differ or not config.has_means)
 
 
 def choose_sparse(

@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional
 
 _EXPERIMENTAL = "torch.distributed.tensor.experimental"
+_PLAIN = (torch.Tensor, type(None))
+"""Types of what is surely no DTensor."""
 _calls = threading.local()
 """Of this thread: whether they hold the keys of all ranks."""
 
@@ -62,7 +64,7 @@ def validate_placements(**tensors: torch.Tensor | None) -> None:
         TypeError: Some are DTensors, and others are not.
         ValueError: They are sharded in a way that attention would need communication for.
     """
-    placed = {name: tensor for name, tensor in tensors.items() if is_dtensor(tensor)}
+    placed = {name: x for name, x in tensors.items() if type(x) not in _PLAIN and is_dtensor(x)}
     if not placed:
         return
     from .placements import placements_of_inputs

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -67,15 +67,18 @@ def fit_into_memory(attend: Callable[[S2OConfig], AttentionResult], config: S2OC
     Raises:
         RuntimeError: Not even that fits, in the words of PyTorch; or it is not known, as a CUDA graph is captured.
     """
-    for size in _workspaces():
+    size = None
+    while size is None or size >= LEAST_WORKSPACE:
         try:
-            with limited_workspace(size):
+            with nullcontext() if size is None else limited_workspace(size):
                 return attend(config)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or _is_capturing():
                 raise
         # Here, without the error, all that the attempt held is free again.
+        size = size or workspace()
         log.info("memory does not suffice for a call with a workspace of %d bytes", size)
+        size //= 8
     warnings.warn("s2o: a call of attention runs dense, as memory does not suffice to rank its keys", stacklevel=2)
     return attend(config.without_ranking())
 
@@ -85,14 +88,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _MESSAGES)
-
-
-def _workspaces() -> Iterator[int]:
-    size = workspace()
-    yield size
-    while size // 8 >= LEAST_WORKSPACE:
-        size //= 8
-        yield size
 
 
 def _is_capturing() -> bool:

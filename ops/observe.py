@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.profiler import record_function
@@ -18,8 +17,7 @@ from .result import AttentionResult
 from .visibility import Visibility
 
 
-@dataclass(frozen=True)
-class SparseInputs:
+class SparseInputs(NamedTuple):
     """The inputs of a sparse call, and the `site` that it belongs to; '' if that is not known.
 
     `part` says of what sequence the queries are a part; None where they are all of it.

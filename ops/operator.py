@@ -193,11 +193,7 @@ class Call(NamedTuple):
         """Sparse attention as the configuration says; a `part` of a sequence is computed at once, and never traced."""
         settings, value = self.config.as_json, with_channels(self.value)
         arguments = (self.query, self.key, value, *self.visibility, self.factor, self.softcap)
-        sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
-        symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
-        is_empty = _is_empty(self.query, self.key)
-        by_kernels = self.query.is_cuda and not is_empty and has_kernels(self.visibility, self.config)
-        if by_kernels and not symbolic and is_packaging():
+        if is_packaging() and self.shows_kernels():
             from .kernels.pipeline import sparse_triton
 
             if is_dtensor(self.query):
@@ -213,6 +209,13 @@ class Call(NamedTuple):
         if value is not self.value:
             result = result._replace(output=result.output[..., :0])
         return result if self.sinks is None else add_sinks(result, self.sinks)
+
+    def shows_kernels(self) -> bool:
+        """Whether the compiler can see the kernels of sparse attention."""
+        sizes = (*self.query.shape, *self.key.shape, self.visibility.causal_offset, self.visibility.window)
+        symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
+        is_empty = _is_empty(self.query, self.key)
+        return self.query.is_cuda and not is_empty and not symbolic and has_kernels(self.visibility, self.config)
 
 
 def with_channels(x: torch.Tensor) -> torch.Tensor:

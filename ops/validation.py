@@ -30,7 +30,7 @@ def validate(
         ValueError: Ranks, shapes, devices or a number do not fit, or a gradient is asked for.
     """
     tensors = {"query": query, "key": key, "value": value}
-    dtype, device, batch = query.dtype, query.device, query.shape[:1]
+    dtype, device, query_shape = query.dtype, query.device, query.shape
     if dtype not in DTYPES:
         raise TypeError(f"query must be float16, bfloat16 or float32, not {dtype_name(dtype)}")
     for name, tensor in tensors.items():
@@ -43,13 +43,13 @@ def validate(
             )
         if tensor.device != device:
             raise ValueError(f"{name} must be on the device of query ({device}), not {tensor.device}")
-        if shape[:1] != batch:
-            raise ValueError(f"{name} must have the batch size of query ({batch[0]}), not {shape[0]}")
+        if shape[0] != query_shape[0]:
+            raise ValueError(f"{name} must have the batch size of query ({query_shape[0]}), not {shape[0]}")
         if shape[3] > MAX_HEAD_DIM:
             raise ValueError(f"{name} must have at most {MAX_HEAD_DIM} channels, not {shape[3]}")
     if device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"query must be on a CPU or a CUDA device, not {device}")
-    (_, heads, _, channels), (_, kv_heads, keys, key_channels) = query.shape, key.shape
+    (_, heads, _, channels), (_, kv_heads, keys, key_channels) = query_shape, key.shape
     if key_channels != channels:
         raise ValueError(f"key must have the channels of query ({channels}), not {key_channels}")
     if value.shape[1] != kv_heads:
@@ -170,7 +170,7 @@ def _validate_integers(name: str, tensor: torch.Tensor) -> None:
 
 
 def _validate_visibility(query: torch.Tensor, key: torch.Tensor, visibility: Visibility) -> None:
-    queries, keys = query.shape[2], key.shape[2]
+    keys = key.shape[2]
     if visibility.key_padding is not None:
         if visibility.key_padding.dtype != torch.bool:
             kind = dtype_name(visibility.key_padding.dtype)
@@ -178,17 +178,22 @@ def _validate_visibility(query: torch.Tensor, key: torch.Tensor, visibility: Vis
         _validate_by_position("key_padding", visibility.key_padding, query, "keys", keys)
     if visibility.window is not None and statically_known_true(visibility.window < 1):
         raise ValueError(f"window must be at least 1, or None for no window, not {visibility.window}")
+    if visibility.query_documents is not None or visibility.key_documents is not None:
+        _validate_documents(query, keys, visibility)
+    if visibility.mask is not None:
+        _validate_mask(visibility.mask, query, keys)
+
+
+def _validate_documents(query: torch.Tensor, keys: int, visibility: Visibility) -> None:
     documents = {"query_documents": visibility.query_documents, "key_documents": visibility.key_documents}
     given = [name for name, tensor in documents.items() if tensor is not None]
     if len(given) == 1:
         raise ValueError(f"query_documents and key_documents must be given together, not {given[0]} alone")
-    for (name, tensor), length in zip(documents.items(), (queries, keys), strict=True):
+    for (name, tensor), length in zip(documents.items(), (query.shape[2], keys), strict=True):
         if tensor is None:
             continue
         _validate_integers(name, tensor)
         _validate_by_position(name, tensor, query, "queries" if name == "query_documents" else "keys", length)
-    if visibility.mask is not None:
-        _validate_mask(visibility.mask, query, keys)
 
 
 def _validate_by_position(name: str, tensor: torch.Tensor, query: torch.Tensor, what: str, length: int) -> None:

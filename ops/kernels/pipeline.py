@@ -65,7 +65,6 @@ def sparse_attention(
 
     The rule is one of those with kernels (`dispatch.has_kernels`). Queries may be a `part` of those of a sequence.
     """
-    config = visibility.effective_config(config, key.shape[2])
     result = AttentionResult.empty(query, value, config.ranking.tile)
     batch, heads = query.shape[:2]
     at_once = max(1, MAX_PROGRAMS // (heads if config.ranking.lists == "head" else key.shape[1]))
@@ -92,16 +91,17 @@ def attend_batch(
     result: AttentionResult,
 ) -> None:
     """Fill the `result` of as many batch entries as one launch can have programs for."""
-    query, key, value = (_with_rows(x) for x in (query, key, value))
-    padding, of_queries, of_keys = (None if x is None else _with_rows(x) for x in visibility.tensors[:3])
-    visibility = visibility.with_tensors(padding, of_queries, of_keys, visibility.mask)
+    query, key, value = _with_rows(query), _with_rows(key), _with_rows(value)
+    masks, terms = visibility.tensors, visibility
+    if not visibility.is_positional:
+        masks = *[None if x is None else _with_rows(x) for x in masks[:3]], visibility.mask
+        terms = visibility.with_tensors(None, None, None, None)
     part = part or Part(None, None)
     distances = None
     if config.ranking.measure == "output" and Geometry.of(query, key, visibility, config).ranked_segments:
-        sampled = part.outputs or SampledQueries.of(query, key.shape[1], visibility)
+        sampled = part.outputs or SampledQueries.of(query, key.shape[1], terms.with_tensors(*masks))
         distances = distances_of_values(sampled, key, value, scale, softcap)
-    tensors = (query, key, value, *visibility.tensors, distances, part.guides, *result)
-    terms = visibility.with_tensors(None, None, None, None)
+    tensors = (query, key, value, *masks, distances, part.guides, *result)
     planned(rank_and_attend, tensors, query.device, terms, scale, softcap, config, workspace())
 
 
@@ -121,7 +121,9 @@ def rank_and_attend(
 ) -> None:
     """What the kernels do in a call, with the tensors and terms of `attend_batch`, on a device."""
     query, key, value, *masks, distances, sample, output, lse, visited = tensors
-    arguments = Arguments(query, key, value, terms.with_tensors(*masks), distances, scale, softcap, config, device)
+    visibility = terms.with_tensors(*masks)
+    config = visibility.effective_config(config, key.shape[2])
+    arguments = Arguments(query, key, value, visibility, distances, scale, softcap, config, device)
     result = AttentionResult(output, lse, visited)
     if not arguments.geometry.ranked_segments:
         arguments = dataclasses.replace(arguments, config=config.without_ranking())

@@ -14,6 +14,7 @@ alignment is part of a `Layout`.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -33,26 +34,28 @@ Tensors: TypeAlias = Sequence[Any]
 """Tensors, and None for those that a call lacks."""
 Computation: TypeAlias = Callable[..., None]
 """A function of `Tensors`, some of which it fills, and of constants."""
+Values: TypeAlias = tuple[Any, ...]
+"""What differs between two runs of a plan: the stream, and the addresses of its operands."""
 
 ALIGNMENT = 256
 """Bytes to multiples of which the workspace and each allocation in it are aligned."""
 _TRITONS_ALIGNMENT = 16
+_STREAM = 3
+"""The place of the stream among what Triton's launchers take."""
+_HAS_BINARIES = torch.version.hip is None and not knobs.runtime.interpret
+"""Whether kernels are binaries of CUDA: Triton decides as it reads them."""
 _PLANS = 1024
 """Plans that are kept; a call of another layout is recorded anew, in about two milliseconds."""
 
 
-class Layout(NamedTuple):
-    """What a plan depends on of a tensor; `misaligned` is its address past a multiple of what Triton asks about."""
+Layout: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype, int]
+"""What a plan depends on of a tensor: its shape, strides, dtype, and its address past a multiple of what Triton asks
+about."""
 
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    misaligned: int
 
-    @classmethod
-    def of(cls, x: torch.Tensor) -> Layout:
-        """The layout of a tensor."""
-        return cls(x.shape, x.stride(), x.dtype, x.data_ptr() % _TRITONS_ALIGNMENT)
+def layout_of(x: torch.Tensor) -> Layout:
+    """The layout of a tensor."""
+    return x.shape, x.stride(), x.dtype, x.data_ptr() % _TRITONS_ALIGNMENT
 
 
 def planned(compute: Computation, tensors: Tensors, device: torch.device, *constants: Hashable) -> None:
@@ -68,7 +71,7 @@ def planned(compute: Computation, tensors: Tensors, device: torch.device, *const
     """
     plan = None
     if is_launched_at_once():
-        layouts = tuple(None if x is None else Layout.of(x) for x in tensors)
+        layouts = tuple([None if x is None else layout_of(x) for x in tensors])
         plan = plan_of(compute, layouts, device, constants)
     if plan is None:
         compute(tensors, device, *constants)
@@ -82,8 +85,8 @@ def plan_of(
 ) -> Plan | None:
     """The plan of a computation on tensors with these layouts; None where it has none."""
     tensors = [
-        None if of is None else torch.empty_strided(of.shape, of.strides, dtype=of.dtype, device="meta")
-        for of in layouts
+        None if layout is None else torch.empty_strided(*layout[:2], dtype=layout[2], device="meta")
+        for layout in layouts
     ]
     recorder = Recorder(tensors)
     try:
@@ -91,7 +94,7 @@ def plan_of(
             compute(tensors, device, *constants)
     except NotPlannable:
         return None
-    return Plan(device, recorder.size, recorder.steps)
+    return Plan(device, recorder.size, [place[:2] for place in recorder.operands], recorder.steps)
 
 
 class NotPlannable(Exception):
@@ -99,11 +102,15 @@ class NotPlannable(Exception):
 
 
 class Operand(NamedTuple):
-    """A tensor that a step takes: elements from `offset` bytes past the start of one of the tensors, or workspace."""
+    """A tensor that steps take: elements from `offset` bytes past the start of one of the tensors, or workspace.
+
+    `number` is its place among the operands of the plan.
+    """
 
     base: int
     offset: int
     dtype: torch.dtype
+    number: int
 
     def of(self, bases: Tensors) -> torch.Tensor:
         """Its first element."""
@@ -120,7 +127,7 @@ class Zeroing:
     offset: int
     size: int
 
-    def run(self, bases: Tensors, addresses: list[int], stream: int | None) -> None:
+    def run(self, bases: Tensors, values: Values) -> None:
         """Take the step."""
         bases[-1][self.offset : self.offset + self.size].zero_()
 
@@ -135,7 +142,8 @@ class Launch:
         arguments: By parameter, in their order; zeros for `operands`.
         operands: The tensors among the arguments, and their places.
         options: Triton's, as the number of warps.
-        compiled: The kernel that the first launch was compiled to, and the rest after it.
+        kept: The kernel that the first launch was compiled to, which is loaded as long as this is kept, and what picks
+            the arguments of what launches it out of `Values` and constants.
     """
 
     kernel: Any
@@ -143,18 +151,26 @@ class Launch:
     arguments: list[Any]
     operands: list[tuple[int, Operand]]
     options: dict[str, Any]
-    compiled: Any = field(default=None, init=False)
+    kept: tuple[Any, Callable[[Values], Values], Values] | None = field(default=None, init=False)
 
-    def run(self, bases: Tensors, addresses: list[int], stream: int | None) -> None:
+    def run(self, bases: Tensors, values: Values) -> None:
         """Take the step on a stream; None launches as Triton does, which looks for the kernel each time."""
-        if self.compiled is None or stream is None:
-            self.compiled = self.kernel[self.grid](*self._arguments_on(bases), **self.options)
+        if self.kept is not None and values[0] is not None:
+            compiled, pick, constants = self.kept
+            compiled.run(*pick(values + constants))
             return
-        arguments = self.arguments.copy()
+        compiled = self.kernel[self.grid](*self._arguments_on(bases), **self.options)
+        if compiled is not None:
+            self.kept = compiled, *self._arguments_of(compiled, len(values))
+
+    def _arguments_of(self, compiled: Any, values: int) -> tuple[Callable[[Values], Values], Values]:
+        """What picks the arguments of Triton's launcher out of so many `Values` and then constants; the constants."""
+        constants = *self.grid, None, compiled.function, compiled.packed_metadata, None, None, None
+        places = list(range(values, values + len(constants) + len(self.arguments)))
+        places[_STREAM] = 0
         for place, operand in self.operands:
-            arguments[place] = addresses[operand.base] + operand.offset
-        compiled = self.compiled
-        compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+            places[len(constants) + place] = 1 + operand.number
+        return operator.itemgetter(*places), (*constants, *self.arguments)
 
     def compile(self, bases: Tensors) -> None:
         """Have Triton compile the kernel for what `run` launches it on, without a launch."""
@@ -169,10 +185,14 @@ class Launch:
 
 @dataclass
 class Plan:
-    """The steps of a computation, and the bytes of workspace that they take."""
+    """The steps of a computation, the bytes of workspace that they take, and where their operands are.
+
+    `places` are the base and the offset of each, by its number.
+    """
 
     device: torch.device
     size: int
+    places: list[tuple[int, int]]
     steps: list[Zeroing | Launch]
     is_compiled: bool = field(default=False, init=False)
 
@@ -180,7 +200,8 @@ class Plan:
         """Take all steps, on tensors of the layouts that the plan was recorded for."""
         with _on(self.device):
             workspace = torch.empty(self.size + ALIGNMENT, dtype=torch.uint8, device=self.device)
-            workspace = workspace[-workspace.data_ptr() % ALIGNMENT :]
+            if (misaligned := workspace.data_ptr() % ALIGNMENT) != 0:
+                workspace = workspace[ALIGNMENT - misaligned :]
             bases = (*tensors, workspace)
             addresses = [0 if x is None else x.data_ptr() for x in bases]
             stream = _stream(self.device)
@@ -188,8 +209,9 @@ class Plan:
                 launches = [step for step in self.steps if isinstance(step, Launch)]
                 compile_ahead([functools.partial(step.compile, bases) for step in launches])
                 self.is_compiled = True
+            values = stream, *[addresses[base] + offset for base, offset in self.places]
             for step in self.steps:
-                step.run(bases, addresses, stream)
+                step.run(bases, values)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
@@ -204,14 +226,14 @@ def _stream(device: torch.device) -> int | None:
 
     That is where its hooks watch launches, as those of profilers, and where kernels are no binaries of CUDA.
     """
-    if device.type != "cuda" or torch.version.hip is not None or knobs.runtime.interpret or _has_hooks():
+    if device.type != "cuda" or not _HAS_BINARIES or _has_hooks():
         return None
     return driver.active.get_current_stream(device.index)
 
 
 def _has_hooks() -> bool:
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(getattr(hook, "calls", hook) for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 class Recorder(TorchDispatchMode):
@@ -223,6 +245,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, tensors: Tensors) -> None:
         super().__init__()
         self.steps: list[Zeroing | Launch] = []
+        self.operands: dict[tuple[int, int, torch.dtype], Operand] = {}
         self.size = 0
         self._workspace = len(tensors)
         self._bases = {_storage(x): (place, x.dtype) for place, x in enumerate(tensors) if x is not None}
@@ -273,9 +296,12 @@ class Recorder(TorchDispatchMode):
             place, dtype = self._bases[storage]
             if x.dtype != dtype:
                 raise NotPlannable(x.dtype)
-            return Operand(place, offset, dtype)
+            return self._numbered(place, offset, dtype)
         start = next(place.start for ref, place in self._in_use().items() if ref.cdata == storage)
-        return Operand(self._workspace, start + offset, x.dtype)
+        return self._numbered(self._workspace, start + offset, x.dtype)
+
+    def _numbered(self, *place: Any) -> Operand:
+        return self.operands.setdefault(place, Operand(*place, len(self.operands)))
 
 
 _ALLOCATIONS = {

@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.ops.kernels import attend, dense, pipeline, quantise
-from s2o_compile.ops.kernels.plan import Launch, Layout, plan_of
+from s2o_compile.ops.kernels.plan import Launch, layout_of, plan_of
 from s2o_compile.ops.visibility import Visibility
 
 LENGTHS = 16384, 16000, 8193, 32767, 65536
@@ -31,7 +31,7 @@ CALLS: dict[str, Callable[[int], tuple[Visibility, Ranking]]] = {
 
 def look_up(compute: Any, tensors: Any, device: torch.device, *constants: Any) -> None:
     """Have Triton look for the kernels of a call, of tensors whose addresses are multiples of 16."""
-    made = plan_of(compute, tuple(None if x is None else Layout.of(x) for x in tensors), device, constants)
+    made = plan_of(compute, tuple(None if x is None else layout_of(x) for x in tensors), device, constants)
     assert made is not None
     for step in made.steps:
         if isinstance(step, Launch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import Mock
@@ -219,6 +221,27 @@ def test_a_kernel_that_is_kept_gets_what_the_first_launch_got(monkeypatch: pytes
         assert between - start == 4 and start % ALIGNMENT == 0
 
 
+def test_a_plan_keeps_what_its_kernels_were_compiled_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton unloads a kernel that nothing keeps, as where its caches are cleared."""
+    made: list[weakref.ref[Kernel]] = []
+
+    class Forgetful(Kernel):
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            def run(*arguments: Any, **options: Any) -> Kernel:
+                compiled = Kernel(compiles=True)
+                made.append(weakref.ref(compiled))
+                return compiled
+
+            return run
+
+    monkeypatch.setattr(plan, "_stream", lambda device: 99)
+    compute = Pair(Forgetful(compiles=True))
+    for _ in range(2):
+        planned(compute, (torch.zeros(10),), torch.device("cpu"))
+    gc.collect()
+    assert [len(compiled.run_by) for compiled in (one() for one in made) if compiled is not None] == [1, 1]
+
+
 def test_where_no_kernel_is_kept_it_is_looked_for_each_time() -> None:
     kernel = Kernel(compiles=True)
     compute = Pair(kernel)
@@ -285,7 +308,7 @@ def test_allocations_in_use_do_not_overlap_and_the_others_are_used_again(sizes: 
 
 def test_what_is_set_to_zero_is_zero() -> None:
     workspace = torch.ones(1024, dtype=torch.uint8)
-    Zeroing(256, 10).run((workspace,), [0], None)
+    Zeroing(256, 10).run((workspace,), (None,))
     assert workspace.sum() == 1024 - 10 and not workspace[256:266].any()
 
 
