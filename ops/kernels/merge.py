@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..rule import merging
 from .arguments import Arguments, padded
-from .helpers import LOG2_E, float32
+from .helpers import INTERPRETED, LOG2_E, float32
 from .launch import launch
 from .variants import kernel
 
@@ -55,7 +55,7 @@ def merge(arguments: Arguments, covariance: torch.Tensor) -> MergedGuides:
     launch(
         distance_kernel, (-(-runs // together), heads, batch),
         query, covariance, apart, *query.stride()[:3], heads // arguments.kv_heads, queries, runs,
-        RUN=run, RUNS=together, BFLOAT16=query.dtype == torch.bfloat16, PRECISION="ieee" if is_exact else "tf32",
+        RUN=run, RUNS=together, EXACT=is_exact, PRECISION="ieee" if is_exact else "tf32",
         D=size, BLOCK_D=width, BLOCK_C=min(width, _COLUMNS), num_warps=8, num_stages=1,
     )  # fmt: skip
     of_run = query.new_empty(batch, heads, queries, dtype=torch.int32)
@@ -100,7 +100,7 @@ def _from_first(query, run, real, stride_n, first, D: tl.constexpr, RUN: tl.cons
 @kernel
 def distance_kernel(
     query, covariance, apart, stride_b, stride_h, stride_n, group_size, queries, runs,
-    RUN: tl.constexpr, RUNS: tl.constexpr, BFLOAT16: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
+    RUN: tl.constexpr, RUNS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write the squared distances of the queries of each run, `apart` [B, Hq, runs, RUN, RUN].
@@ -114,19 +114,23 @@ def distance_kernel(
     query += batch * stride_b + head * stride_h
     covariance += (batch * (tl.num_programs(1) // group_size) + head // group_size) * BLOCK_D * BLOCK_D
     channel, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
-    dtype: tl.constexpr = tl.bfloat16 if BFLOAT16 else tl.float32
+    # The interpreter multiplies the bits of bfloat16.
+    dtype: tl.constexpr = tl.float32 if EXACT or INTERPRETED else tl.bfloat16
     whole = _from_first(query, row // RUN, real, stride_n, 0, D, RUN, BLOCK_D).to(dtype)
-    gram = tl.zeros([RUNS, RUN, RUN], tl.float32)
+    # Products of all rows with all, of which those of a run are kept: large ones are fast.
+    gram = tl.zeros([rows, rows], tl.float32)
     for first in tl.static_range(0, BLOCK_D, BLOCK_C):
         block = tl.load(covariance + channel[:, None] * BLOCK_D + (first + lane)[None, :]).to(dtype)
         product = tl.dot(whole, block, input_precision=PRECISION).to(dtype)
         part = _from_first(query, row // RUN, real, stride_n, first, D, RUN, BLOCK_C).to(dtype)
-        product, part = tl.reshape(product, [RUNS, RUN, BLOCK_C]), tl.reshape(part, [RUNS, RUN, BLOCK_C])
-        gram = tl.dot(product, tl.permute(part, (0, 2, 1)), gram, input_precision=PRECISION)
+        gram = tl.dot(product, tl.trans(part), gram, input_precision=PRECISION)
     number, place = tl.arange(0, RUNS), tl.arange(0, RUN)
-    is_same = place[None, :, None] == place[None, None, :]
-    square, across = tl.sum(tl.where(is_same, gram, 0.0), 2), tl.sum(tl.where(is_same, gram, 0.0), 1)
-    distance = tl.minimum(square[:, :, None] + across[:, None, :] - 2 * gram, LARGEST)
+    of_row = tl.arange(0, rows) // RUN
+    gram = tl.sum(tl.where(of_row[:, None, None] == number[None, :, None], tl.reshape(gram, [rows, RUNS, RUN]), 0.0), 1)
+    is_same = (tl.arange(0, rows) % RUN)[:, None] == place[None, :]
+    square = tl.reshape(tl.sum(tl.where(is_same, gram, 0.0), 1), [RUNS, RUN])
+    gram = tl.reshape(gram, [RUNS, RUN, RUN])
+    distance = tl.minimum(square[:, :, None] + square[:, None, :] - 2 * gram, LARGEST)
     counts = tl.reshape(real, [RUNS, RUN])
     distance = tl.where(counts[:, :, None] & counts[:, None, :] & (distance > 0), distance, 0.0)
     run = tl.program_id(0) * RUNS + number

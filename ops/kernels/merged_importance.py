@@ -63,7 +63,7 @@ def score_merged(
         SEGMENTS=together, PER_SEGMENT=most, HAS_PADDING=arguments.shared["HAS_PADDING"],
         SOFTCAP=arguments.shared["SOFTCAP"], HALF=half, MEASURES_OUTPUT=distances is not None,
         SAMPLED=config.has_samples, CHOICE_PER_KV_HEAD=neglected is not None, IS_SUBSET=operands is scoring.subset,
-        PRECISION=arguments.shared["PRECISION"], **operands.arguments, **tiling.arguments,
+        PRECISION=arguments.shared["PRECISION"], MOST_PARTS=tilings.MOST_PARTS, **operands.arguments, **tiling.arguments,
     )  # fmt: skip
 
 
@@ -144,6 +144,43 @@ def _score_chunk(
             tl.store(pointers, flags, mask=written)
 
 
+@triton.jit
+def _score_parts(
+    guides, lse, reach, count, left, correction, key, distances, padding, importance, spans, start_of_chunk,
+    end_of_chunk, keys, guides_stride_n, key_stride_n, scale, softcap, step, done,
+    PARTS: tl.constexpr, LAST: tl.constexpr, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_PADDING: tl.constexpr, SOFTCAP: tl.constexpr, HALF: tl.constexpr, MEASURES_OUTPUT: tl.constexpr,
+    SAMPLED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_score_chunk` by the next guides: PARTS of up to 3 parts of BLOCK_M, the last one of LAST."""
+    of_part: tl.constexpr = BLOCK_M // SEGMENTS
+    last = _load_part(
+        guides, lse, reach, count, left, correction, done + (PARTS - 1) * of_part, guides_stride_n, PER_SEGMENT, LAST,
+        SEGMENTS, D, BLOCK_D, HALF,
+    )  # fmt: skip
+    if PARTS == 1:
+        parts = (last,)
+    else:
+        one = _load_part(
+            guides, lse, reach, count, left, correction, done, guides_stride_n, PER_SEGMENT, BLOCK_M, SEGMENTS, D,
+            BLOCK_D, HALF,
+        )  # fmt: skip
+        if PARTS == 2:
+            parts = (one, last)
+        else:
+            two = _load_part(
+                guides, lse, reach, count, left, correction, done + of_part, guides_stride_n, PER_SEGMENT, BLOCK_M,
+                SEGMENTS, D, BLOCK_D, HALF,
+            )  # fmt: skip
+            parts = (one, two, last)
+    _score_chunk(
+        parts, key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys, key_stride_n, scale,
+        softcap, step, done, PARTS, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF, MEASURES_OUTPUT, SAMPLED, D, BLOCK_N,
+        BLOCK_D, PRECISION,
+    )  # fmt: skip
+
+
 @kernel
 def merged_importance_kernel(
     guides, ranges, lse, reach, count, key, distances, neglected, padding, importance,
@@ -155,12 +192,12 @@ def merged_importance_kernel(
     WINDOW: tl.constexpr, HAS_PADDING: tl.constexpr, SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr,
     HALF: tl.constexpr, MEASURES_OUTPUT: tl.constexpr, SAMPLED: tl.constexpr, CHOICE_PER_KV_HEAD: tl.constexpr,
     IS_SUBSET: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MOST_PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write importance as `importance_kernel` does, by as many guides as each of SEGMENTS segments has.
 
-    These are multiplied in parts of BLOCK_M, of all segments, two parts for each time that the keys of the program are
-    loaded; the largest score so far is then in memory.
+    These are multiplied in parts of BLOCK_M, of all segments, MOST_PARTS for each time that the keys of the program are
+    loaded, or half a part if no more is left; the largest score so far is then in memory.
 
     Program (`chunk` keys for SEGMENTS consecutive segments, last first; list of the KV head; batch entry and KV head).
     """
@@ -209,24 +246,22 @@ def merged_importance_kernel(
     if HALF:
         scale = pack_halves(scale, scale)
     spans = (low, high, end)
-    for done in range(0, most, 2 * of_part):
-        one = _load_part(
-            guides, lse, reach, count, left, correction, done, guides_stride_n, PER_SEGMENT, BLOCK_M, SEGMENTS, D,
-            BLOCK_D, HALF,
-        )  # fmt: skip
-        if most - done > of_part:
-            two = _load_part(
-                guides, lse, reach, count, left, correction, done + of_part, guides_stride_n, PER_SEGMENT, BLOCK_M,
-                SEGMENTS, D, BLOCK_D, HALF,
-            )  # fmt: skip
-            _score_chunk(
-                (one, two), key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys,
-                key_stride_n, scale, softcap, step, done, 2, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF,
-                MEASURES_OUTPUT, SAMPLED, D, BLOCK_N, BLOCK_D, PRECISION,
-            )  # fmt: skip
-        else:
-            _score_chunk(
-                (one,), key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys,
-                key_stride_n, scale, softcap, step, done, 1, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF,
-                MEASURES_OUTPUT, SAMPLED, D, BLOCK_N, BLOCK_D, PRECISION,
-            )  # fmt: skip
+    for done in range(0, most, MOST_PARTS * of_part):
+        rest = most - done
+        for parts in tl.static_range(1, MOST_PARTS + 1):
+            before = (parts - 1) * of_part
+            fits_half = rest <= before + of_part // 2
+            if (rest > before) & fits_half:
+                _score_parts(
+                    guides, lse, reach, count, left, correction, key, distances, padding, importance, spans,
+                    start_of_chunk, end_of_chunk, keys, guides_stride_n, key_stride_n, scale, softcap, step, done,
+                    parts, BLOCK_M // 2, PER_SEGMENT, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF, MEASURES_OUTPUT,
+                    SAMPLED, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+                )  # fmt: skip
+            elif (rest > before) & ((rest <= before + of_part) | (parts == MOST_PARTS)):
+                _score_parts(
+                    guides, lse, reach, count, left, correction, key, distances, padding, importance, spans,
+                    start_of_chunk, end_of_chunk, keys, guides_stride_n, key_stride_n, scale, softcap, step, done,
+                    parts, BLOCK_M, PER_SEGMENT, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF, MEASURES_OUTPUT,
+                    SAMPLED, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+                )  # fmt: skip

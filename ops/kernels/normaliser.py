@@ -26,6 +26,7 @@ from .helpers import (
 )
 from .launch import launch
 from .merge import MergedGuides
+from .products import LANES
 from .quantise import Operands
 from .tiling import MERGED_ROWS, normaliser_tiling
 from .variants import kernel
@@ -52,6 +53,20 @@ def normalisers(arguments: Arguments, operands: Operands, merged: MergedGuides |
         **arguments.shared, **operands.arguments, **tiling.arguments,
     )  # fmt: skip
     return lse
+
+
+LARGEST = tl.constexpr(1e38)
+"""Of a mass: what keeps its logarithm finite."""
+
+
+@triton.jit
+def by_lane(products):
+    """Sums [M, LANES] of a product [M, N] over the columns of each thread of a row, which need not ask others.
+
+    Of each 8 columns a thread holds the pair 2t and 2t + 1, t < 4.
+    """
+    columns = tl.reshape(products, [products.shape[0], products.shape[1] // (2 * LANES), LANES, 2])
+    return tl.sum(tl.sum(columns, 3), 1)
 
 
 @triton.jit
@@ -132,24 +147,6 @@ def normaliser_kernel(
     history = (begin[:, None], low[:, None], high[:, None], end[:, None])
     rows_differ: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
-    # The keys before this are in the history of every row, with nothing to mask.
-    whole = 0 if rows_differ or HAS_PADDING or not CAUSAL else tl.min(tl.where(real, end, keys), 0)
-    middle = sample // 2
-    drawn = tl.maximum(first // sample, (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample)
-    for start in range(drawn * sample + middle, last, BLOCK_N * sample):
-        column = start + tl.arange(0, BLOCK_N) * sample
-        inside = load_padding(padding, column, column < last, HAS_PADDING)
-        block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        if HAS_PADDING:
-            column = tl.where(inside, column, NO_KEY)
-        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION) + log2_sample
-        if start + BLOCK_N * sample > whole:
-            seen = _is_history(column, history, CAUSAL, WINDOW)
-            if rows_differ:
-                seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
-            logits = tl.where(seen, logits, float("-inf"))
-        maximum, mass = _add(maximum, mass, logits)
-
     for start in range(first, tl.minimum(FIRST_KEYS, last), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = load_padding(padding, column, (column < FIRST_KEYS) & (column < last), HAS_PADDING)
@@ -160,16 +157,46 @@ def normaliser_kernel(
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
         maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
-    last = tl.max(high, 0)
-    for start in range(tl.min(tl.where(is_ranked, low, keys), 0), last, BLOCK_N):
+    end_of_dense = tl.max(high, 0)
+    for start in range(tl.min(tl.where(is_ranked, low, keys), 0), end_of_dense, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        inside = load_padding(padding, column, column < last, HAS_PADDING)
+        inside = load_padding(padding, column, column < end_of_dense, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
         seen = see(terms, query_head, position, real, column, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
         seen = seen & (column[None, :] >= low[:, None])
         if not CAUSAL:
             seen = seen & (column[None, :] < high[:, None])
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
+        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
+
+    middle = sample // 2
+    drawn = tl.maximum(first // sample, (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample)
+    start_of_sample = drawn * sample + middle
+    if not (rows_differ or HAS_PADDING or SOFTCAP) and CAUSAL:
+        # Blocks before the end of every history have nothing to mask. Their sums are in units of the mass so far, which
+        # is that of a guide's own key at least: what overflows is far above all other keys.
+        whole = tl.min(tl.where(real, end, keys), 0)
+        blocks = tl.maximum(whole - start_of_sample + sample - 1, 0) // (BLOCK_N * sample)
+        end_of_whole = start_of_sample + blocks * BLOCK_N * sample
+        origin = log2_sample - finite_or_zero(maximum)
+        drawn_mass = tl.zeros([BLOCK_M, LANES], tl.float32)
+        for start in range(start_of_sample, end_of_whole, BLOCK_N * sample):
+            column = start + tl.arange(0, BLOCK_N) * sample
+            block = load_rows(key, column, None, key_stride_n, D, BLOCK_D)
+            share = tl.exp2(tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale + origin[:, None])
+            drawn_mass += by_lane(share)
+        mass += tl.minimum(tl.sum(drawn_mass, 1), LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        start_of_sample = end_of_whole
+    for start in range(start_of_sample, last, BLOCK_N * sample):
+        column = start + tl.arange(0, BLOCK_N) * sample
+        inside = load_padding(padding, column, column < last, HAS_PADDING)
+        block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
+        if HAS_PADDING:
+            column = tl.where(inside, column, NO_KEY)
+        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION) + log2_sample
+        seen = _is_history(column, history, CAUSAL, WINDOW)
+        if rows_differ:
+            seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
         maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
     place = first_guide + head.to(tl.int64) * guides_per_head + guide

@@ -16,6 +16,8 @@ CHUNK = 4096
 """Keys that one program scores."""
 MERGED_ROWS = 32
 """Guides of a segment that a kernel takes at once where queries are merged, and there may be few."""
+MOST_PARTS = 3
+"""Parts of the guides of a segment that are scored for each time that keys are loaded, where queries are merged."""
 MAX_GUIDE_BYTES = 32 * 1024
 """Bytes of guides that stay with a program while it goes through its keys."""
 
