@@ -63,7 +63,8 @@ def score_merged(
         SEGMENTS=together, PER_SEGMENT=most, HAS_PADDING=arguments.shared["HAS_PADDING"],
         SOFTCAP=arguments.shared["SOFTCAP"], HALF=half, MEASURES_OUTPUT=distances is not None,
         SAMPLED=config.has_samples, CHOICE_PER_KV_HEAD=neglected is not None, IS_SUBSET=operands is scoring.subset,
-        PRECISION=arguments.shared["PRECISION"], MOST_PARTS=tilings.MOST_PARTS, **operands.arguments, **tiling.arguments,
+        PRECISION=arguments.shared["PRECISION"], MOST_PARTS=tilings.MOST_PARTS, **operands.arguments,
+        **tiling.arguments,
     )  # fmt: skip
 
 
@@ -159,21 +160,18 @@ def _score_parts(
         guides, lse, reach, count, left, correction, done + (PARTS - 1) * of_part, guides_stride_n, PER_SEGMENT, LAST,
         SEGMENTS, D, BLOCK_D, HALF,
     )  # fmt: skip
-    if PARTS == 1:
-        parts = (last,)
-    else:
+    one, two = last, last
+    if PARTS > 1:
         one = _load_part(
             guides, lse, reach, count, left, correction, done, guides_stride_n, PER_SEGMENT, BLOCK_M, SEGMENTS, D,
             BLOCK_D, HALF,
         )  # fmt: skip
-        if PARTS == 2:
-            parts = (one, last)
-        else:
-            two = _load_part(
-                guides, lse, reach, count, left, correction, done + of_part, guides_stride_n, PER_SEGMENT, BLOCK_M,
-                SEGMENTS, D, BLOCK_D, HALF,
-            )  # fmt: skip
-            parts = (one, two, last)
+    if PARTS > 2:
+        two = _load_part(
+            guides, lse, reach, count, left, correction, done + of_part, guides_stride_n, PER_SEGMENT, BLOCK_M,
+            SEGMENTS, D, BLOCK_D, HALF,
+        )  # fmt: skip
+    parts = (last, last, last) if PARTS == 1 else (one, last, last) if PARTS == 2 else (one, two, last)
     _score_chunk(
         parts, key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys, key_stride_n, scale,
         softcap, step, done, PARTS, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF, MEASURES_OUTPUT, SAMPLED, D, BLOCK_N,

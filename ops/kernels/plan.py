@@ -300,8 +300,8 @@ class Recorder(TorchDispatchMode):
         start = next(place.start for ref, place in self._in_use().items() if ref.cdata == storage)
         return self._numbered(self._workspace, start + offset, x.dtype)
 
-    def _numbered(self, *place: Any) -> Operand:
-        return self.operands.setdefault(place, Operand(*place, len(self.operands)))
+    def _numbered(self, base: int, offset: int, dtype: torch.dtype) -> Operand:
+        return self.operands.setdefault((base, offset, dtype), Operand(base, offset, dtype, len(self.operands)))
 
 
 _ALLOCATIONS = {
