@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +21,8 @@ from ..timing import Run, gpu_seconds, interleaved, median_and_spread, settled, 
 from .row import CONTIGUOUS, DENSE, REPLAY, S2O, VARLEN, Case, Row, sparse_calls
 
 CAUSAL = (-1, 0)
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""What lets `varlen_attn` take fewer KV heads; older releases have no such argument."""
 
 
 class Batch(NamedTuple):
@@ -71,7 +74,7 @@ class Batch(NamedTuple):
         pages: dict[str, Any] = {} if self.table is None else {"block_table": self.table, "seqused_k": used}
         return partial(
             varlen_attn, self.query, self.key, self.value, queries, None if pages else keys, max(self.queries),
-            max(self.keys), window_size=CAUSAL, enable_gqa=True, **pages,
+            max(self.keys), window_size=CAUSAL, **_GROUPED, **pages,
         )  # fmt: skip
 
 
