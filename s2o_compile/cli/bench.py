@@ -16,6 +16,7 @@ BENCHMARKS = {
     "paper": "paper.__main__",
     "prefill": "prefill.__main__",
     "quality": "quality.__main__",
+    "serving": "serving.__main__",
     "speed": "speed.__main__",
 }
 """The modules of `benchmarks` that a command runs the `main` of, by the command's name."""
