@@ -10,6 +10,7 @@ at run time which rank it is, so that graphs are the same on all ranks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ from .config import S2OConfig
 from .dense import positive_scale
 from .dispatch import choose_sparse
 from .distributed import holding_all_keys, refuse_dtensors
-from .layout import LAYOUTS, Block, blocks_of_rank, in_order
+from .layout import LAYOUTS, Block, are_in_order, blocks_of_rank, in_order
 from .operator import Call, autocast, library, with_channels
 from .part import Part
 from .process_group import check_alike, group_of, start_gathering
@@ -107,23 +108,37 @@ def _validated(
 
 
 class Whole(NamedTuple):
-    """Keys and values [B, Hkv, Lk, D] of the whole sequence, and its mask."""
+    """Keys and values [B, Hkv, Lk, D] of the whole sequence, and its mask.
+
+    Values may still travel: what follows `arrive` on the current stream waits for them.
+    """
 
     key: torch.Tensor
     value: torch.Tensor
     terms: Visibility
+    arrive: Callable[[], Any]
 
     @classmethod
     def gathered(cls, key: torch.Tensor, value: torch.Tensor, terms: Visibility, group: Any, layout: str) -> Whole:
-        """What all ranks hold, in the order of the sequence; values travel while keys are put in order."""
+        """What all ranks hold, in the order of the sequence."""
         parts = (*((x, 1) for x in terms.tensors), (key, 2), (value, 2))
         started = [None if x is None else start_gathering(x.movedim(dim, 0), group) for x, dim in parts]
-        ordered: list[Any] = [
-            None if wait is None else in_order(wait(), group.size(), layout).movedim(0, dim)
-            for wait, (_, dim) in zip(started, parts, strict=True)
-        ]
-        *tensors, key, value = ordered
-        return cls(key, value, terms.with_tensors(*tensors))
+        ranks, values = group.size(), started.pop()
+        assert values is not None
+        value = values.rows if are_in_order(ranks, layout) else torch.empty_like(values.rows)
+
+        @functools.cache
+        def arrive() -> None:
+            values.wait()
+            in_order(values.rows, ranks, layout, value)
+
+        ordered: list[Any] = []
+        for gathering, (_, dim) in zip(started, parts, strict=False):
+            if gathering is not None:
+                gathering.wait()
+            ordered.append(None if gathering is None else in_order(gathering.rows, ranks, layout).movedim(0, dim))
+        *tensors, key = ordered
+        return cls(key, value.movedim(0, 2), terms.with_tensors(*tensors), arrive)
 
     def seen_by(self, queries: range, is_cut: bool) -> Whole:
         """The same for some queries; `is_cut` to the first keys, behind which they see none."""
@@ -131,7 +146,7 @@ class Whole(NamedTuple):
         if is_cut and self.terms.is_causal:
             end = max(0, min(end, queries.stop + self.terms.causal_offset))
         terms = self.terms.cut(slice(queries.start, queries.stop), slice(0, end))
-        return Whole(self.key[:, :, :end], self.value[:, :, :end], terms)
+        return Whole(self.key[:, :, :end], self.value[:, :, :end], terms, self.arrive)
 
 
 def _check_alike(
@@ -189,7 +204,9 @@ def _attended(
     blocks = blocks_of_rank(ranks.rank(), ranks.size(), length, layout, config.ranking.segment)
     sampled = samples.start_gathering(query, key.shape[1], config, blocks, ranks)
     whole = Whole.gathered(key, value, terms, ranks, layout)
-    part = sampled(whole.terms) if is_sparse else None
+    part = sampled(whole.terms, whole.arrive) if is_sparse else None
+    if part is None:
+        whole.arrive()
     options = config.arguments()
     for block in blocks:
         row, position, count = block
