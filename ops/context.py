@@ -1,8 +1,8 @@
 """The operators ``torch.ops.s2o.attention_context`` and ``attention_context_stats``: a sequence over several ranks.
 
 Each rank holds some positions of the sequence. It gathers the keys and values of all, and attends its own queries to
-them, one call of ``s2o::attention`` for each run of consecutive positions. Nothing else is sent: lists of keys differ
-by segment, and together they hold almost every key.
+them, one call for each run of consecutive positions. Lists of keys differ by segment, and together they hold almost
+every key, so all keys are sent. A few queries are too, by which all ranks choose alike (`samples`).
 
 Both are compositions that validate, cast under autocast and call an operator that is opaque to the compiler, and reads
 at run time which rank it is, so that graphs are the same on all ranks.
@@ -10,7 +10,6 @@ at run time which rank it is, so that graphs are the same on all ranks.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -121,24 +120,25 @@ class Whole(NamedTuple):
     @classmethod
     def gathered(cls, key: torch.Tensor, value: torch.Tensor, terms: Visibility, group: Any, layout: str) -> Whole:
         """What all ranks hold, in the order of the sequence."""
-        parts = (*((x, 1) for x in terms.tensors), (key, 2), (value, 2))
+        parts = (*((x, 1) for x in terms.tensors), (key, 2))
         started = [None if x is None else start_gathering(x.movedim(dim, 0), group) for x, dim in parts]
-        ranks, values = group.size(), started.pop()
-        assert values is not None
-        value = values.rows if are_in_order(ranks, layout) else torch.empty_like(values.rows)
+        ranks, travelling = group.size(), [start_gathering(value.movedim(2, 0), group)]
+        values = travelling[0].rows
+        ordered_values = values if are_in_order(ranks, layout) else torch.empty_like(values)
 
-        @functools.cache
         def arrive() -> None:
-            values.wait()
-            in_order(values.rows, ranks, layout, value)
+            while travelling:  # Once; what was gathered is then free again.
+                gathering = travelling.pop()
+                gathering.wait()
+                in_order(gathering.rows, ranks, layout, ordered_values)
 
         ordered: list[Any] = []
-        for gathering, (_, dim) in zip(started, parts, strict=False):
+        for gathering, (_, dim) in zip(started, parts, strict=True):
             if gathering is not None:
                 gathering.wait()
             ordered.append(None if gathering is None else in_order(gathering.rows, ranks, layout).movedim(0, dim))
         *tensors, key = ordered
-        return cls(key, value.movedim(0, 2), terms.with_tensors(*tensors), arrive)
+        return cls(key, ordered_values.movedim(0, 2), terms.with_tensors(*tensors), arrive)
 
     def seen_by(self, queries: range, is_cut: bool) -> Whole:
         """The same for some queries; `is_cut` to the first keys, behind which they see none."""

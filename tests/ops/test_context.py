@@ -449,6 +449,19 @@ def test_two_gpus(threshold: float, name: str, layout: str, dtype: torch.dtype, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", AS_ONE_PROCESS)
+def test_two_gpus_choose_as_one(name: str, layout: str, gpus: Ranks) -> None:
+    call = dataclasses.replace(DEFAULT, **AS_ONE_PROCESS[name])
+    got = whole_of(gpus.call(own_call, call, 2, layout, True, torch.bfloat16), 2, layout)
+    want = one_process(call, torch.bfloat16, "cuda")
+    for one, another in zip(got[:2], want[:2], strict=True):
+        close = ((one - another).abs() <= 2e-2 * (1 + another.abs())) | (one == another)
+        assert close.double().mean() > 0.999
+    torch.testing.assert_close(got[2].sum(), want[2].sum(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.gpu
 def test_two_gpus_that_run_dense(gpus: Ranks) -> None:
     call = dataclasses.replace(ON_GPUS, config=S2OConfig(min_length=2**62))
     for layout in LAYOUTS:
