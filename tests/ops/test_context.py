@@ -258,6 +258,11 @@ def call_of_odd_length() -> int:
     return call_of([33] * 4)
 
 
+def call_with_settings_of_a_rank() -> int:
+    channels = 4 if distributed.get_rank() == 1 else None
+    return call_of([32] * 4, config=SPARSE.with_ranking(channels=channels))
+
+
 def call_with(name: str) -> int:
     group = group_of(RANKS)
     x, longer = torch.ones(1, 2, 32, 8), torch.ones(1, 2, 64, 8)
@@ -301,6 +306,8 @@ def test_calls_that_are_refused(name: str, ranks: Ranks) -> None:
 def test_other_calls_that_all_ranks_refuse(ranks: Ranks) -> None:
     for answer in ranks.answers(call_with_documents):
         assert re.match("ValueError: the size in bytes of an element of key_documents must be the same", str(answer))
+    for answer in ranks.answers(call_with_settings_of_a_rank):
+        assert re.match("ValueError: the number of queries by which channels are chosen must be the same", str(answer))
     for answer in ranks.answers(call_of_odd_length):
         assert re.match("ValueError: query must have an even length with layout='head-tail', not 33", str(answer))
 
