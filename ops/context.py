@@ -141,7 +141,7 @@ class Whole(NamedTuple):
         return cls(key, ordered_values.movedim(0, 2), terms.with_tensors(*tensors), arrive)
 
     def seen_by(self, queries: range, is_cut: bool) -> Whole:
-        """The same for some queries; `is_cut` to the keys up to the last that they see, which alone do not choose alike."""
+        """The same for some queries; `is_cut` to the keys that they may see, where nothing is chosen by all."""
         end = self.key.shape[2]
         if is_cut and self.terms.is_causal:
             end = max(0, min(end, queries.stop + self.terms.causal_offset))
@@ -188,7 +188,7 @@ def _attended(
     layout: str,
     settings: str,
 ) -> Iterator[tuple[Block, _Answer]]:
-    """The blocks of this rank, each with what `attend` answers to its call and `Part`, None where it is to run dense."""
+    """The blocks of this rank, each with what `attend` answers to its call and `Part`; None for one to run dense."""
     ranks, config = group_of(group), S2OConfig.from_json(settings)
     query, scale = positive_scale(with_channels(query), scale)
     key, length, keys = with_channels(key), query.shape[2], query.shape[2] * ranks.size()
