@@ -1,8 +1,8 @@
 """The operators ``torch.ops.s2o.attention_context`` and ``attention_context_stats``: a sequence over several ranks.
 
 Each rank holds some positions of the sequence. It gathers the keys and values of all, and attends its own queries to
-them, one call of ``s2o::attention`` for each run of consecutive positions. Nothing else is sent: lists of keys differ
-by segment, and together they hold almost every key.
+them, one call for each run of consecutive positions. Lists of keys differ by segment, and together they hold almost
+every key, so all keys are sent. A few queries are too, by which all ranks choose alike (`samples`).
 
 Both are compositions that validate, cast under autocast and call an operator that is opaque to the compiler, and reads
 at run time which rank it is, so that graphs are the same on all ranks.
@@ -19,7 +19,7 @@ from .config import S2OConfig
 from .dense import positive_scale
 from .dispatch import choose_sparse
 from .distributed import holding_all_keys, refuse_dtensors
-from .layout import LAYOUTS, Block, blocks_of_rank, in_order
+from .layout import LAYOUTS, Block, are_in_order, blocks_of_rank, in_order
 from .operator import Call, autocast, library, with_channels
 from .part import Part
 from .process_group import check_alike, group_of, start_gathering
@@ -107,31 +107,46 @@ def _validated(
 
 
 class Whole(NamedTuple):
-    """Keys and values [B, Hkv, Lk, D] of the whole sequence, and its mask."""
+    """Keys and values [B, Hkv, Lk, D] of the whole sequence, and its mask.
+
+    Values may still travel: what follows `arrive` on the current stream waits for them.
+    """
 
     key: torch.Tensor
     value: torch.Tensor
     terms: Visibility
+    arrive: Callable[[], Any]
 
     @classmethod
     def gathered(cls, key: torch.Tensor, value: torch.Tensor, terms: Visibility, group: Any, layout: str) -> Whole:
-        """What all ranks hold, in the order of the sequence; values travel while keys are put in order."""
-        parts = (*((x, 1) for x in terms.tensors), (key, 2), (value, 2))
+        """What all ranks hold, in the order of the sequence."""
+        parts = (*((x, 1) for x in terms.tensors), (key, 2))
         started = [None if x is None else start_gathering(x.movedim(dim, 0), group) for x, dim in parts]
-        ordered: list[Any] = [
-            None if wait is None else in_order(wait(), group.size(), layout).movedim(0, dim)
-            for wait, (_, dim) in zip(started, parts, strict=True)
-        ]
-        *tensors, key, value = ordered
-        return cls(key, value, terms.with_tensors(*tensors))
+        ranks, travelling = group.size(), [start_gathering(value.movedim(2, 0), group)]
+        values = travelling[0].rows
+        ordered_values = values if are_in_order(ranks, layout) else torch.empty_like(values)
+
+        def arrive() -> None:
+            while travelling:  # Once; what was gathered is then free again.
+                gathering = travelling.pop()
+                gathering.wait()
+                in_order(gathering.rows, ranks, layout, ordered_values)
+
+        ordered: list[Any] = []
+        for gathering, (_, dim) in zip(started, parts, strict=True):
+            if gathering is not None:
+                gathering.wait()
+            ordered.append(None if gathering is None else in_order(gathering.rows, ranks, layout).movedim(0, dim))
+        *tensors, key = ordered
+        return cls(key, ordered_values.movedim(0, 2), terms.with_tensors(*tensors), arrive)
 
     def seen_by(self, queries: range, is_cut: bool) -> Whole:
-        """The same for some queries; `is_cut` to the first keys, behind which they see none."""
+        """The same for some queries; `is_cut` to the keys that they may see, where nothing is chosen by all."""
         end = self.key.shape[2]
         if is_cut and self.terms.is_causal:
             end = max(0, min(end, queries.stop + self.terms.causal_offset))
         terms = self.terms.cut(slice(queries.start, queries.stop), slice(0, end))
-        return Whole(self.key[:, :, :end], self.value[:, :, :end], terms)
+        return Whole(self.key[:, :, :end], self.value[:, :, :end], terms, self.arrive)
 
 
 def _check_alike(
@@ -173,7 +188,7 @@ def _attended(
     layout: str,
     settings: str,
 ) -> Iterator[tuple[Block, _Answer]]:
-    """The blocks of this rank, each with the answer to it as a call, and as what part; None if it is to run dense."""
+    """The blocks of this rank, each with what `attend` answers to its call and `Part`; None for one to run dense."""
     ranks, config = group_of(group), S2OConfig.from_json(settings)
     query, scale = positive_scale(with_channels(query), scale)
     key, length, keys = with_channels(key), query.shape[2], query.shape[2] * ranks.size()
@@ -189,7 +204,9 @@ def _attended(
     blocks = blocks_of_rank(ranks.rank(), ranks.size(), length, layout, config.ranking.segment)
     sampled = samples.start_gathering(query, key.shape[1], config, blocks, ranks)
     whole = Whole.gathered(key, value, terms, ranks, layout)
-    part = sampled(whole.terms) if is_sparse else None
+    part = sampled(whole.terms, whole.arrive) if is_sparse else None
+    if part is None:
+        whole.arrive()
     options = config.arguments()
     for block in blocks:
         row, position, count = block

@@ -48,9 +48,17 @@ def blocks_of_rank(rank: int, ranks: int, length: int, layout: str, segment: int
     return [head, tail]
 
 
-def in_order(gathered: torch.Tensor, ranks: int, layout: str) -> torch.Tensor:
-    """What the ranks hold [ranks * length, ...], gathered one rank after the other, by position in the sequence."""
-    if layout == "contiguous" or ranks == 1 or not len(gathered):
+def are_in_order(ranks: int, layout: str) -> bool:
+    """Whether what the ranks hold is by position, one rank after the other."""
+    return layout == "contiguous" or ranks == 1
+
+
+def in_order(gathered: torch.Tensor, ranks: int, layout: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """What the ranks hold [ranks * length, ...], gathered one rank after the other, by position in the sequence.
+
+    `out` is filled where they are not in order.
+    """
+    if are_in_order(ranks, layout) or not len(gathered):
         return gathered
     blocks = gathered.unflatten(0, (2 * ranks, -1)).unbind()
-    return torch.cat([*blocks[::2], *blocks[::-2]])
+    return torch.cat([*blocks[::2], *blocks[::-2]], out=out)

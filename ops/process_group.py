@@ -6,7 +6,7 @@ Operators know groups by their names, which are text, so that graphs can hold th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,8 +54,15 @@ def group_of(name: str) -> Any:
         raise ValueError(f"group must be the name of a process group of this process, not {name!r}") from error
 
 
-def start_gathering(x: torch.Tensor, group: Any) -> Callable[[], torch.Tensor]:
-    """Begin to gather tensors [n, ...] of one shape; what waits for them and returns [ranks * n, ...], by rank."""
+class Gathering(NamedTuple):
+    """Rows of all ranks [ranks * n, ...], by rank, which are there for what follows `wait` on the current stream."""
+
+    rows: torch.Tensor
+    wait: Callable[[], Any]
+
+
+def start_gathering(x: torch.Tensor, group: Any) -> Gathering:
+    """Begin to gather tensors [n, ...] of one shape."""
     from torch import distributed
 
     # The one is called by the other's name from torch 2.13 on.
@@ -63,19 +70,14 @@ def start_gathering(x: torch.Tensor, group: Any) -> Callable[[], torch.Tensor]:
     x = x.contiguous()
     gathered = x.new_empty(group.size() * len(x), *x.shape[1:])
     if not x.numel():
-        return lambda: gathered
-    work = gather(gathered, x, group=group, async_op=True)
-    return lambda: _waited(work, gathered)
+        return Gathering(gathered, lambda: None)
+    return Gathering(gathered, gather(gathered, x, group=group, async_op=True).wait)
 
 
-def start_sampling(
-    x: torch.Tensor, positions: torch.Tensor, blocks: Sequence[Block], group: Any
-) -> Callable[[], torch.Tensor]:
-    """Begin to gather some rows of a sequence, of whose rows [..., L, D] each rank has its blocks.
+def start_sampling(x: torch.Tensor, positions: torch.Tensor, blocks: Sequence[Block], group: Any) -> Gathering:
+    """Begin to gather the rows at some `positions` [n] of a sequence, of whose rows [..., L, D] each rank has blocks.
 
-    Returns:
-        What waits for the rows at `positions` [n] and returns them [..., n, D], to the bit: a sum over ranks, of which
-        all but one give zeros.
+    They are [..., n, D], to the bit: a sum over ranks, of which all but one give zeros.
     """
     from torch import distributed
 
@@ -83,18 +85,11 @@ def start_sampling(
     for row, position, length in blocks:
         if length:
             place = positions - position
-            own = x.index_select(-2, place.clamp(0, length - 1) + row)
-            found += torch.where(((place >= 0) & (place < length))[:, None], own, 0)
+            nearest = place.clamp(0, length - 1)
+            found += torch.where((place == nearest)[:, None], x.index_select(-2, nearest + row), 0)
     if not found.numel():
-        return lambda: found
-    work = distributed.all_reduce(found, group=group, async_op=True)
-    return lambda: _waited(work, found)
-
-
-def _waited(work: Any, x: torch.Tensor) -> torch.Tensor:
-    """What a collective fills, from when on it is there for what follows on the current stream."""
-    work.wait()
-    return x
+        return Gathering(found, lambda: None)
+    return Gathering(found, distributed.all_reduce(found, group=group, async_op=True).wait)
 
 
 def check_alike(numbers: Mapping[str, int], group: Any, device: torch.device) -> None:
@@ -107,7 +102,8 @@ def check_alike(numbers: Mapping[str, int], group: Any, device: torch.device) ->
         ValueError: They are not; all ranks raise this, but for those of which the above is said.
     """
     own = tuple(numbers.values())
-    gathered = start_gathering(uploaded(own, device)[None], group)()
+    gathered, wait = start_gathering(uploaded(own, device)[None], group)
+    wait()
     if device.type == "cuda" and _agreed.get(group.group_name) == own:
         if not torch.cuda.is_current_stream_capturing():
             torch._assert_async((gathered == gathered[:1]).all(), "the ranks of a group hold tensors of other shapes")

@@ -39,8 +39,12 @@ class Samples(NamedTuple):
 
     def start_gathering(
         self, query: torch.Tensor, kv_heads: int, config: S2OConfig, blocks: Sequence[Block], group: Any
-    ) -> Callable[[Visibility], Part]:
-        """Begin to gather the rows, those of a rank being its blocks; what waits for them, given the whole mask."""
+    ) -> Callable[[Visibility, Callable[[], Any]], Part]:
+        """Begin to gather the rows, those of a rank being its blocks.
+
+        Returns:
+            What waits for them, given the mask of the sequence and what waits for values.
+        """
         guides = outputs = None
         if self.guides is not None:
             pooled = pool_guides(query.unflatten(1, (kv_heads, -1)), config)
@@ -49,10 +53,13 @@ class Samples(NamedTuple):
         if self.outputs is not None:
             outputs = start_sampling(query, self.outputs, blocks, group)
 
-        def wait(terms: Visibility) -> Part:
+        def wait(terms: Visibility, arrive: Callable[[], Any]) -> Part:
+            for gathering in (guides, outputs):
+                if gathering is not None:
+                    gathering.wait()
             sampled = None
             if outputs is not None and self.outputs is not None:
-                sampled = SampledQueries(outputs(), self.outputs, terms)
-            return Part(None if guides is None else guides(), sampled)
+                sampled = SampledQueries(outputs.rows, self.outputs, terms)
+            return Part(None if guides is None else guides.rows, sampled, arrive)
 
         return wait

@@ -44,7 +44,9 @@ def measure_operator(case: Case, setting: float | None) -> Row:
     call = partial(attention, query, key, value, shape.is_causal, **options)
 
     def gather() -> Whole:
-        return Whole.gathered(key, value, terms, distributed.group.WORLD, case.layout)
+        whole = Whole.gathered(key, value, terms, distributed.group.WORLD, case.layout)
+        whole.arrive()
+        return whole
 
     gathered = gather()
 

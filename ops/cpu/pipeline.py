@@ -29,6 +29,8 @@ def sparse_attention(
     Queries may be a `part` of those of a sequence.
     Arithmetic is in float32 at least, but for the scores that rank keys, which are in bfloat16 where that is fast.
     """
+    if part is not None:
+        part.arrive()
     config = visibility.effective_config(config, key.shape[2])
     geometry = Geometry.of(query, key, visibility, config)
     batch, kv_heads = query.shape[0], key.shape[1]

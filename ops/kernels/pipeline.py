@@ -20,11 +20,14 @@ from .attend import attend
 from .guides import pool_guides
 from .launch import launching, visibly
 from .lists import Lists, bits_of_a_key
-from .plan import Tensors, planned
+from .plan import Late, Tensors, planned
 from .rank import rank, scoring_of
 
 MAX_PROGRAMS = 2**16 - 1
 """Programs along all axes of a launch but the first: one for each list of a batch entry, of a segment."""
+
+_VALUE = 2
+"""The place of values among the tensors of `rank_and_attend`."""
 
 
 @triton_op("s2o::sparse_triton", mutates_args={})
@@ -96,13 +99,14 @@ def attend_batch(
     if not visibility.is_positional:
         masks = *[None if x is None else _with_rows(x) for x in masks[:3]], visibility.mask
         terms = visibility.with_tensors(None, None, None, None)
-    part = part or Part(None, None)
-    distances = None
+    late = None if part is None else Late(_VALUE, part.arrive)
+    part, distances = part or Part(), None
     if config.ranking.measure == "output" and Geometry.of(query, key, visibility, config).ranked_segments:
+        part.arrive()
         sampled = part.outputs or SampledQueries.of(query, key.shape[1], terms.with_tensors(*masks))
         distances = distances_of_values(sampled, key, value, scale, softcap)
     tensors = (query, key, value, *masks, distances, part.guides, *result)
-    planned(rank_and_attend, tensors, query.device, terms, scale, softcap, config, workspace())
+    planned(rank_and_attend, tensors, query.device, terms, scale, softcap, config, workspace(), late=late)
 
 
 def _with_rows(x: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,16 @@ def layout_of(x: torch.Tensor) -> Layout:
     return x.shape, x.stride(), x.dtype, x.data_ptr() % _TRITONS_ALIGNMENT
 
 
-def planned(compute: Computation, tensors: Tensors, device: torch.device, *constants: Hashable) -> None:
+class Late(NamedTuple):
+    """Which of the `Tensors` may still be filled by others, and what lets the steps that follow wait for that."""
+
+    place: int
+    arrive: Callable[[], Any]
+
+
+def planned(
+    compute: Computation, tensors: Tensors, device: torch.device, *constants: Hashable, late: Late | None = None
+) -> None:
     """``compute(tensors, device, *constants)``, by a plan where it has one.
 
     It has none where it does more than allocate, take views and launch kernels, and where a compiler watches.
@@ -68,15 +77,18 @@ def planned(compute: Computation, tensors: Tensors, device: torch.device, *const
         tensors: What it reads and what it fills; none of them overlap where it writes.
         device: Where they are.
         constants: Everything else that it depends on.
+        late: What is waited for where it is first read, if by a plan; None for nothing.
     """
     plan = None
     if is_launched_at_once():
         layouts = tuple([None if x is None else layout_of(x) for x in tensors])
         plan = plan_of(compute, layouts, device, constants)
-    if plan is None:
-        compute(tensors, device, *constants)
-    else:
-        plan.run(tensors)
+    if plan is not None:
+        plan.run(tensors, late)
+        return
+    if late is not None:
+        late.arrive()
+    compute(tensors, device, *constants)
 
 
 @functools.lru_cache(maxsize=_PLANS)
@@ -196,8 +208,9 @@ class Plan:
     steps: list[Zeroing | Launch]
     is_compiled: bool = field(default=False, init=False)
 
-    def run(self, tensors: Tensors) -> None:
-        """Take all steps, on tensors of the layouts that the plan was recorded for."""
+    def run(self, tensors: Tensors, late: Late | None = None) -> None:
+        """Take all steps, on tensors of the layouts that the plan was recorded for, one of which may be late."""
+        before = 0 if late is None else self.steps_without(late.place)
         with _on(self.device):
             workspace = torch.empty(self.size + ALIGNMENT, dtype=torch.uint8, device=self.device)
             if (misaligned := workspace.data_ptr() % ALIGNMENT) != 0:
@@ -210,8 +223,18 @@ class Plan:
                 compile_ahead([functools.partial(step.compile, bases) for step in launches])
                 self.is_compiled = True
             values = stream, *[addresses[base] + offset for base, offset in self.places]
-            for step in self.steps:
+            for step in self.steps[:before]:
                 step.run(bases, values)
+            if late is not None:
+                late.arrive()
+            for step in self.steps[before:]:
+                step.run(bases, values)
+
+    def steps_without(self, place: int) -> int:
+        """How many steps come before the first that reads or writes the tensor at a place."""
+        launches = ((number, step) for number, step in enumerate(self.steps) if isinstance(step, Launch))
+        reads = (number for number, step in launches if any(of.base == place for _, of in step.operands))
+        return next(reads, len(self.steps))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

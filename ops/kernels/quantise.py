@@ -31,7 +31,7 @@ class Operands(NamedTuple):
     Attributes:
         guides: [B, Hkv, guide heads, guides, D].
         key: [B, Hkv, Lk, D].
-        ranges: [2, B, Hkv] float32, the largest magnitudes of guides and of keys; read for float8 only.
+        ranges: [2, B, Hkv] float32, how far guides and keys reach at most; read for float8 only.
     """
 
     guides: torch.Tensor
@@ -93,7 +93,9 @@ def quantise(
     channels: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
 ) -> tuple[Operands, ...]:
-    """Guides and keys in float8, each in units of how far they reach; keys from about their mean.
+    """Guides and keys in float8, each in units of about how far they reach; keys from about their mean.
+
+    Units differ by powers of two alone, so that a number is rounded alike whatever the largest beside it is.
 
     Taking one vector from all keys shifts a query's logits by one number, which the softmax does not see; their mean
     takes away what large biases of single channels would cost in precision (SageAttention, arXiv 2410.02367). A sample
@@ -199,7 +201,7 @@ def _load(
 
 @triton.jit
 def _round_up(reach):
-    """The bits of the next FLOAT8_REACH times a power of two."""
+    """The bits of the least FLOAT8_REACH, 1.75 * 8, times a power of two that is not below a number, given its bits."""
     return ((reach + 0x1FFFFF) & 0x7F800000) | 0x600000
 
 
@@ -210,7 +212,7 @@ def reach_kernel(
     kv_heads, heads, per_head, keys,
     OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Raise `ranges` [2, B, Hkv] to the largest magnitudes of guides and of keys from `origin`, NaN for infinity.
+    """Raise `ranges` [2, B, Hkv] to the reach of guides and of keys from `origin`, NaN for infinity.
 
     Program (block of guides or of keys; batch entry and KV head).
     """

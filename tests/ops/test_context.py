@@ -258,6 +258,11 @@ def call_of_odd_length() -> int:
     return call_of([33] * 4)
 
 
+def call_with_settings_of_a_rank() -> int:
+    channels = 4 if distributed.get_rank() == 1 else None
+    return call_of([32] * 4, config=SPARSE.with_ranking(channels=channels))
+
+
 def call_with(name: str) -> int:
     group = group_of(RANKS)
     x, longer = torch.ones(1, 2, 32, 8), torch.ones(1, 2, 64, 8)
@@ -301,6 +306,8 @@ def test_calls_that_are_refused(name: str, ranks: Ranks) -> None:
 def test_other_calls_that_all_ranks_refuse(ranks: Ranks) -> None:
     for answer in ranks.answers(call_with_documents):
         assert re.match("ValueError: the size in bytes of an element of key_documents must be the same", str(answer))
+    for answer in ranks.answers(call_with_settings_of_a_rank):
+        assert re.match("ValueError: the number of queries by which channels are chosen must be the same", str(answer))
     for answer in ranks.answers(call_of_odd_length):
         assert re.match("ValueError: query must have an even length with layout='head-tail', not 33", str(answer))
 
@@ -446,6 +453,19 @@ def test_two_gpus(threshold: float, name: str, layout: str, dtype: torch.dtype, 
         close = ((one - another).abs() <= tolerance * (1 + another.abs())) | (one == another)
         assert close.double().mean() > (0.999 if threshold else 1 - 1e-6)
     torch.testing.assert_close(got[2].sum(), want[2].sum(), rtol=1e-2, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", AS_ONE_PROCESS)
+def test_two_gpus_choose_as_one(name: str, layout: str, gpus: Ranks) -> None:
+    call = dataclasses.replace(DEFAULT, **AS_ONE_PROCESS[name])
+    got = whole_of(gpus.call(own_call, call, 2, layout, True, torch.bfloat16), 2, layout)
+    want = one_process(call, torch.bfloat16, "cuda")
+    for one, another in zip(got[:2], want[:2], strict=True):
+        close = ((one - another).abs() <= 2e-2 * (1 + another.abs())) | (one == another)
+        assert close.double().mean() > 0.999
+    torch.testing.assert_close(got[2].sum(), want[2].sum(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.gpu

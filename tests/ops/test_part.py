@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from s2o_compile.ops import AttentionResult, cpu
-from s2o_compile.ops.kernels import pipeline
+from s2o_compile.ops.kernels import pipeline, plan
+from s2o_compile.ops.memory import limited_workspace
 from s2o_compile.ops.part import Part, SampledQueries
 from s2o_compile.ops.rule.channels import sampling_step
 from s2o_compile.ops.visibility import Visibility
@@ -47,6 +49,49 @@ def test_parts_are_those_of_the_whole(name: str, implementation: Any, monkeypatc
     whole, rows = attended(slice(None), None).output, [slice(0, CUT), slice(CUT, LENGTH)]
     assert torch.equal(torch.cat([attended(some, of_all).output for some in rows], 2), whole)
     assert not torch.equal(torch.cat([attended(some, None).output for some in rows], 2), whole)
+
+
+@pytest.mark.parametrize(("implementation", "measure"), [(cpu, "mass"), (pipeline, "mass"), (pipeline, "output")])
+def test_values_may_arrive_while_keys_are_ranked(
+    implementation: Any, measure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(5)
+    query, key, value = (torch.randn(1, heads, LENGTH, 16) for heads in (2, 1, 1))
+    # Small enough that lists are made and visited in several runs.
+    config, steps = config_of(threshold=0.1, near_keys=0, channels=None, radius=0.0, measure=measure), []
+    attend = functools.partial(implementation.sparse_attention, scale=0.25, softcap=0.0, config=config)
+    with limited_workspace(2**11):
+        want = attend(query, key, value, Visibility(True)).output
+    travelling = torch.full_like(value, torch.nan)
+    run = plan.Launch.run
+
+    def noted(launch: plan.Launch, *arguments: Any) -> None:
+        steps.append(launch.kernel.__name__)
+        run(launch, *arguments)
+
+    def arrive() -> None:
+        steps.append("arrive")
+        travelling.copy_(value)
+
+    monkeypatch.setattr(plan.Launch, "run", noted)
+    with limited_workspace(2**11):
+        got = attend(query, key, travelling, Visibility(True), part=Part(arrive=arrive)).output
+    assert torch.equal(got, want)
+    if implementation is pipeline and measure == "mass":
+        before, after = steps[: steps.index("arrive")], steps[steps.index("arrive") + 1 :]
+        assert "importance_kernel" in before and after[0] == "attend_kernel"
+        assert "attend_kernel" not in before and "importance_kernel" in after
+
+
+def test_a_plan_of_what_computes_waits_first() -> None:
+    """As it cannot be recorded, nothing says where a tensor is first read."""
+    x, result = torch.zeros(3), torch.empty(3)
+
+    def double(tensors: plan.Tensors, device: torch.device) -> None:
+        tensors[1].copy_(2 * tensors[0])
+
+    plan.planned(double, (x, result), x.device, late=plan.Late(0, lambda: x.fill_(1)))
+    assert result.tolist() == [2, 2, 2]
 
 
 def test_a_sample_is_its_own_sample() -> None:
