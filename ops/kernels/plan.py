@@ -300,8 +300,9 @@ class Recorder(TorchDispatchMode):
         start = next(place.start for ref, place in self._in_use().items() if ref.cdata == storage)
         return self._numbered(self._workspace, start + offset, x.dtype)
 
-    def _numbered(self, *place: Any) -> Operand:
-        return self.operands.setdefault(place, Operand(*place, len(self.operands)))
+    def _numbered(self, base: int, offset: int, dtype: torch.dtype) -> Operand:
+        operand = Operand(base, offset, dtype, len(self.operands))
+        return self.operands.setdefault((base, offset, dtype), operand)
 
 
 _ALLOCATIONS = {
