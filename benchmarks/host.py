@@ -2,8 +2,10 @@
 
     python -m benchmarks.host --length 32768
 
-The operator sparse and dense, in eager mode and in compiled graphs, beside SDPA. The GPU works on random inputs
-meanwhile, whose numbers make no difference to the host. A first call of a length records its plan; it is timed too.
+The operator sparse and dense, in eager mode and in compiled graphs, beside SDPA. A graph takes some time besides its
+calls, so there are graphs of several calls too, "layers compiled", with the time and the kernels of each of them. The
+GPU works on random inputs meanwhile, whose numbers make no difference to the host. A first call of a length records its
+plan; it is timed too.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from .results import as_text, record
 from .timing import Run, issuing_seconds, median_and_spread, warm_up
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+LAYERS = 4
+"""Calls of a graph of several: more of them, in a batch, would wait until the GPU takes their launches."""
 
 
 @dataclasses.dataclass
@@ -65,6 +70,17 @@ def operator(min_length: int) -> Attention:
     return call
 
 
+def layers(attention: Attention) -> Attention:
+    """Several calls, each of which attends with the output of the one before as its query."""
+
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        for _ in range(LAYERS):
+            query = attention(query, key, value)
+        return query
+
+    return call
+
+
 def contenders() -> dict[str, Attention]:
     """All ways, by name."""
     sparse, dense = operator(0), operator(DENSE_AT_ANY_LENGTH)
@@ -74,6 +90,9 @@ def contenders() -> dict[str, Attention]:
         "dense, compiled": torch.compile(dense, fullgraph=True, dynamic=False),
         "sparse": sparse,
         "sparse, compiled": torch.compile(sparse, fullgraph=True, dynamic=False),
+        "SDPA, layers compiled": torch.compile(layers(sdpa), fullgraph=True, dynamic=False),
+        "dense, layers compiled": torch.compile(layers(dense), fullgraph=True, dynamic=False),
+        "sparse, layers compiled": torch.compile(layers(sparse), fullgraph=True, dynamic=False),
         "sparse, CUDA graph": torch.compile(sparse, fullgraph=True, dynamic=False, mode="reduce-overhead"),
     }
 
@@ -90,7 +109,8 @@ def measure(name: str, attention: Attention, inputs: list[torch.Tensor], repetit
         raise RuntimeError(f"{name}: {reason}")
     seconds, spread = median_and_spread([issuing_seconds(call) for _ in range(repetitions)])
     new = None if "," in name else 1e3 * seconds_of_a_new_length(attention, inputs)
-    return Row(name, 1e6 * seconds, spread, new, kernels(call))
+    calls = LAYERS if "layers" in name else 1
+    return Row(name, 1e6 * seconds / calls, spread, new, kernels(call) // calls)
 
 
 def seconds_of_a_new_length(attention: Attention, inputs: list[torch.Tensor]) -> float:
