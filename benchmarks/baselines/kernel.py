@@ -64,7 +64,7 @@ def _attend(
         TILE=visit.tile, BLOCK=1 if is_means else visit.block, LN_2=LN_2,
         D=key.shape[1], BLOCK_D=padded(key.shape[1]), DV=value.shape[1], BLOCK_DV=padded(value.shape[1]),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        **attend_tiling(widest, key.element_size(), visit.tile, False, shared).arguments,
+        **attend_tiling(widest, key.element_size(), visit.tile, False, shared)._replace(num_stages=1).arguments,
     )  # fmt: skip
     return output, lse
 

@@ -107,15 +107,20 @@ def _attended(layer: Layer, visits: list[Visit]) -> Attended:
     return Attended(attend_visits(layer, visits), sum(densities) / len(densities), ranking / dense_flops(layer))
 
 
-def attend_visits(layer: Layer, visits: list[Visit], room: int = 2**30) -> torch.Tensor:
-    """Attention over what each head visits: [Hq, L, Dv]; on a GPU by a kernel, elsewhere by masks.
+def attend_visits(layer: Layer, visits: list[Visit]) -> torch.Tensor:
+    """Attention over what each head visits: [Hq, L, Dv]; on a GPU by a kernel, elsewhere by masks."""
+    if not layer.key.is_cuda:
+        return attend_by_masks(layer, visits)
+    heads = enumerate(visits)
+    return torch.stack([kernel.attend_visit(*layer.head(head), layer.scale, visit) for head, visit in heads])
+
+
+def attend_by_masks(layer: Layer, visits: list[Visit], room: int = 2**30) -> torch.Tensor:
+    """The same by SDPA.
 
     Some tiles of all heads at a time, so many that masks have no more than `room` elements; the tile is that of the
     rule, the same for all heads.
     """
-    if layer.key.is_cuda:
-        heads = enumerate(visits)
-        return torch.stack([kernel.attend_visit(*layer.head(head), layer.scale, visit) for head, visit in heads])
     size = visits[0].tile
     tiles = max(1, room // (layer.heads * size * layer.length))
     positions = torch.arange(layer.length, device=layer.key.device)

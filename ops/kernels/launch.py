@@ -19,8 +19,11 @@ def at_once(kernel: Any, grid: Grid, arguments: tuple[Any, ...], named: dict[str
 
 
 def visibly(kernel: Any, grid: Grid, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """As an operation of the graph that a compiler traces. In eager mode that takes a millisecond."""
-    return wrap_triton(kernel)[grid](*arguments, **named)
+    """As an operation of the graph that a compiler traces. In eager mode that takes a millisecond.
+
+    Such graphs have no place for the most registers of a thread, which change nothing but the time.
+    """
+    return wrap_triton(kernel)[grid](*arguments, **{name: x for name, x in named.items() if name != "maxnreg"})
 
 
 _launcher: ContextVar[Launcher] = ContextVar("s2o_launcher", default=at_once)

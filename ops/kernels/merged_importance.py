@@ -64,7 +64,7 @@ def score_merged(
         SOFTCAP=arguments.shared["SOFTCAP"], HALF=half, MEASURES_OUTPUT=distances is not None,
         SAMPLED=config.has_samples, CHOICE_PER_KV_HEAD=neglected is not None, IS_SUBSET=operands is scoring.subset,
         PRECISION=arguments.shared["PRECISION"], MOST_PARTS=tilings.MOST_PARTS, **operands.arguments,
-        **tiling.arguments,
+        **tiling.arguments, **({"maxnreg": tilings.MERGED_REGISTERS} if half else {}),
     )  # fmt: skip
 
 

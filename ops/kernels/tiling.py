@@ -18,6 +18,8 @@ MERGED_ROWS = 32
 """Guides of a segment that a kernel takes at once where queries are merged, and there may be few."""
 MOST_PARTS = 3
 """Parts of the guides of a segment that are scored for each time that keys are loaded, where queries are merged."""
+MERGED_REGISTERS = 168
+"""Of a thread there: three programs share a multiprocessor of 65,536."""
 MAX_GUIDE_BYTES = 32 * 1024
 """Bytes of guides that stay with a program while it goes through its keys."""
 

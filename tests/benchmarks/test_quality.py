@@ -26,7 +26,15 @@ from benchmarks.judge import Judge
 from benchmarks.methods import ranking_flops
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import attention
-from benchmarks.quality.attention import METHODS, attend_densely, attend_visits, operator, rule, with_dense_layers
+from benchmarks.quality.attention import (
+    METHODS,
+    attend_by_masks,
+    attend_densely,
+    attend_visits,
+    operator,
+    rule,
+    with_dense_layers,
+)
 from benchmarks.quality.cases import PLACES, Settings, build_case
 from benchmarks.quality.flips import Flips, mcnemar
 from benchmarks.quality.journal import Journal
@@ -220,10 +228,10 @@ class TestTasks:
         assert "without buying" not in text_of(left.haystack[0], 300)
 
 
-def layer(length: int = 700) -> Layer:
-    structure = Structure.draw(length, 4, 2, 32)
+def layer(length: int = 700, channels: int = 32) -> Layer:
+    structure = Structure.draw(length, 4, 2, channels)
     tensors = structure.query(0.3)[0], structure.key[0], structure.value[0]
-    return Layer("layer", *tensors, 32**-0.5, facts={"layer": "5"})
+    return Layer("layer", *tensors, channels**-0.5, facts={"layer": "5"})
 
 
 class TestAttention:
@@ -235,20 +243,27 @@ class TestAttention:
         visits = [
             visit for head in range(some.heads) for visit in function(*some.head(head)[:2], some.scale, dials[:1])
         ]
-        output = attend_visits(some, visits, room=2 * some.heads * visits[0].tile * some.length)
+        output = attend_by_masks(some, visits, room=2 * some.heads * visits[0].tile * some.length)
         for head, visit in enumerate(visits):
             torch.testing.assert_close(output[head], judge.attend(head, visit)[0], atol=1e-5, rtol=1e-4)
         assert (output - judge.output).abs().max() > 1e-3
 
-    @pytest.mark.parametrize("name", ["pbs", "streaming", "flashprefill v2"])
-    def test_the_kernel_attends_what_masks_leave(self, name: str) -> None:
-        """Blocks of permuted keys, single keys, and means behind keys; the length is no multiple of a tile."""
-        some, (function, dials) = layer(1000), GROUP_RULES[name]
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    @pytest.mark.parametrize("name", ["xattention", "pbs", "streaming", "flashprefill v2"])
+    def test_the_kernel_attends_what_masks_leave(self, name: str, device: str) -> None:
+        """Blocks, also of permuted keys, single keys, and means behind keys; the length is no multiple of a tile."""
+        if device == "cpu" and torch.cuda.is_available():
+            pytest.skip("kernels run on the GPU")
+        some, (function, dials) = layer(1000, 32 if device == "cpu" else 128), GROUP_RULES[name]
         visit = next(function(Group(*some.group(0), some.scale), dials[:1]))[0]
         assert not visit.mask.all() and (visit.means is None or visit.means.any())
-        one = replace(some, query=some.query[:1], key=some.key[:1], value=some.value[:1])
+        visit = replace(visit, **{name: x.to(device) for name, x in vars(visit).items() if torch.is_tensor(x)})
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        query, key, value = (x[:1].to(device, dtype) for x in (some.query, some.key, some.value))
+        one = replace(some, query=query, key=key, value=value)
         output = attend_visit(*one.head(0), one.scale, visit)
-        torch.testing.assert_close(output, attend_visits(one, [visit])[0], atol=1e-5, rtol=1e-4)
+        tolerance = {"atol": 1e-5, "rtol": 1e-4} if device == "cpu" else {"atol": 2e-2, "rtol": 2e-2}
+        torch.testing.assert_close(output, attend_by_masks(one, [visit])[0], **tolerance)
 
     def test_whoever_keeps_everything_is_dense_attention(self) -> None:
         some = layer()

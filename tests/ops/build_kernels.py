@@ -80,7 +80,7 @@ def build(capability: int, kernel: Any, grid: Any, positional: tuple[Any, ...], 
         else:
             signature[parameter.name] = "fp64" if isinstance(value, float) else "i32"
     source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32)
-    options = {name: values[name] for name in ("num_warps", "num_stages")}
+    options = {name: values[name] for name in ("num_warps", "num_stages", "maxnreg") if name in values}
     compiled = triton.compile(source, target=target, options=options)
     assert compiled.asm["cubin"]
     reductions = list(linear_reductions(compiled.asm["ttgir"]))
