@@ -15,11 +15,11 @@ from s2o_compile.ops.context import Whole
 from s2o_compile.ops.density import dense_pairs
 from s2o_compile.ops.layout import Block, blocks_of_rank
 from s2o_compile.ops.visibility import Visibility
+from s2o_compile.testbed.timing import median_and_spread
 
 from ..inputs import Structure
 from ..speed.measure import diffuseness
 from ..speed.shapes import SHAPES
-from ..timing import median_and_spread
 from .ranks import device_of_rank, of_all, peak_mebibytes, seconds_of_ranks
 from .row import OPERATOR, Case, Row
 

@@ -10,11 +10,11 @@ from torch import distributed
 
 from s2o_compile.integrations.settings import configure
 from s2o_compile.ops.layout import blocks_of_rank
+from s2o_compile.testbed.timing import kernel_seconds, median_and_spread
 
 from ..prefill.budget import with_density
 from ..prefill.calls import prefill_inputs
 from ..prefill.models import load
-from ..timing import kernel_seconds, median_and_spread
 from .ranks import device_of_rank, of_all, peak_mebibytes, seconds_of_ranks
 from .row import Case, Row
 

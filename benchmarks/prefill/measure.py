@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from s2o_compile.ops import S2OConfig
-
-from ..timing import (
+from s2o_compile.testbed.timing import (
     Run,
     attempt,
     first_line,
@@ -24,6 +23,7 @@ from ..timing import (
     wall_seconds,
     with_peak_memory,
 )
+
 from .backends import EAGER, S2O, Contender, Contenders
 from .budget import visited_density, with_density
 from .calls import Call, prefill_inputs

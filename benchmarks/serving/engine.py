@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 import s2o_compile
+from s2o_compile.testbed.timing import attempt, median_and_spread, settled, wall_seconds, warm_up
 
 from ..prefill.budget import with_density
 from ..prefill.calls import prefill_inputs
 from ..prefill.models import Subject
-from ..timing import attempt, median_and_spread, settled, wall_seconds, warm_up
 from .row import ALONE, ENGINE, S2O, STOCK, Case, Row, sparse_calls
 
 Show = Callable[[str], None]

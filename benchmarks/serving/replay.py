@@ -13,11 +13,11 @@ from torch.nn.attention.varlen import varlen_attn
 
 import s2o_compile
 from s2o_compile.ops import S2OConfig
+from s2o_compile.testbed.timing import Run, gpu_seconds, interleaved, median_and_spread, settled, wall_seconds, warm_up
 
 from ..inputs import Structure
 from ..speed.measure import diffuseness
 from ..speed.shapes import SHAPES
-from ..timing import Run, gpu_seconds, interleaved, median_and_spread, settled, wall_seconds, warm_up
 from .row import CONTIGUOUS, DENSE, REPLAY, S2O, VARLEN, Case, Row, sparse_calls
 
 CAUSAL = (-1, 0)

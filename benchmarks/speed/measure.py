@@ -15,10 +15,7 @@ from s2o_compile.ops.density import dense_pairs, density
 from s2o_compile.ops.observe import SparseInputs
 from s2o_compile.ops.sampled_error import sampled_error
 from s2o_compile.ops.visibility import Visibility
-
-from ..density import find, sampled_density
-from ..inputs import Structure
-from ..timing import (
+from s2o_compile.testbed.timing import (
     attempt,
     gpu_seconds,
     interleaved,
@@ -30,6 +27,9 @@ from ..timing import (
     warm_up,
     with_peak_memory,
 )
+
+from ..density import find, sampled_density
+from ..inputs import Structure
 from .contenders import DENSE, sparse
 from .shapes import SHAPES
 

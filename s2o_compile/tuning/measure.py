@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .._attention import attention
 from ..ops import S2OConfig
 from ..ops.dispatch import DENSE_AT_ANY_LENGTH
+from ..testbed.timing import Run, attempt, idle_seconds, interleaved, wall_seconds
 from .cases import Case
 
 REPEATS = 3
@@ -26,8 +26,6 @@ _TOPIC = 256
 _SHARPNESS = 5.3
 _OWN = 0.2
 _WEAK = 0.3
-
-Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -56,34 +54,31 @@ class Row:
 
 def measure(case: Case, device: torch.device, dtype: torch.dtype) -> Row:
     """Time one call."""
-    reasons: list[str] = []
-    tensors = _attempt(lambda: draw(case, device, dtype), reasons)
+    tensors, reason = attempt(lambda: draw(case, device, dtype))
     if tensors is None:
-        return Row(case, None, "", None, reasons[0])
+        return Row(case, None, "", None, reason)
+    clock = wall_seconds if device.type == "cpu" else idle_seconds
     dense = dict(_dense(case, tensors))
-    fastest = _fastest(dense, device, reasons)
-    runs = {name: dense[name] for name in dense if name == fastest}
-    medians = _medians({**runs, "sparse": _operator(case, tensors, S2OConfig(min_length=0))}, device, reasons)
-    reason = reasons[-1] if len(medians) < 2 else ""
-    return Row(case, medians.get(fastest), fastest, medians.get("sparse"), reason)
+    first = {name: _first_seconds(run, clock)[0] or math.inf for name, run in dense.items()}
+    fastest = min(first, key=lambda name: first[name])
+    runs = {fastest: dense[fastest], "sparse": _operator(case, tensors, S2OConfig(min_length=0))}
+    warm = {name: _first_seconds(run, clock) for name, run in runs.items()}
+    ran = {name: run for name, run in runs.items() if warm[name][0] is not None}
+    is_long = any(seconds is not None and seconds > LONG for seconds, _ in warm.values())
+    times = interleaved(ran, 1 if is_long else REPEATS, clock)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    reason = next((reason for _, reason in warm.values() if reason), "")
+    return Row(case, medians.get(fastest), fastest if fastest in medians else "", medians.get("sparse"), reason)
 
 
-def _fastest(runs: dict[str, Run], device: torch.device, reasons: list[str]) -> str:
-    """The name of the fastest of some calls; "" if none runs."""
-    found = {name: _first_seconds(run, device, reasons) for name, run in runs.items()}
-    ran = {name: seconds for name, seconds in found.items() if seconds is not None}
-    return min(ran, key=lambda name: ran[name], default="")
+def _first_seconds(run: Run, clock: Callable[[Run], float]) -> tuple[float | None, str]:
+    """Of a call that is compiled by then, and ""; or None and why it does not run."""
 
+    def seconds() -> float:
+        run()
+        return clock(run)
 
-def _medians(runs: dict[str, Run], device: torch.device, reasons: list[str]) -> dict[str, float]:
-    """The median seconds of those that run, taking turns."""
-    first = {name: _first_seconds(run, device, reasons) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name, seconds in first.items() if seconds is not None}
-    is_long = any(seconds is not None and seconds > LONG for seconds in first.values())
-    for _ in range(1 if is_long else REPEATS):
-        for name in times:
-            times[name].append(seconds_of(runs[name], device))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return attempt(seconds)
 
 
 def draw(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -106,40 +101,6 @@ def draw(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[torch.Te
     query = topics[:, :, :, topic] * (1 - _OWN) ** 0.5 + own * _OWN**0.5
     sharpness = _SHARPNESS / (weights**4).mean().sqrt()
     return (query * (weights * sharpness)).flatten(1, 2), normal(*key_shape[:3]) * weights, normal(*key_shape[:3])
-
-
-def seconds_of(run: Run, device: torch.device) -> float:
-    """Of one call that finds nothing else to wait for: on a GPU by events, between which it may wait for the host."""
-    if device.type == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize(device)
-    return begin.elapsed_time(end) / 1e3
-
-
-def _first_seconds(run: Run, device: torch.device, reasons: list[str]) -> float | None:
-    """Of a call that is compiled by then; None, and a reason more, if it does not run."""
-
-    def seconds() -> float:
-        run()
-        return seconds_of(run, device)
-
-    return _attempt(seconds, reasons)
-
-
-def _attempt(function: Callable[[], Any], reasons: list[str]) -> Any:
-    """What a function returns; None, and a reason more, where it cannot."""
-    try:
-        return function()
-    except Exception as error:  # Backends raise all kinds of them for what they do not support.
-        reasons.append(next(iter(str(error).strip().splitlines()), type(error).__name__))
-        return None
 
 
 def _operator(case: Case, tensors: tuple[torch.Tensor, ...], config: S2OConfig) -> Run:

@@ -17,11 +17,11 @@ from benchmarks.speed.__main__ import choose, read_setting
 from benchmarks.speed.contenders import DENSE, PRESETS
 from benchmarks.speed.measure import Case, Row, diffuseness, measure, parts, relative_error
 from benchmarks.speed.report import COLUMNS, as_dict, save_plot, table
-from benchmarks.timing import kernel_seconds, median_and_spread
 from s2o_compile._attention import attention
 from s2o_compile._console import UsageError
 from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.ops.density import density
+from s2o_compile.testbed.timing import kernel_seconds, median_and_spread
 
 CPU = torch.device("cpu")
 

@@ -87,11 +87,21 @@ def gpu_seconds(run: Run) -> float:
 
     Only a call that takes the host longer to issue than `FLUSHES` writes take (about 3 ms) has gaps in it.
     """
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     for _ in range(FLUSHES):
         flushed.zero_()
+    return _between_events(run)
+
+
+def idle_seconds(run: Run) -> float:
+    """Between two events around one call to a GPU that has nothing else to do, and may wait for the host."""
+    torch.cuda.synchronize()
+    return _between_events(run)
+
+
+def _between_events(run: Run) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
     end.record()
