@@ -14,6 +14,7 @@ from .._explain import call_once, replace_operator
 from ..ops import AttentionResult, Ranking, S2OConfig
 from ..ops.density import density, ranking_share, share_in_all_channels, share_of_guides
 from ..ops.dispatch import DENSE_AT_ANY_LENGTH
+from ..ops.visibility import Visibility
 from ..passes import Decision, rewrite
 from ..passes.safety import Safeguard
 
@@ -79,6 +80,8 @@ class SiteInputs:
     def ranking_share(self, config: S2OConfig) -> float:
         """What ranking the keys costs, over what dense attention costs."""
         size, group_size = self.query.shape[3], self.query.shape[1] // self.key.shape[1]
+        terms = Visibility(**{name: self.options[name] for name in Visibility._fields if name in self.options})
+        config = terms.effective_config(config, self.key.shape[2])
         whole = config.with_ranking(channels=None)
         few, all_channels = (ranking_share(rule, size, self.value.shape[3], group_size) for rule in (config, whole))
         scale = self.options.get("scale")

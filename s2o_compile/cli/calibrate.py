@@ -29,15 +29,15 @@ def calibrate(
     """Find the threshold of each attention site that keeps an error budget, and write them to a file."""
     from rich.console import Console
 
-    from .. import S2OConfig
     from .. import calibrate as calibrate_model
     from .._console import Progress
     from ..testbed.predict import prefill_inputs
     from ..testbed.prepare import prepare_prefills
 
     config = read_config(None, None, option or [])
+    if not 0 < error_budget < 1:
+        raise UsageError(f"--error-budget must be between 0 and 1, not {error_budget:g}.")
     try:
-        S2OConfig(error_budget=error_budget)
         config.arguments()
     except ValueError as error:
         raise UsageError(f"{error}.") from error

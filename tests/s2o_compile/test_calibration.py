@@ -287,6 +287,8 @@ def test_the_price_of_groups_that_are_ranked_in_all_channels(size: float, groups
     price, left = few + (whole - few) * groups_in_all / 2, share_of_guides(query, key, 64**-0.5, config)
     assert call.ranking_share(config.with_ranking(radius=0.0)) == price
     assert 1 / 32 <= left <= 1 and call.ranking_share(config) == price * left
+    windowed = dataclasses.replace(call, options=call.options | {"window": 100})
+    assert windowed.ranking_share(config) == price  # Queries that see different keys are not merged.
 
 
 def test_digests() -> None:
