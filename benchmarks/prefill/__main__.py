@@ -28,7 +28,7 @@ from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_c
 from ..command import announce, progress_bars, run, wide_console
 from ..quality.yarn import stretch
 from ..results import as_text, save
-from .backends import BACKENDS, CUDNN_FIRST, ONE_LENGTH, Contenders, choose_backends, preferring
+from .backends import BACKENDS, CUDNN_FIRST, ONE_LENGTH, UNCOMPILED, Contenders, choose_backends, preferring
 from .calls import padded_calls, plain_calls
 from .measure import Row, measure
 from .models import RANDOM_LLAMA, SMOLLM2, load
@@ -68,7 +68,9 @@ def main(
     ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(help=f"A row: {', '.join(BACKENDS)}, or {ONE_LENGTH} beside --dynamic; repeatable."),
+        typer.Option(
+            help=f"A row: {'; '.join(BACKENDS)}; {ONE_LENGTH}, beside --dynamic; {'; '.join(UNCOMPILED[1:])}."
+        ),
     ] = None,
     yarn: Annotated[float | None, typer.Option(help="Factor of YaRN, for more positions than the model's.")] = None,
     cold: Annotated[

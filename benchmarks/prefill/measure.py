@@ -24,7 +24,7 @@ from s2o_compile.testbed.timing import (
     with_peak_memory,
 )
 
-from .backends import EAGER, S2O, Contender, Contenders
+from .backends import EAGER, EAGER_S2O, NO_ATTENTION, S2O, UNCOMPILED, Contender, Contenders
 from .budget import visited_density, with_density
 from .calls import Call, prefill_inputs
 
@@ -43,11 +43,12 @@ class Row:
         length: Tokens, of the longest prompt.
         call: How the model is called: `Call.name`.
         backend: "eager" (not compiled), "inductor", "inductor, one length" (where the others are compiled for all),
-            "s2o, kept dense" (masks are proven away, nothing is left out) or "s2o".
+            "s2o, kept dense" (masks are proven away, nothing is left out), "s2o", or another of `backends.UNCOMPILED`.
         seconds: To the first token on the host, the median.
         spread: Range of the repetitions over their median.
         to_eager: Time of eager, called in the same way, over its own; None without eager.
         attention: Share of the GPU's time that is attention, by the names of kernels; None on a CPU, or not profiled.
+        attention_seconds: What is not compiled takes longer than without attention; None where that was not timed.
         mebibytes: Memory at its peak beside the weights, with the cache; None on a CPU.
         compile_seconds: What the first prefill of this length took longer than the median; None where nothing is
             compiled.
@@ -64,6 +65,7 @@ class Row:
     spread: float | None = None
     to_eager: float | None = None
     attention: float | None = None
+    attention_seconds: float | None = None
     mebibytes: float | None = None
     compile_seconds: float | None = None
     sites: str = ""
@@ -108,10 +110,12 @@ def measure(
             row.reason = row.reason or first_line(error)
         return list(rows.values())
     for name, (backend, call) in asked.items():
-        if backend == S2O:
+        is_sparse = backend in (S2O, EAGER_S2O)
+        if is_sparse:
             rows[name].threshold = config.threshold
-        if call.inputs[0]["input_ids"].shape == tokens.shape and not call.is_dynamic:
-            rows[name].density = visited if backend == S2O else 1.0
+        is_whole = call.inputs[0]["input_ids"].shape == tokens.shape and not call.is_dynamic
+        if is_whole and backend != NO_ATTENTION:
+            rows[name].density = visited if is_sparse else 1.0
     _compare(rows.values())
     return list(rows.values())
 
@@ -153,7 +157,7 @@ def _time(
     for name, run in running.items():
         row = rows[name]
         row.seconds, row.spread = median_and_spread(times[name])
-        row.compile_seconds = None if row.backend == EAGER else max(0.0, first[name] - row.seconds)
+        row.compile_seconds = None if row.backend in UNCOMPILED else max(0.0, first[name] - row.seconds)
         if profiled and device.type != "cpu":
             progress(f"profiling {name}")
             row.attention = attention_share(kernel_seconds(run))
@@ -172,12 +176,14 @@ def _warm_up(run: Run, device: torch.device) -> tuple[float, float | None, str]:
 
 
 def _compare(rows: Iterable[Row]) -> None:
-    """Fill in the times relative to those of eager, called in the same way; none where eager has no time."""
-    eager = {row.call: row.seconds for row in rows if row.backend == EAGER}
+    """Fill in the times relative to those of eager and of no attention, called in the same way, where they have any."""
+    seconds = {(row.call, row.backend): row.seconds for row in rows}
     for row in rows:
-        reference = eager.get(row.call)
-        if row.seconds and reference:
-            row.to_eager = reference / row.seconds
+        eager, nothing = (seconds.get((row.call, backend)) for backend in (EAGER, NO_ATTENTION))
+        if row.seconds and eager:
+            row.to_eager = eager / row.seconds
+        if row.seconds and nothing and row.backend in UNCOMPILED and row.backend != NO_ATTENTION:
+            row.attention_seconds = row.seconds - nothing
 
 
 def attention_share(kernels: dict[str, float]) -> float:

@@ -15,6 +15,7 @@ MEASURES: dict[str, tuple[str, str | None]] = {
     "seconds": ("s", "spread"),
     "to_eager": ("times as fast as eager", "spread"),
     "attention": ("share of the GPU's time", None),
+    "attention_seconds": ("s", None),
     "mebibytes": ("MiB", None),
     "compile_seconds": ("s", None),
     "density": ("share", None),
@@ -26,6 +27,7 @@ COLUMNS = {
     "compile_seconds": ("compile, s", ".1f"),
     "mebibytes": ("MiB", ",.0f"),
     "attention": ("attention", ".0%"),
+    "attention_seconds": ("its ms", ",.1f"),
     "density": ("density", ".3f"),
     "threshold": ("threshold", ".1e"),
 }
@@ -64,8 +66,9 @@ def table(rows: list[Row], note: str, positions: int) -> Table:
 def cells(row: Row) -> list[str]:
     """What was measured, as text; empty where it was not."""
     values = {name: getattr(row, name) for name in COLUMNS}
-    if row.seconds is not None:
-        values["seconds"] = row.seconds * 1e3
+    for name in ("seconds", "attention_seconds"):
+        if values[name] is not None:
+            values[name] *= 1e3
     return ["" if value is None else format(value, COLUMNS[name][1]) for name, value in values.items()]
 
 

@@ -14,10 +14,14 @@ from torch.profiler import profile
 from benchmarks.prefill.backends import (
     BACKENDS,
     EAGER,
+    EAGER_FLASH,
+    EAGER_S2O,
     INDUCTOR,
     KEPT_DENSE,
+    NO_ATTENTION,
     ONE_LENGTH,
     S2O,
+    UNCOMPILED,
     Contender,
     Contenders,
     choose_backends,
@@ -213,6 +217,28 @@ def test_without_eager_there_are_no_ratios(monkeypatch: pytest.MonkeyPatch) -> N
     ways = Contenders(subject.model, (S2O,))
     (alone,) = measure(ways, prompt, plain_calls(prompt, (False,)), S2OConfig(), None, 1, True, lambda step: None)
     assert alone.seconds and alone.to_eager is None
+
+
+def test_attention_of_what_is_not_compiled_is_timed_by_leaving_it_out() -> None:
+    subject = tiny()
+    prompt, ways = subject.tokens(200, None), Contenders(subject.model, UNCOMPILED)
+    calls = plain_calls(prompt, (True,))
+    config = S2OConfig(min_length=0, threshold=0)
+    rows = measure(ways, prompt, calls, config, None, 3, False, lambda step: None)
+    by_name = {row.backend: row for row in rows}
+    assert list(by_name) == [EAGER, EAGER_FLASH, EAGER_S2O, NO_ATTENTION]
+    assert all(row.seconds and row.compile_seconds is None and not row.reason for row in rows)
+    for name in (EAGER, EAGER_FLASH, EAGER_S2O):
+        row, without = by_name[name], by_name[NO_ATTENTION].seconds
+        assert row.seconds and without and row.attention_seconds == row.seconds - without
+    assert by_name[NO_ATTENTION].attention_seconds is by_name[NO_ATTENTION].density is None
+    assert by_name[EAGER_S2O].threshold == 0
+    assert subject.model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        models = [ways.get(name, calls[0], config)._model for name in by_name]
+        dense, flash, sparse, zeros = (model(**calls[0].inputs[0]).logits for model in models)
+    torch.testing.assert_close(torch.cat([flash, sparse]), torch.cat([dense, dense]), atol=1e-4, rtol=1e-3)
+    assert (zeros - dense).abs().max() > 1e-2
 
 
 def test_what_runs_out_of_memory_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
