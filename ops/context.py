@@ -127,10 +127,10 @@ class Whole(NamedTuple):
         ordered_values = values if are_in_order(ranks, layout) else torch.empty_like(values)
 
         def arrive() -> None:
-            while travelling:  # Once; what was gathered is then free again.
-                gathering = travelling.pop()
-                gathering.wait()
-                in_order(gathering.rows, ranks, layout, ordered_values)
+            if travelling:  # Until it succeeds once; what was gathered is then free again.
+                travelling[0].wait()
+                in_order(travelling[0].rows, ranks, layout, ordered_values)
+                travelling.clear()
 
         ordered: list[Any] = []
         for gathering, (_, dim) in zip(started, parts, strict=True):

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from hypothesis import strategies as st
 from torch import distributed
 
 import s2o_compile
-from s2o_compile.ops import Ranking, S2OConfig
+from s2o_compile.ops import Ranking, S2OConfig, context
 from s2o_compile.ops.layout import LAYOUTS, Block, blocks_of_rank, in_order
+from s2o_compile.ops.process_group import Gathering
+from s2o_compile.ops.visibility import Visibility
 
 from ..examples import examples
 from ..ranks import SECONDS, Ranks, device
@@ -417,6 +420,19 @@ def inside_autocast_and_outside() -> list[tuple[str, float]]:
 
 def test_autocast_casts_no_values_that_still_travel(ranks: Ranks) -> None:
     assert ranks.call(inside_autocast_and_outside) == [[("torch.float32", 0.0)] * 2] * RANKS
+
+
+def test_values_that_did_not_arrive_are_awaited_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that memory did not suffice for is repeated, and must not read what was never filled."""
+
+    waits = [Mock(), Mock(side_effect=[torch.OutOfMemoryError("no room"), None])]
+    monkeypatch.setattr(context, "start_gathering", lambda x, _: Gathering(torch.cat([x, x]), waits.pop(0)))
+    key, value = torch.randn(2, 1, 1, 4, 8)
+    whole = context.Whole.gathered(key, value, Visibility(), Mock(size=lambda: 2), "head-tail")
+    with pytest.raises(torch.OutOfMemoryError):
+        whole.arrive()
+    whole.arrive()
+    assert torch.equal(whole.value, value[:, :, [0, 1, 0, 1, 2, 3, 2, 3]])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
