@@ -20,7 +20,7 @@ from .dense import positive_scale
 from .dispatch import choose_sparse
 from .distributed import holding_all_keys, refuse_dtensors
 from .layout import LAYOUTS, Block, are_in_order, blocks_of_rank, in_order
-from .operator import Call, autocast, library, with_channels
+from .operator import Call, autocast, library, with_channels, without_autocast
 from .part import Part
 from .process_group import check_alike, group_of, start_gathering
 from .result import AttentionResult
@@ -127,10 +127,10 @@ class Whole(NamedTuple):
         ordered_values = values if are_in_order(ranks, layout) else torch.empty_like(values)
 
         def arrive() -> None:
-            while travelling:  # Once; what was gathered is then free again.
-                gathering = travelling.pop()
-                gathering.wait()
-                in_order(gathering.rows, ranks, layout, ordered_values)
+            if travelling:  # Until it succeeds once; what was gathered is then free again.
+                travelling[0].wait()
+                in_order(travelling[0].rows, ranks, layout, ordered_values)
+                travelling.clear()
 
         ordered: list[Any] = []
         for gathering, (_, dim) in zip(started, parts, strict=True):
@@ -150,7 +150,14 @@ class Whole(NamedTuple):
 
 
 def _check_alike(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, terms: Visibility, samples: Samples, group: Any
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    terms: Visibility,
+    samples: Samples,
+    group: Any,
+    layout: str,
+    config: S2OConfig,
 ) -> None:
     batch, heads, length, channels = key.shape
     of_keys, of_queries = (0 if x is None else x.element_size() for x in (terms.key_documents, terms.query_documents))
@@ -159,12 +166,15 @@ def _check_alike(
         "the length of key": length, "the batch size of key": batch, "the number of heads of key": heads,
         "the number of channels of key": channels, "the number of channels of value": value.shape[3],
         "the size in bytes of an element of key": key.element_size(),
+        "whether key is bfloat16": int(key.dtype == torch.bfloat16),
         "whether there is a key_padding": int(terms.key_padding is not None),
         "the size in bytes of an element of key_documents": of_keys,
         "the size in bytes of an element of query_documents": of_queries,
         "the number of heads of query": query.shape[1],
         "the number of queries by which channels are chosen": guides,
         "the number of queries by which the size of outputs is estimated": outputs,
+        "ranking.pool": config.ranking.pool, "whether ranking.guides is 'head'": int(config.ranking.guides == "head"),
+        "whether layout is 'head-tail'": int(layout == "head-tail"),
     }  # fmt: skip
     check_alike(numbers, group, key.device)
 
@@ -198,7 +208,7 @@ def _attended(
     # A block whose queries see less than those of the sequence must not follow more of the settings.
     config = terms.simplified(keys, keys).effective_config(config, keys)
     samples = Samples.of(query, key.shape[1], keys, config) if is_sparse else Samples(None, None)
-    _check_alike(query, key, value, terms, samples, ranks)
+    _check_alike(query, key, value, terms, samples, ranks, layout, config)
     if layout == "head-tail" and length % 2:
         raise ValueError(f"query must have an even length with layout='head-tail', not {length}")
     blocks = blocks_of_rank(ranks.rank(), ranks.size(), length, layout, config.ranking.segment)
@@ -213,7 +223,8 @@ def _attended(
         end = position + count
         seen = whole.seen_by(range(position, end), is_cut=not is_sparse)
         options["last_queries"] = max(0, end - keys + config.last_queries)
-        with holding_all_keys():
+        # Autocast would cast values that still travel; a graph was traced with what it gave then.
+        with holding_all_keys(), without_autocast(query.device.type):
             call = Call.of(
                 query[:, :, row : row + count], seen.key, seen.value, **seen.terms._asdict(), scale=scale,
                 softcap=softcap, sinks=sinks, site=site, **options,

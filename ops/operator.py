@@ -251,7 +251,7 @@ def _sparse_cuda(*arguments: Any) -> AttentionResult:
 
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
     *terms, scale, softcap, sinks = rest
-    with _without_autocast(query.device.type):
+    with without_autocast(query.device.type):
         return attend_without_mask(query, key, value, Visibility(*terms), scale, softcap, sinks)
 
 
@@ -269,11 +269,11 @@ def _dispatched(
     call = SparseInputs(site, query, key, value, Visibility(*terms), scale, softcap, config, *part)
     if _is_empty(query, key):
         return AttentionResult.of_nothing(query, value, call.config.ranking.tile)
-    with _without_autocast(query.device.type):
+    with without_autocast(query.device.type):
         return recorded(call, lambda: fit_into_memory(partial(attend, call), call.config))
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
+def without_autocast(device: str) -> AbstractContextManager[Any]:
     """A context in which nothing is cast: what an implementation computes has the dtypes that it chose."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 

@@ -74,8 +74,10 @@ def check_configuration(path: Path, known: Mapping[str, Any]) -> None:
         UsageError: It does, or the file is none of a run.
     """
     if path.exists():
-        there = _whole_lines(path)[0].get("configuration") or {}
-        _check(path, {name: there.get(name) for name in known}, json.loads(json.dumps(known)))
+        there = _whole_lines(path)[0].get("configuration")
+        if isinstance(there, dict):
+            there = {name: there.get(name) for name in known}
+        _check(path, there, json.loads(json.dumps(known)))
 
 
 def _lines(model: str, outcome: Outcome) -> Iterator[dict[str, Any]]:

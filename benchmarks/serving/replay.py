@@ -92,7 +92,7 @@ def draw_batch(structure: Structure, diffuse: float, neighbours: int, context: i
     length = structure.length
     queries, keys = (*[1] * neighbours, part), (*[context] * neighbours, length)
     last = structure.query(diffuse, slice(length - part, length))[0].transpose(0, 1)
-    query = torch.cat([last[:neighbours], last])
+    query = torch.cat([last[torch.arange(neighbours, device=last.device) % part], last])
     pairs = (x[0].transpose(0, 1) for x in (structure.key, structure.value))
     key, value = (torch.cat([*[x[:context]] * neighbours, x]) for x in pairs)
     return Batch(query, key, value, None, queries, keys)
@@ -104,7 +104,7 @@ def measure_replay(length: int, shape: str, sizes: Sequence[int], case: Case, sh
     show("inputs")
     structure = Structure.draw(length, attention.heads, attention.kv_heads, attention.channels, case.device, case.dtype)
     diffuse = diffuseness(structure, config, True, case.density)
-    part = min(case.budget, length) - case.neighbours
+    part = min(case.budget - case.neighbours, length)
     whole = draw_batch(structure, diffuse, case.neighbours, min(case.context, length), part)
     del structure
     batches = {CONTIGUOUS: whole} | {str(size): whole.in_pages(size) for size in sizes}

@@ -94,6 +94,8 @@ def attend_batch(
     result: AttentionResult,
 ) -> None:
     """Fill the `result` of as many batch entries as one launch can have programs for."""
+    if part is not None and value.stride(-1) != 1:
+        part.arrive()  # A copy reads them.
     query, key, value = _with_rows(query), _with_rows(key), _with_rows(value)
     masks, terms = visibility.tensors, visibility
     if not visibility.is_positional:

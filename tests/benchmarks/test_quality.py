@@ -37,7 +37,7 @@ from benchmarks.quality.attention import (
 )
 from benchmarks.quality.cases import PLACES, Settings, build_case
 from benchmarks.quality.flips import Flips, mcnemar
-from benchmarks.quality.journal import Journal
+from benchmarks.quality.journal import Journal, check_configuration
 from benchmarks.quality.lookups import CONSTANTS
 from benchmarks.quality.page import page
 from benchmarks.quality.picture import depth_picture, flips_picture, needles
@@ -520,6 +520,12 @@ class TestJournal:
         Journal(tmp_path / "a", "m", {"documents": {"seed": 0}})
         with pytest.raises(UsageError, match=r"where configuration\.documents\.seed was 0, not 1: choose another"):
             Journal(tmp_path / "a", "m", {"documents": {"seed": 1}})
+
+    @pytest.mark.parametrize(("head", "was"), [({"rows": []}, None), ({"configuration": "fast"}, "fast")])
+    def test_files_without_a_configuration_are_refused(self, head: dict[str, Any], was: Any, tmp_path: Path) -> None:
+        (tmp_path / "a").write_text(json.dumps(head) + "\n")
+        with pytest.raises(UsageError, match=f"answers of another run, where configuration was {was}, not"):
+            check_configuration(tmp_path / "a", {"seed": 0})
 
     def test_a_line_that_is_no_answer(self, tmp_path: Path) -> None:
         Journal(tmp_path / "a", "m", {})

@@ -104,6 +104,15 @@ def test_pages_hold_the_same_keys(size: int) -> None:
     assert torch.equal(pages.attend(config), whole.attend(config))
 
 
+@pytest.mark.parametrize(("length", "budget"), [("64", "160"), ("300", "103")])
+def test_a_replay_of_fewer_queries_than_neighbours(
+    length: str, budget: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--part", REPLAY, "--length", length, "--budget", budget, "--neighbours", "100", "--context", "20"]
+    rows = measured(capsys, *options, "--shape", "smollm2", "--pages", "16", "--repetitions", "1")
+    assert [row["reason"] for row in rows if row["way"] != VARLEN] == [""] * 4
+
+
 def test_what_failed_is_compared_with_nothing() -> None:
     rows = [
         Row(ALONE, 9, STOCK, seconds=6.0),

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from hypothesis import strategies as st
 from torch import distributed
 
 import s2o_compile
-from s2o_compile.ops import Ranking, S2OConfig
+from s2o_compile.ops import Ranking, S2OConfig, context
 from s2o_compile.ops.layout import LAYOUTS, Block, blocks_of_rank, in_order
+from s2o_compile.ops.process_group import Gathering
+from s2o_compile.ops.visibility import Visibility
 
 from ..examples import examples
 from ..ranks import SECONDS, Ranks, device
@@ -263,6 +266,30 @@ def call_with_settings_of_a_rank() -> int:
     return call_of([32] * 4, config=SPARSE.with_ranking(channels=channels))
 
 
+WHERE_ONE_RANK_DIFFERS: dict[str, dict[str, Any]] = {
+    "whether key is bfloat16": {"dtypes": (torch.float16, torch.bfloat16)},
+    "whether layout is 'head-tail'": {"layouts": ("head-tail", "contiguous")},
+    "whether ranking.guides is 'head'": {"rankings": ({"guides": "head"}, {"guides": "kv_head"}), "heads": 2},
+    "ranking.pool": {"rankings": ({"pool": 1}, {"pool": 2}), "length": 1024},
+}
+"""What would be read as another rank's, or sums of other sizes; of 4,096 queries as many are sampled as of 2,048."""
+
+
+def call_where_one_rank_differs(name: str) -> None:
+    given, differs = WHERE_ONE_RANK_DIFFERS[name], int(distributed.get_rank() == 1)
+    x = torch.ones(1, 1, given.get("length", 32), 8, dtype=given.get("dtypes", (torch.float32,) * 2)[differs])
+    config = SPARSE.with_ranking(channels=4, **given.get("rankings", ({}, {}))[differs])
+    layout = given.get("layouts", LAYOUTS[:1] * 2)[differs]
+    query = x.expand(-1, given.get("heads", 1), -1, -1)
+    s2o_compile.attention(query, x, x, True, config=config, mesh=group_of(RANKS), layout=layout)
+
+
+@pytest.mark.parametrize("name", WHERE_ONE_RANK_DIFFERS)
+def test_what_one_rank_does_otherwise_is_refused_by_all(name: str, ranks: Ranks) -> None:
+    for answer in ranks.answers(call_where_one_rank_differs, name):
+        assert str(answer).startswith(f"ValueError: {name} must be the same on all ranks of a group"), answer
+
+
 def call_with(name: str) -> int:
     group = group_of(RANKS)
     x, longer = torch.ones(1, 2, 32, 8), torch.ones(1, 2, 64, 8)
@@ -375,6 +402,37 @@ def cast_by_autocast() -> str:
 
 def test_autocast(ranks: Ranks) -> None:
     assert ranks.call(cast_by_autocast) == ["torch.bfloat16"] * RANKS
+
+
+def inside_autocast_and_outside() -> list[tuple[str, float]]:
+    """Dtypes of what graphs that were traced outside call, and how far they are from what they are there."""
+    tensors = [torch.randn(1, heads, 64, 8) for heads in (2, 1, 1)]
+    terms = (True, 0, None, None, None, None, None, 0.0, None)
+    arguments = (*tensors, *terms, "", group_of(RANKS).group_name, "head-tail", SPARSE.as_json)
+    found = []
+    for attend in (torch.ops.s2o.context, lambda *given: torch.ops.s2o.context_stats(*given)[0]):
+        want = attend(*arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = attend(*arguments)
+        found.append((str(got.dtype), float((got - want).abs().max())))
+    return found
+
+
+def test_autocast_casts_no_values_that_still_travel(ranks: Ranks) -> None:
+    assert ranks.call(inside_autocast_and_outside) == [[("torch.float32", 0.0)] * 2] * RANKS
+
+
+def test_values_that_did_not_arrive_are_awaited_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that memory did not suffice for is repeated, and must not read what was never filled."""
+
+    waits = [Mock(), Mock(side_effect=[torch.OutOfMemoryError("no room"), None])]
+    monkeypatch.setattr(context, "start_gathering", lambda x, _: Gathering(torch.cat([x, x]), waits.pop(0)))
+    key, value = torch.randn(2, 1, 1, 4, 8)
+    whole = context.Whole.gathered(key, value, Visibility(), Mock(size=lambda: 2), "head-tail")
+    with pytest.raises(torch.OutOfMemoryError):
+        whole.arrive()
+    whole.arrive()
+    assert torch.equal(whole.value, value[:, :, [0, 1, 0, 1, 2, 3, 2, 3]])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -83,6 +83,16 @@ def test_values_may_arrive_while_keys_are_ranked(
         assert "attend_kernel" not in before and "importance_kernel" in after
 
 
+def test_values_that_are_copied_have_arrived() -> None:
+    torch.manual_seed(6)
+    query, key, value = (torch.randn(1, 1, LENGTH, 16) for _ in "qkv")
+    travelling = torch.full_like(value, torch.nan).mT.contiguous().mT
+    attend = functools.partial(pipeline.sparse_attention, scale=0.25, softcap=0.0, config=config_of(radius=0.0))
+    part = Part(arrive=lambda: travelling.copy_(value))
+    got = attend(query, key, travelling, Visibility(True), part=part).output
+    assert torch.equal(got, attend(query, key, value, Visibility(True)).output)
+
+
 def test_a_plan_of_what_computes_waits_first() -> None:
     """As it cannot be recorded, nothing says where a tensor is first read."""
     x, result = torch.zeros(3), torch.empty(3)
