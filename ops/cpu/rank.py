@@ -15,6 +15,7 @@ from ..memory import workspace
 from ..rule.sampling import draws
 from ..rule.softmax import soft_cap
 from .kv_head import KVHead
+from . import flash
 
 _SCORES_OF_A_RUN = 2**23
 """How many scores the segments of a run have at most: in bfloat16 few enough to stay in the last-level cache."""
@@ -98,7 +99,7 @@ class KeyRanking:
         drawn = self.positions[sample // 2 :: sample]
         self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
         self.drawn_key = kv_head.key[self.drawn].to(dtype)
-        self.drawn_weight = self.key.new_full(self.drawn.shape, math.log(sample)).masked_fill(self.drawn < first, 0)
+        self.drawn_weight = self.near.new_full(self.drawn.shape, math.log(sample)).masked_fill(self.drawn < first, 0)
 
     @property
     def rows(self) -> int:
@@ -231,12 +232,14 @@ class KeyRanking:
         guides = self.all_channel_guides[span(run.segments), :, : run.guides]
         chosen = slice(*(int((self.drawn < end).sum()) for end in (run.reach.start, run.reach.stop)))
         place = self.drawn[chosen] - run.reach.start
-        weight = self.drawn_weight[chosen].masked_fill(~run.history[:, place], -math.inf)
-        logits = guides.flatten(0, 2) @ self.drawn_key[chosen].T
-        logits = soft_cap(logits, self.kv_head.softcap).view(*guides.shape[:3], -1).add_(weight[:, None, None])
+        bias = self.drawn_weight[chosen].masked_fill(~run.history[:, place], -math.inf)[:, None, None]
         if run.seen is not None:
-            logits.masked_fill_(~run.seen[..., place], -math.inf)
-        return log_sum_exp(logits).to(self.near.dtype)
+            seen = run.seen[..., place].expand(-1, guides.shape[1], -1, -1).flatten(1, 2)
+            bias = torch.where(seen[:, None], bias, -math.inf)
+        key = self.drawn_key[chosen].expand(len(run.segments), -1, -1)
+        rows = guides.flatten(1, 2)[:, None]
+        lse = flash.attend(rows, key, key, bias, self.kv_head.softcap, self.kv_head.finite)[1]
+        return lse[:, 0].unflatten(1, guides.shape[1:3]).to(self.near.dtype)
 
 
 def span(part: range) -> slice:
@@ -266,12 +269,3 @@ def least_by_bits(x: torch.Tensor, dim: int) -> torch.Tensor:
     The bits of non-negative floats are in the order of the numbers, and integers are compared several times as fast.
     """
     return x.view(torch.int16).amin(dim).view(torch.bfloat16)
-
-
-def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp over the last dimension, by way of the softmax kernel, which is fused."""
-    if not logits.shape[-1]:
-        return logits.new_full(logits.shape[:-1], -math.inf)
-    largest = logits.amax(-1)
-    share = logits.softmax(-1).amax(-1).to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.where(largest == -math.inf, largest, largest - share.log())
