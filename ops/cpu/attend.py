@@ -174,7 +174,7 @@ def listed(lists: Lists, start: torch.Tensor, count: torch.Tensor, width: int) -
     """The `count` keys from `start` [U] on, and their log-weights, side by side [U, width]; all end in -inf."""
     place = torch.arange(width, device=count.device)
     index = torch.where(place < count[:, None], start[:, None] + place, len(lists.keys) - 1)
-    return lists.keys[index], lists.log_weight[index]
+    return lists.keys.take(index), lists.log_weight.take(index)
 
 
 def batches(sizes: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:

@@ -14,9 +14,8 @@ from ..geometry import BLOCK
 from ..memory import workspace
 from ..rule.sampling import draws
 from ..rule.softmax import soft_cap
-from .kv_head import KVHead
 from . import flash
-
+from .kv_head import KVHead
 _SCORES_OF_A_RUN = 2**23
 """How many scores the segments of a run have at most: in bfloat16 few enough to stay in the last-level cache."""
 _SCORES_AT_ONCE = 2**20
@@ -32,8 +31,8 @@ class Lists:
     """The keys to visit of the `segments` of a run, one list after another.
 
     `keys` holds all lists end to end, and one key more, of weight 0; `log_weight` goes with it. List l of segment s
-    of the run has `count`[s, l] of them, from `start`[s, l]. `left` [segments, lists, keys] is true for the keys of
-    the history that are not listed. `lse` [segments, heads or 1, n] are the guides' log-sum-exps, None where all of a
+    of the run has `count`[s, l] of them, from `start`[s, l]. Of the `history` [segments, keys] it lists those to
+    `keep` [segments, lists, keys]. `lse` [segments, heads or 1, n] are the guides' log-sum-exps, None where all of a
     list is visited.
     """
 
@@ -42,12 +41,14 @@ class Lists:
     log_weight: torch.Tensor
     start: torch.Tensor
     count: torch.Tensor
-    left: torch.Tensor
+    history: torch.Tensor
+    keep: torch.Tensor
     lse: torch.Tensor | None
 
     def left_per_block(self) -> torch.Tensor:
         """How many keys of each block are not listed [segments, lists, blocks]."""
-        return pad(self.left, (0, -self.left.shape[2] % BLOCK)).unflatten(-1, (-1, BLOCK)).sum(-1)
+        left = self.history[:, None] & ~self.keep
+        return pad(left, (0, -left.shape[2] % BLOCK)).unflatten(-1, (-1, BLOCK)).sum(-1)
 
 
 @dataclass
@@ -140,14 +141,16 @@ class KeyRanking:
             order = ranked.argsort(dim=-1, descending=True, stable=True)
             listed = self.kv_head.arange(len(run.reach)) < keep.sum(-1, keepdim=True)
             return pack(run, keep, order[listed], log_weight, normaliser)
-        bar = importance.new_tensor(math.log(config.threshold))
-        if config.has_samples:
-            segment = self.geometry.first_number + self.kv_head.arange(segments.start, segments.stop)[:, None]
-            keep = keep & (importance >= bar + draws(self.positions[span(run.reach)], segment).log()[:, None])
-            log_weight = (bar - importance[keep]).clamp_min(0)
-        else:
+        bar = math.log(config.threshold)
+        if not config.has_samples:
             keep = keep & (importance >= bar)
-        return pack(run, keep, keep.nonzero()[:, -1], log_weight, normaliser)
+            return pack(run, keep, keep.nonzero()[:, -1], log_weight, normaliser)
+        segment = self.geometry.first_number + self.kv_head.arange(segments.start, segments.stop)[:, None]
+        drawn = draws(self.positions[span(run.reach)], segment).log_().to(importance.dtype).add_(bar)
+        keep = keep & (importance >= drawn[:, None])
+        index = keep.flatten().nonzero()[:, 0]
+        log_weight = (bar - importance.take(index)).clamp_min_(0)
+        return pack(run, keep, index % len(run.reach), log_weight, normaliser)
 
     def run(self, segments: range) -> Run:
         """The segments of a run, with the keys that they may visit."""
@@ -207,7 +210,7 @@ class KeyRanking:
             importance = mean - guides_of_list.to(mean.dtype).log()
         if config.ranking.measure == "output":
             importance = importance + self.kv_head.log_distances[span(run.reach)]
-        importance = importance.masked_fill(importance.isnan(), math.inf)
+        importance = importance.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
         importance[..., : max(0, config.ranking.first_keys - run.reach.start)] = math.inf
         return importance
 
@@ -258,7 +261,8 @@ def pack(
         pad(log_weight.expand(len(places)), (0, 1), value=-math.inf),
         (count.flatten().cumsum(0) - count.flatten()).view_as(count),
         count,
-        run.history[:, None] & ~keep,
+        run.history,
+        keep,
         lse,
     )
 
