@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,10 +17,13 @@ from ..rule.sampling import draws
 from ..rule.softmax import soft_cap
 from . import flash
 from .kv_head import KVHead
-_SCORES_OF_A_RUN = 2**23
-"""How many scores the segments of a run have at most: in bfloat16 few enough to stay in the last-level cache."""
+
+_SCORES_OF_A_RUN = 2**25
+"""How many scores the segments of a run have at most."""
 _SCORES_AT_ONCE = 2**20
-"""How many scores in other precisions are held at once, for the same reason."""
+"""How many scores are held at once: few enough to stay in the cache."""
+_KEYS_AT_ONCE = 512
+"""How many keys have these scores at most."""
 _EXTRA_CHANNELS = 4
 """Channels that are added to guides and keys: two for the normaliser, two for alignment."""
 _NO_SHARE = 1e30
@@ -94,8 +98,8 @@ class KeyRanking:
             self.all_channel_guides = kv_head.guides.transpose(0, 1).to(dtype)
         self.key[:, -_EXTRA_CHANNELS : 2 - _EXTRA_CHANNELS] = 1
         self.max_scores = min(_SCORES_OF_A_RUN, workspace() // dtype.itemsize)
-        self.scores_at_once = self.max_scores if dtype == torch.bfloat16 else min(self.max_scores, _SCORES_AT_ONCE)
-        self.buffer = self.key.new_empty(max(self.max_scores, self.rows * BLOCK))
+        self.scores_at_once = min(self.max_scores, _SCORES_AT_ONCE)
+        self.buffer = self.key.new_empty(max(self.scores_at_once, self.rows * BLOCK))
         first, sample = self.config.ranking.first_keys, self.config.ranking.sample
         drawn = self.positions[sample // 2 :: sample]
         self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
@@ -162,13 +166,18 @@ class KeyRanking:
         guides = self.real.shape[2] if self.kv_head.merged is None else int(self.real[span(segments)].sum(-1).max())
         return Run(segments, guides, reach, history, seen)
 
-    def parts(self, run: Run) -> Iterator[Run]:
-        """Parts of the run, each with all segments and as many keys as `scores_at_once` allows."""
-        width = max(BLOCK, self.scores_at_once // (len(run.segments) * self.rows))
-        for first in range(0, max(1, len(run.reach)), width):
+    def blocks(self, run: Run) -> Iterator[tuple[tuple[slice, slice], Run]]:
+        """Blocks of the run that have `scores_at_once`, with their segments and keys in it; keys that segments see."""
+        width = max(BLOCK, min(_KEYS_AT_ONCE, self.scores_at_once // self.rows) // BLOCK * BLOCK)
+        size = max(1, self.scores_at_once // (width * self.rows))
+        ends = self.kv_head.spans[span(run.segments), 1].tolist() if self.geometry.is_causal else []
+        for first in range(0, len(run.reach), width):
             keys = slice(first, first + width)
-            seen = None if run.seen is None else run.seen[..., keys]
-            yield Run(run.segments, run.guides, run.reach[keys], run.history[:, keys], seen)
+            for start in range(bisect_right(ends, run.reach[first]), len(run.segments), size):
+                segments = slice(start, start + size)
+                seen = None if run.seen is None else run.seen[segments, ..., keys]
+                history = run.history[segments, keys]
+                yield (segments, keys), Run(run.segments[segments], run.guides, run.reach[keys], history, seen)
 
     def seen(self, segments: range, reach: range) -> torch.Tensor:
         """The keys in reach that each guide sees [segments, heads or 1, n, keys], boolean."""
@@ -189,10 +198,13 @@ class KeyRanking:
 
     def importance(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
         """The log of the importance of the keys in reach [segments, lists, keys]."""
-        return torch.cat([self.importance_of_part(part, normaliser) for part in self.parts(run)], -1)
+        importance = normaliser.new_full((len(run.segments), self.kv_head.lists, len(run.reach)), -math.inf)
+        for (segments, keys), block in self.blocks(run):
+            importance[segments, :, keys] = self.importance_of_block(block, normaliser[segments])
+        return importance
 
-    def importance_of_part(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
-        """`importance`, of no more keys than scores are held at once."""
+    def importance_of_block(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
+        """`importance`, of no more segments and keys than scores are held at once."""
         config = self.config
         real, guides, allowance = (
             x[span(run.segments), :, : run.guides] for x in (self.real, self.guides, self.allowance)
