@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch.nn.functional import pad
 
 from ..config import GAIN_CHUNK
 from ..geometry import round_up
@@ -15,6 +14,7 @@ from ..rule.block_means import block_means
 from ..rule.sampling import most_logits
 from . import flash
 from .kv_head import KVHead
+from .merged import fill_up
 from .rank import Lists, span
 
 _GATHERED = 2**14
@@ -33,8 +33,8 @@ class Attention:
         if self.config.has_means:
             self.key, self.value = (torch.cat([x, block_means(x, kv_head.valid)]) for x in (kv_head.key, kv_head.value))
         tile = self.config.ranking.tile
-        padded = pad(kv_head.query, (0, 0, 0, -self.geometry.queries % tile))
-        self.query = padded.unflatten(1, (-1, tile)).transpose(0, 1).contiguous()
+        self.query = fill_up(kv_head.query, tile).unflatten(1, (-1, tile)).transpose(0, 1)
+        self.query_by_list = self.by_list(self.query)
         tiles = kv_head.arange(self.geometry.tiles)
         segments = tiles // (self.config.ranking.segment // tile)
         _, low, high = kv_head.spans[segments].unbind(1)
@@ -128,10 +128,10 @@ class Attention:
 
     def add(self, places: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """Attend `keys` [U, n] with `bias` [U, n] at (tile, list) pairs `places`; return each row's gain in mass."""
-        query, output, lse, visited = (self.by_list(x) for x in (self.query, self.output, self.lse, self.keys))
+        output, lse, visited = (self.by_list(x) for x in (self.output, self.lse, self.keys))
         limit = None if self.limit is None else self.by_list(self.limit)[places]
         bias = self.mask_listed(bias, places, keys) if self.kv_head.visibility.rows_differ else bias[:, None, None]
-        part, gained = self.gather(query[places], keys, bias, limit)
+        part, gained = self.gather(self.query_by_list[places], keys, bias, limit)
         before = lse[places]
         lse[places] = after = torch.logaddexp(before, gained)
         share = (gained - after.masked_fill(after == -math.inf, 0)).exp()

@@ -91,8 +91,8 @@ class KeyRanking:
         self.allowance = self.near.new_zeros(self.near.shape) if kv_head.merged is None else kv_head.merged.reach
         if neglected is not None:
             self.allowance = self.allowance.hypot(neglected.to(self.near.dtype))
-        self.guides = pad(guides.transpose(0, 1), (0, _EXTRA_CHANNELS)).to(dtype)
-        self.key = pad(-key, (0, _EXTRA_CHANNELS)).to(dtype)
+        self.guides = widened(guides.transpose(0, 1), dtype)
+        self.key = widened(-key, dtype)
         self.all_channel_guides = self.guides[..., :-_EXTRA_CHANNELS]
         if key is not kv_head.key:
             self.all_channel_guides = kv_head.guides.transpose(0, 1).to(dtype)
@@ -260,6 +260,13 @@ class KeyRanking:
 def span(part: range) -> slice:
     """A range as an index."""
     return slice(part.start, part.stop)
+
+
+def widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """X [..., channels] in another dtype, with extra channels of zeros."""
+    wider = x.new_zeros(*x.shape[:-1], x.shape[-1] + _EXTRA_CHANNELS, dtype=dtype)
+    wider[..., :-_EXTRA_CHANNELS] = x
+    return wider
 
 
 def pack(
