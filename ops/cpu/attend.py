@@ -29,9 +29,9 @@ class Attention:
 
     def __init__(self, kv_head: KVHead) -> None:
         self.kv_head, self.geometry, self.config = kv_head, kv_head.geometry, kv_head.config
-        self.key, self.value = kv_head.key, kv_head.value
+        self.key_value = torch.cat([kv_head.key, kv_head.value], 1)
         if self.config.has_means:
-            self.key, self.value = (torch.cat([x, block_means(x, kv_head.valid)]) for x in (kv_head.key, kv_head.value))
+            self.key_value = torch.cat([self.key_value, block_means(self.key_value, kv_head.valid)])
         tile = self.config.ranking.tile
         self.query = fill_up(kv_head.query, tile).unflatten(1, (-1, tile)).transpose(0, 1)
         self.query_by_list = self.by_list(self.query)
@@ -68,13 +68,13 @@ class Attention:
         self, query: torch.Tensor, rows: torch.Tensor, low: torch.Tensor, end: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend the keys [low, end) of each unit, for queries [U, H, R, D] at positions `rows` [U, R]."""
-        output = query.new_zeros(*query.shape[:3], self.value.shape[-1])
+        output = query.new_zeros(*query.shape[:3], self.kv_head.value.shape[1])
         lse = query.new_full(query.shape[:3], -math.inf)
         for units, width in batches(end - low):
             keys = low[units, None] + self.kv_head.arange(width)
             inside = keys < end[units, None]
             keys = keys.clamp_max(self.geometry.keys - 1)
-            bias = torch.where(inside, self.key.new_zeros(()), -math.inf)
+            bias = torch.where(inside, query.new_zeros(()), -math.inf)
             bias = self.mask(bias, self.kv_head.arange(query.shape[1]), rows[units], keys)
             output[units], lse[units] = self.gather(query[units], keys, bias)
         return output, lse
@@ -115,7 +115,7 @@ class Attention:
         size = round_up(self.geometry.history_blocks(low, high))
         for units, _ in batches(torch.full_like(segment, left.shape[1])):
             blocks = (self.geometry.keys + self.kv_head.arange(left.shape[1])).expand(len(units), -1)
-            self.add(units + first, blocks, left[units].to(self.key.dtype).log(), size[units])
+            self.add(units + first, blocks, left[units].to(self.lse.dtype).log(), size[units])
 
     def walk(self, places: torch.Tensor, lists: Lists, start: torch.Tensor, count: torch.Tensor) -> None:
         """Visit lists chunk by chunk until no row of a tile gains enough."""
@@ -158,7 +158,8 @@ class Attention:
         self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, limit: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend `keys` [U, n] with `bias` and `limit` as in `flash.attend`, for queries [U, H, R, D]."""
-        key, value = (x.index_select(0, keys.flatten()).unflatten(0, keys.shape) for x in (self.key, self.value))
+        gathered = self.key_value.index_select(0, keys.flatten()).unflatten(0, keys.shape)
+        key, value = gathered.split([query.shape[-1], gathered.shape[-1] - query.shape[-1]], -1)
         return flash.attend(query, key, value, bias, self.kv_head.softcap, self.kv_head.finite, limit)
 
     def write(self, result: AttentionResult) -> None:
