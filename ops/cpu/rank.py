@@ -199,46 +199,42 @@ class KeyRanking:
     def importance(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
         """The log of the importance of the keys in reach [segments, lists, keys]."""
         importance = normaliser.new_full((len(run.segments), self.kv_head.lists, len(run.reach)), -math.inf)
+        normaliser = normaliser - self.allowance[span(run.segments), :, : run.guides]
+        guides = self.guides[span(run.segments), :, : run.guides]
+        guides[..., -_EXTRA_CHANNELS] = normaliser
+        guides[..., 1 - _EXTRA_CHANNELS] = normaliser - guides[..., -_EXTRA_CHANNELS]
         for (segments, keys), block in self.blocks(run):
-            importance[segments, :, keys] = self.importance_of_block(block, normaliser[segments])
+            surprisal = self.surprisal(guides[segments], normaliser[segments], block.reach)
+            if block.seen is not None:
+                surprisal.masked_fill_(~block.seen, math.inf)
+            importance[segments, :, keys] = self.combined(self.by_list(surprisal))
+        if self.config.ranking.combine == "mean":
+            of_list = self.real[span(run.segments)].sum(-1, keepdim=True) * (guides.shape[1] // self.kv_head.lists)
+            importance -= of_list.to(importance.dtype).log()
+        if self.config.ranking.measure == "output":
+            importance += self.kv_head.log_distances[span(run.reach)]
+        importance.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        importance[..., : max(0, self.config.ranking.first_keys - run.reach.start)] = math.inf
         return importance
 
-    def importance_of_block(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
-        """`importance`, of no more segments and keys than scores are held at once."""
-        config = self.config
-        real, guides, allowance = (
-            x[span(run.segments), :, : run.guides] for x in (self.real, self.guides, self.allowance)
-        )
-        surprisal = self.surprisal(guides, normaliser - allowance, run.reach)
-        if run.seen is not None:
-            surprisal.masked_fill_(~run.seen, math.inf)
-        surprisal = self.by_list(surprisal)
-        if config.ranking.combine == "max":
-            least = least_by_bits(surprisal, 2) if self.comparable else surprisal.amin(2)
-            importance = -least.to(normaliser.dtype)
-        else:
-            guides_of_list = real.sum(-1, keepdim=True) * (guides.shape[1] // self.kv_head.lists)
-            mean = surprisal.neg().logsumexp(2).to(normaliser.dtype)
-            importance = mean - guides_of_list.to(mean.dtype).log()
-        if config.ranking.measure == "output":
-            importance = importance + self.kv_head.log_distances[span(run.reach)]
-        importance = importance.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
-        importance[..., : max(0, config.ranking.first_keys - run.reach.start)] = math.inf
-        return importance
+    def combined(self, surprisal: torch.Tensor) -> torch.Tensor:
+        """The log of the largest or of the summed probability over guides [segments, lists, guides, keys]."""
+        if self.config.ranking.combine == "mean":
+            return surprisal.neg().logsumexp(2)
+        return (least_by_bits(surprisal, 2) if self.comparable else surprisal.amin(2)).neg_()
 
     def surprisal(self, guides: torch.Tensor, normaliser: torch.Tensor, reach: range) -> torch.Tensor:
         """Negative log-probabilities of the keys in reach [segments, heads, guides, keys].
 
-        The normaliser enters the product as two more channels of the guides, its high and its low part; with a soft
-        cap, it comes after.
+        The normaliser enters the product as two more channels of guides, its high and its low part; with a soft cap,
+        it comes after.
         """
-        softcap = self.kv_head.softcap
-        if not softcap:
-            guides[..., -_EXTRA_CHANNELS] = normaliser
-            guides[..., 1 - _EXTRA_CHANNELS] = normaliser - guides[..., -_EXTRA_CHANNELS]
+        softcap, key = self.kv_head.softcap, self.key[span(reach)]
+        if softcap:
+            guides, key = guides[..., :-_EXTRA_CHANNELS], key[:, :-_EXTRA_CHANNELS]
         rows = guides.flatten(0, 2)
         product = self.buffer[: len(rows) * len(reach)].view(len(rows), len(reach))
-        torch.mm(rows, self.key[span(reach)].T, out=product)
+        torch.mm(rows, key.T, out=product)
         product = product.unflatten(0, normaliser.shape)
         return soft_cap(product, softcap).add_(normaliser[..., None]) if softcap else product
 
