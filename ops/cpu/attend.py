@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch.nn.functional import pad
 
 from ..config import GAIN_CHUNK
 from ..geometry import round_up
@@ -15,6 +14,7 @@ from ..rule.block_means import block_means
 from ..rule.sampling import most_logits
 from . import flash
 from .kv_head import KVHead
+from .merged import fill_up
 from .rank import Lists, span
 
 _GATHERED = 2**14
@@ -29,12 +29,12 @@ class Attention:
 
     def __init__(self, kv_head: KVHead) -> None:
         self.kv_head, self.geometry, self.config = kv_head, kv_head.geometry, kv_head.config
-        self.key, self.value = kv_head.key, kv_head.value
+        self.key_value = torch.cat([kv_head.key, kv_head.value], 1)
         if self.config.has_means:
-            self.key, self.value = (torch.cat([x, block_means(x, kv_head.valid)]) for x in (kv_head.key, kv_head.value))
+            self.key_value = torch.cat([self.key_value, block_means(self.key_value, kv_head.valid)])
         tile = self.config.ranking.tile
-        padded = pad(kv_head.query, (0, 0, 0, -self.geometry.queries % tile))
-        self.query = padded.unflatten(1, (-1, tile)).transpose(0, 1).contiguous()
+        self.query = fill_up(kv_head.query, tile).unflatten(1, (-1, tile)).transpose(0, 1)
+        self.query_by_list = self.by_list(self.query)
         tiles = kv_head.arange(self.geometry.tiles)
         segments = tiles // (self.config.ranking.segment // tile)
         _, low, high = kv_head.spans[segments].unbind(1)
@@ -68,13 +68,13 @@ class Attention:
         self, query: torch.Tensor, rows: torch.Tensor, low: torch.Tensor, end: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend the keys [low, end) of each unit, for queries [U, H, R, D] at positions `rows` [U, R]."""
-        output = query.new_zeros(*query.shape[:3], self.value.shape[-1])
+        output = query.new_zeros(*query.shape[:3], self.kv_head.value.shape[1])
         lse = query.new_full(query.shape[:3], -math.inf)
         for units, width in batches(end - low):
             keys = low[units, None] + self.kv_head.arange(width)
             inside = keys < end[units, None]
             keys = keys.clamp_max(self.geometry.keys - 1)
-            bias = torch.where(inside, self.key.new_zeros(()), -math.inf)
+            bias = torch.where(inside, query.new_zeros(()), -math.inf)
             bias = self.mask(bias, self.kv_head.arange(query.shape[1]), rows[units], keys)
             output[units], lse[units] = self.gather(query[units], keys, bias)
         return output, lse
@@ -115,7 +115,7 @@ class Attention:
         size = round_up(self.geometry.history_blocks(low, high))
         for units, _ in batches(torch.full_like(segment, left.shape[1])):
             blocks = (self.geometry.keys + self.kv_head.arange(left.shape[1])).expand(len(units), -1)
-            self.add(units + first, blocks, left[units].to(self.key.dtype).log(), size[units])
+            self.add(units + first, blocks, left[units].to(self.lse.dtype).log(), size[units])
 
     def walk(self, places: torch.Tensor, lists: Lists, start: torch.Tensor, count: torch.Tensor) -> None:
         """Visit lists chunk by chunk until no row of a tile gains enough."""
@@ -128,10 +128,10 @@ class Attention:
 
     def add(self, places: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
         """Attend `keys` [U, n] with `bias` [U, n] at (tile, list) pairs `places`; return each row's gain in mass."""
-        query, output, lse, visited = (self.by_list(x) for x in (self.query, self.output, self.lse, self.keys))
+        output, lse, visited = (self.by_list(x) for x in (self.output, self.lse, self.keys))
         limit = None if self.limit is None else self.by_list(self.limit)[places]
         bias = self.mask_listed(bias, places, keys) if self.kv_head.visibility.rows_differ else bias[:, None, None]
-        part, gained = self.gather(query[places], keys, bias, limit)
+        part, gained = self.gather(self.query_by_list[places], keys, bias, limit)
         before = lse[places]
         lse[places] = after = torch.logaddexp(before, gained)
         share = (gained - after.masked_fill(after == -math.inf, 0)).exp()
@@ -158,7 +158,8 @@ class Attention:
         self, query: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor, limit: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend `keys` [U, n] with `bias` and `limit` as in `flash.attend`, for queries [U, H, R, D]."""
-        key, value = (x.index_select(0, keys.flatten()).unflatten(0, keys.shape) for x in (self.key, self.value))
+        gathered = self.key_value.index_select(0, keys.flatten()).unflatten(0, keys.shape)
+        key, value = gathered.split([query.shape[-1], gathered.shape[-1] - query.shape[-1]], -1)
         return flash.attend(query, key, value, bias, self.kv_head.softcap, self.kv_head.finite, limit)
 
     def write(self, result: AttentionResult) -> None:
@@ -174,7 +175,7 @@ def listed(lists: Lists, start: torch.Tensor, count: torch.Tensor, width: int) -
     """The `count` keys from `start` [U] on, and their log-weights, side by side [U, width]; all end in -inf."""
     place = torch.arange(width, device=count.device)
     index = torch.where(place < count[:, None], start[:, None] + place, len(lists.keys) - 1)
-    return lists.keys[index], lists.log_weight[index]
+    return lists.keys.take(index), lists.log_weight.take(index)
 
 
 def batches(sizes: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:

@@ -43,6 +43,16 @@ def attend(
         return query.new_zeros(*query.shape[:3], value.shape[2]), query.new_full(query.shape[:3], -math.inf)
     if softcap or not finite or limit is not None or not query.is_cpu:
         return _attend_plainly(query, key, value, bias, softcap, finite, limit)
+    if bias.shape[1:3] == (1, 1):  # The kernel takes more rows at a time than heads.
+        output, lse = _attend_rows(query.flatten(1, 2)[:, None], key, value, bias)
+        return output.view(*query.shape[:3], -1), lse.view(query.shape[:3])
+    return _attend_rows(query, key, value, bias)
+
+
+def _attend_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` by the fused kernel."""
     heads, width = query.shape[1], max(query.shape[-1], value.shape[-1])
     padded = (
         torch.nn.functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value)

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
 
 from ..config import S2OConfig
 from ..geometry import Geometry
@@ -16,7 +15,7 @@ from ..rule.channels import Projected, key_covariance, project_kv_head
 from ..rule.guides import pool_guides
 from ..rule.output_weighting import sampled_rows, value_distances
 from ..visibility import Visibility, masked
-from .merged import MergedQueries
+from .merged import MergedQueries, fill_up
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class KVHead:
     def by_segment(self, guides: torch.Tensor) -> torch.Tensor:
         """Cut guides [heads, n, D] into segments [heads, segments, n, D], filled up with zeros."""
         size = self.config.ranking.segment // self.config.ranking.pool
-        return pad(guides, (0, 0, 0, -guides.shape[1] % size)).unflatten(1, (-1, size))
+        return fill_up(guides, size).unflatten(1, (-1, size))
 
     @property
     def lists(self) -> int:

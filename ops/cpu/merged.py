@@ -74,5 +74,11 @@ def _in_runs(x: torch.Tensor, lists: int, segment: int) -> torch.Tensor:
     Zeros past the end; `parts` are heads by runs.
     """
     size = min(segment, MERGED)
-    x = pad(x, (0, 0, 0, -x.shape[1] % segment)).unflatten(1, (-1, segment // size, size))
+    x = fill_up(x, segment).unflatten(1, (-1, segment // size, size))
     return x.unflatten(0, (lists, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def fill_up(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Rows of heads [G, n, C] with zeros up to a multiple of rows: a copy only if there are any to add."""
+    missing = -x.shape[1] % multiple
+    return pad(x, (0, 0, 0, missing)) if missing else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,12 +15,15 @@ from ..geometry import BLOCK
 from ..memory import workspace
 from ..rule.sampling import draws
 from ..rule.softmax import soft_cap
+from . import flash
 from .kv_head import KVHead
 
-_SCORES_OF_A_RUN = 2**23
-"""How many scores the segments of a run have at most: in bfloat16 few enough to stay in the last-level cache."""
+_SCORES_OF_A_RUN = 2**25
+"""How many scores the segments of a run have at most."""
 _SCORES_AT_ONCE = 2**20
-"""How many scores in other precisions are held at once, for the same reason."""
+"""How many scores are held at once: few enough to stay in the cache."""
+_KEYS_AT_ONCE = 512
+"""How many keys have these scores at most."""
 _EXTRA_CHANNELS = 4
 """Channels that are added to guides and keys: two for the normaliser, two for alignment."""
 _NO_SHARE = 1e30
@@ -31,8 +35,8 @@ class Lists:
     """The keys to visit of the `segments` of a run, one list after another.
 
     `keys` holds all lists end to end, and one key more, of weight 0; `log_weight` goes with it. List l of segment s
-    of the run has `count`[s, l] of them, from `start`[s, l]. `left` [segments, lists, keys] is true for the keys of
-    the history that are not listed. `lse` [segments, heads or 1, n] are the guides' log-sum-exps, None where all of a
+    of the run has `count`[s, l] of them, from `start`[s, l]. Of the `history` [segments, keys] it lists those to
+    `keep` [segments, lists, keys]. `lse` [segments, heads or 1, n] are the guides' log-sum-exps, None where all of a
     list is visited.
     """
 
@@ -41,12 +45,14 @@ class Lists:
     log_weight: torch.Tensor
     start: torch.Tensor
     count: torch.Tensor
-    left: torch.Tensor
+    history: torch.Tensor
+    keep: torch.Tensor
     lse: torch.Tensor | None
 
     def left_per_block(self) -> torch.Tensor:
         """How many keys of each block are not listed [segments, lists, blocks]."""
-        return pad(self.left, (0, -self.left.shape[2] % BLOCK)).unflatten(-1, (-1, BLOCK)).sum(-1)
+        left = self.history[:, None] & ~self.keep
+        return pad(left, (0, -left.shape[2] % BLOCK)).unflatten(-1, (-1, BLOCK)).sum(-1)
 
 
 @dataclass
@@ -85,20 +91,20 @@ class KeyRanking:
         self.allowance = self.near.new_zeros(self.near.shape) if kv_head.merged is None else kv_head.merged.reach
         if neglected is not None:
             self.allowance = self.allowance.hypot(neglected.to(self.near.dtype))
-        self.guides = pad(guides.transpose(0, 1), (0, _EXTRA_CHANNELS)).to(dtype)
-        self.key = pad(-key, (0, _EXTRA_CHANNELS)).to(dtype)
+        self.guides = widened(guides.transpose(0, 1), dtype)
+        self.key = widened(-key, dtype)
         self.all_channel_guides = self.guides[..., :-_EXTRA_CHANNELS]
         if key is not kv_head.key:
             self.all_channel_guides = kv_head.guides.transpose(0, 1).to(dtype)
         self.key[:, -_EXTRA_CHANNELS : 2 - _EXTRA_CHANNELS] = 1
         self.max_scores = min(_SCORES_OF_A_RUN, workspace() // dtype.itemsize)
-        self.scores_at_once = self.max_scores if dtype == torch.bfloat16 else min(self.max_scores, _SCORES_AT_ONCE)
-        self.buffer = self.key.new_empty(max(self.max_scores, self.rows * BLOCK))
+        self.scores_at_once = min(self.max_scores, _SCORES_AT_ONCE)
+        self.buffer = self.key.new_empty(max(self.scores_at_once, self.rows * BLOCK))
         first, sample = self.config.ranking.first_keys, self.config.ranking.sample
         drawn = self.positions[sample // 2 :: sample]
         self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
         self.drawn_key = kv_head.key[self.drawn].to(dtype)
-        self.drawn_weight = self.key.new_full(self.drawn.shape, math.log(sample)).masked_fill(self.drawn < first, 0)
+        self.drawn_weight = self.near.new_full(self.drawn.shape, math.log(sample)).masked_fill(self.drawn < first, 0)
 
     @property
     def rows(self) -> int:
@@ -139,14 +145,16 @@ class KeyRanking:
             order = ranked.argsort(dim=-1, descending=True, stable=True)
             listed = self.kv_head.arange(len(run.reach)) < keep.sum(-1, keepdim=True)
             return pack(run, keep, order[listed], log_weight, normaliser)
-        bar = importance.new_tensor(math.log(config.threshold))
-        if config.has_samples:
-            segment = self.geometry.first_number + self.kv_head.arange(segments.start, segments.stop)[:, None]
-            keep = keep & (importance >= bar + draws(self.positions[span(run.reach)], segment).log()[:, None])
-            log_weight = (bar - importance[keep]).clamp_min(0)
-        else:
+        bar = math.log(config.threshold)
+        if not config.has_samples:
             keep = keep & (importance >= bar)
-        return pack(run, keep, keep.nonzero()[:, -1], log_weight, normaliser)
+            return pack(run, keep, keep.nonzero()[:, -1], log_weight, normaliser)
+        segment = self.geometry.first_number + self.kv_head.arange(segments.start, segments.stop)[:, None]
+        drawn = draws(self.positions[span(run.reach)], segment).log_().to(importance.dtype).add_(bar)
+        keep = keep & (importance >= drawn[:, None])
+        index = keep.flatten().nonzero()[:, 0]
+        log_weight = (bar - importance.take(index)).clamp_min_(0)
+        return pack(run, keep, index % len(run.reach), log_weight, normaliser)
 
     def run(self, segments: range) -> Run:
         """The segments of a run, with the keys that they may visit."""
@@ -158,13 +166,18 @@ class KeyRanking:
         guides = self.real.shape[2] if self.kv_head.merged is None else int(self.real[span(segments)].sum(-1).max())
         return Run(segments, guides, reach, history, seen)
 
-    def parts(self, run: Run) -> Iterator[Run]:
-        """Parts of the run, each with all segments and as many keys as `scores_at_once` allows."""
-        width = max(BLOCK, self.scores_at_once // (len(run.segments) * self.rows))
-        for first in range(0, max(1, len(run.reach)), width):
+    def blocks(self, run: Run) -> Iterator[tuple[tuple[slice, slice], Run]]:
+        """Blocks of the run that have `scores_at_once`, with their segments and keys in it; keys that segments see."""
+        width = max(BLOCK, min(_KEYS_AT_ONCE, self.scores_at_once // self.rows) // BLOCK * BLOCK)
+        size = max(1, self.scores_at_once // (width * self.rows))
+        ends = self.kv_head.spans[span(run.segments), 1].tolist() if self.geometry.is_causal else []
+        for first in range(0, len(run.reach), width):
             keys = slice(first, first + width)
-            seen = None if run.seen is None else run.seen[..., keys]
-            yield Run(run.segments, run.guides, run.reach[keys], run.history[:, keys], seen)
+            for start in range(bisect_right(ends, run.reach[first]), len(run.segments), size):
+                segments = slice(start, start + size)
+                seen = None if run.seen is None else run.seen[segments, ..., keys]
+                history = run.history[segments, keys]
+                yield (segments, keys), Run(run.segments[segments], run.guides, run.reach[keys], history, seen)
 
     def seen(self, segments: range, reach: range) -> torch.Tensor:
         """The keys in reach that each guide sees [segments, heads or 1, n, keys], boolean."""
@@ -185,44 +198,43 @@ class KeyRanking:
 
     def importance(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
         """The log of the importance of the keys in reach [segments, lists, keys]."""
-        return torch.cat([self.importance_of_part(part, normaliser) for part in self.parts(run)], -1)
-
-    def importance_of_part(self, run: Run, normaliser: torch.Tensor) -> torch.Tensor:
-        """`importance`, of no more keys than scores are held at once."""
-        config = self.config
-        real, guides, allowance = (
-            x[span(run.segments), :, : run.guides] for x in (self.real, self.guides, self.allowance)
-        )
-        surprisal = self.surprisal(guides, normaliser - allowance, run.reach)
-        if run.seen is not None:
-            surprisal.masked_fill_(~run.seen, math.inf)
-        surprisal = self.by_list(surprisal)
-        if config.ranking.combine == "max":
-            least = least_by_bits(surprisal, 2) if self.comparable else surprisal.amin(2)
-            importance = -least.to(normaliser.dtype)
-        else:
-            guides_of_list = real.sum(-1, keepdim=True) * (guides.shape[1] // self.kv_head.lists)
-            mean = surprisal.neg().logsumexp(2).to(normaliser.dtype)
-            importance = mean - guides_of_list.to(mean.dtype).log()
-        if config.ranking.measure == "output":
-            importance = importance + self.kv_head.log_distances[span(run.reach)]
-        importance = importance.masked_fill(importance.isnan(), math.inf)
-        importance[..., : max(0, config.ranking.first_keys - run.reach.start)] = math.inf
+        importance = normaliser.new_full((len(run.segments), self.kv_head.lists, len(run.reach)), -math.inf)
+        normaliser = normaliser - self.allowance[span(run.segments), :, : run.guides]
+        guides = self.guides[span(run.segments), :, : run.guides]
+        guides[..., -_EXTRA_CHANNELS] = normaliser
+        guides[..., 1 - _EXTRA_CHANNELS] = normaliser - guides[..., -_EXTRA_CHANNELS]
+        for (segments, keys), block in self.blocks(run):
+            surprisal = self.surprisal(guides[segments], normaliser[segments], block.reach)
+            if block.seen is not None:
+                surprisal.masked_fill_(~block.seen, math.inf)
+            importance[segments, :, keys] = self.combined(self.by_list(surprisal))
+        if self.config.ranking.combine == "mean":
+            of_list = self.real[span(run.segments)].sum(-1, keepdim=True) * (guides.shape[1] // self.kv_head.lists)
+            importance -= of_list.to(importance.dtype).log()
+        if self.config.ranking.measure == "output":
+            importance += self.kv_head.log_distances[span(run.reach)]
+        importance.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+        importance[..., : max(0, self.config.ranking.first_keys - run.reach.start)] = math.inf
         return importance
+
+    def combined(self, surprisal: torch.Tensor) -> torch.Tensor:
+        """The log of the largest or of the summed probability over guides [segments, lists, guides, keys]."""
+        if self.config.ranking.combine == "mean":
+            return surprisal.neg().logsumexp(2)
+        return (least_by_bits(surprisal, 2) if self.comparable else surprisal.amin(2)).neg_()
 
     def surprisal(self, guides: torch.Tensor, normaliser: torch.Tensor, reach: range) -> torch.Tensor:
         """Negative log-probabilities of the keys in reach [segments, heads, guides, keys].
 
-        The normaliser enters the product as two more channels of the guides, its high and its low part; with a soft
-        cap, it comes after.
+        The normaliser enters the product as two more channels of guides, its high and its low part; with a soft cap,
+        it comes after.
         """
-        softcap = self.kv_head.softcap
-        if not softcap:
-            guides[..., -_EXTRA_CHANNELS] = normaliser
-            guides[..., 1 - _EXTRA_CHANNELS] = normaliser - guides[..., -_EXTRA_CHANNELS]
+        softcap, key = self.kv_head.softcap, self.key[span(reach)]
+        if softcap:
+            guides, key = guides[..., :-_EXTRA_CHANNELS], key[:, :-_EXTRA_CHANNELS]
         rows = guides.flatten(0, 2)
         product = self.buffer[: len(rows) * len(reach)].view(len(rows), len(reach))
-        torch.mm(rows, self.key[span(reach)].T, out=product)
+        torch.mm(rows, key.T, out=product)
         product = product.unflatten(0, normaliser.shape)
         return soft_cap(product, softcap).add_(normaliser[..., None]) if softcap else product
 
@@ -231,17 +243,26 @@ class KeyRanking:
         guides = self.all_channel_guides[span(run.segments), :, : run.guides]
         chosen = slice(*(int((self.drawn < end).sum()) for end in (run.reach.start, run.reach.stop)))
         place = self.drawn[chosen] - run.reach.start
-        weight = self.drawn_weight[chosen].masked_fill(~run.history[:, place], -math.inf)
-        logits = guides.flatten(0, 2) @ self.drawn_key[chosen].T
-        logits = soft_cap(logits, self.kv_head.softcap).view(*guides.shape[:3], -1).add_(weight[:, None, None])
+        bias = self.drawn_weight[chosen].masked_fill(~run.history[:, place], -math.inf)[:, None, None]
         if run.seen is not None:
-            logits.masked_fill_(~run.seen[..., place], -math.inf)
-        return log_sum_exp(logits).to(self.near.dtype)
+            seen = run.seen[..., place].expand(-1, guides.shape[1], -1, -1).flatten(1, 2)
+            bias = torch.where(seen[:, None], bias, -math.inf)
+        key = self.drawn_key[chosen].expand(len(run.segments), -1, -1)
+        rows = guides.flatten(1, 2)[:, None]
+        lse = flash.attend(rows, key, key, bias, self.kv_head.softcap, self.kv_head.finite)[1]
+        return lse[:, 0].unflatten(1, guides.shape[1:3]).to(self.near.dtype)
 
 
 def span(part: range) -> slice:
     """A range as an index."""
     return slice(part.start, part.stop)
+
+
+def widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """X [..., channels] in another dtype, with extra channels of zeros."""
+    wider = x.new_zeros(*x.shape[:-1], x.shape[-1] + _EXTRA_CHANNELS, dtype=dtype)
+    wider[..., :-_EXTRA_CHANNELS] = x
+    return wider
 
 
 def pack(
@@ -255,7 +276,8 @@ def pack(
         pad(log_weight.expand(len(places)), (0, 1), value=-math.inf),
         (count.flatten().cumsum(0) - count.flatten()).view_as(count),
         count,
-        run.history[:, None] & ~keep,
+        run.history,
+        keep,
         lse,
     )
 
@@ -266,12 +288,3 @@ def least_by_bits(x: torch.Tensor, dim: int) -> torch.Tensor:
     The bits of non-negative floats are in the order of the numbers, and integers are compared several times as fast.
     """
     return x.view(torch.int16).amin(dim).view(torch.bfloat16)
-
-
-def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp over the last dimension, by way of the softmax kernel, which is fused."""
-    if not logits.shape[-1]:
-        return logits.new_full(logits.shape[:-1], -math.inf)
-    largest = logits.amax(-1)
-    share = logits.softmax(-1).amax(-1).to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.where(largest == -math.inf, largest, largest - share.log())

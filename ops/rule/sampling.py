@@ -26,8 +26,9 @@ MAX_WEIGHT_FACTOR = 4.0
 
 def draws(keys: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     """Numbers between 0 and 1, float32, for key positions and segment indices (integers, broadcast together)."""
-    bits = (keys * KEY_STEP + segments * SEGMENT_STEP) & 0xFFFFFFFF
-    return ((bits >> 9).float() + 0.5) * 2.0**-23
+    of_keys, of_segments = (keys.long() * KEY_STEP).int(), (segments.long() * SEGMENT_STEP).int()
+    bits = (of_keys + of_segments).bitwise_right_shift_(9).bitwise_and_(2**23 - 1)
+    return bits.float().add_(0.5).mul_(2.0**-23)
 
 
 def most_logits(lse: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -88,5 +88,5 @@ def limit_process(room: int | None) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    inputs = [torch.randn(1, heads, 4096, 32) for heads in (8, 2, 2)]
-    print(json.dumps(outcomes(inputs, (2**24, 2**21), limit_process, range(0, 50 * 2**20, 2**21))))
+    inputs = [torch.randn(1, heads, 4096, 32) for heads in (2, 2, 2)]
+    print(json.dumps(outcomes(inputs, (2**26, 2**23, 2**20), limit_process, range(0, 40 * 2**20, 2**20))))
