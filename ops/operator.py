@@ -81,9 +81,13 @@ def attention_stats(*arguments: Any, **keywords: Any) -> AttentionResult:
     return call.spans() if call.chooses_sparse() is False else call.sparse()
 
 
-def attention_dynamic(*arguments: Any, **keywords: Any) -> torch.Tensor:
-    """`attention`, opaque to the compiler, with the output in one layout whatever is chosen."""
-    output = attention(*arguments, **keywords)
+def attention_dynamic(query: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    """`attention`, opaque to the compiler, with the output in one layout whatever is chosen.
+
+    Autocast took its part as the graph was traced.
+    """
+    with without_autocast(query.device.type):
+        output = attention(query, *arguments, **keywords)
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -436,6 +436,17 @@ def test_autocast(min_length: int | None) -> None:
     assert largest_difference(output, want) < 0.05
 
 
+@pytest.mark.parametrize("min_length", [0, 1000])
+def test_autocast_changes_no_dtype_where_a_graph_was_traced_without_it(min_length: int) -> None:
+    query, key, value = (torch.randn(1, 2, 40, 16) for _ in "qkv")
+    arguments = query, key, value, True
+    expected = torch.ops.s2o.attention_dynamic(*arguments, min_length=min_length)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = torch.ops.s2o.attention_dynamic(*arguments, min_length=min_length)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected)
+
+
 @pytest.mark.parametrize(
     "extra", [{}, {"softcap": 2.0}, {"settings": '{"measure": "output"}'}, {"settings": '{"rule": "means"}'}]
 )
