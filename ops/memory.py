@@ -31,9 +31,9 @@ _limit: ContextVar[int | None] = ContextVar("s2o_workspace", default=None)
 def workspace() -> int:
     """Bytes that lists of keys, and the importances they are made from, may take together in a call.
 
-    On a CPU scores of keys, where what exceeds its caches is not used. A call that needs more works through its
-    segments in runs, at least one segment each. At 131,072 positions of 32 heads over 8, 2**33 is up to 5% faster than
-    the default on a GPU. The environment variable S2O_WORKSPACE sets it for the process.
+    On a CPU it counts the scores of keys, of which no more are held at once than fit its caches. A call that needs more
+    works through its segments in runs, at least one segment each. At 131,072 positions of 32 heads over 8, 2**33 is up
+    to 5% faster than the default on a GPU. The environment variable S2O_WORKSPACE sets it for the process.
 
     Raises:
         ValueError: The variable is no whole number above 0.

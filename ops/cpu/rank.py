@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from ..devices import has_fast_bfloat16
-from ..geometry import BLOCK
+from ..geometry import BLOCK, round_up
 from ..memory import workspace
 from ..rule.sampling import draws
 from ..rule.softmax import soft_cap
@@ -24,6 +24,8 @@ _SCORES_AT_ONCE = 2**20
 """How many scores are held at once: few enough to stay in the cache."""
 _KEYS_AT_ONCE = 512
 """How many keys have these scores at most."""
+_KEYS_OF_KERNEL = 512
+"""How many keys the fused kernel takes at a time."""
 _EXTRA_CHANNELS = 4
 """Channels that are added to guides and keys: two for the normaliser, two for alignment."""
 _NO_SHARE = 1e30
@@ -102,8 +104,10 @@ class KeyRanking:
         self.buffer = self.key.new_empty(max(self.scores_at_once, self.rows * BLOCK))
         first, sample = self.config.ranking.first_keys, self.config.ranking.sample
         drawn = self.positions[sample // 2 :: sample]
-        self.drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
-        self.drawn_key = kv_head.key[self.drawn].to(dtype)
+        drawn = torch.cat([self.positions[:first], drawn[drawn >= first]])
+        missing = -len(drawn) % BLOCK
+        self.drawn = pad(drawn, (0, missing), value=self.geometry.keys)
+        self.drawn_key = pad(kv_head.key[drawn].to(dtype), (0, 0, 0, missing))
         self.drawn_weight = self.near.new_full(self.drawn.shape, math.log(sample)).masked_fill(self.drawn < first, 0)
 
     @property
@@ -241,9 +245,15 @@ class KeyRanking:
     def far(self, run: Run) -> torch.Tensor:
         """Each guide's log-sum-exp over its history [segments, heads, guides], from one key in `sample` of it."""
         guides = self.all_channel_guides[span(run.segments), :, : run.guides]
-        chosen = slice(*(int((self.drawn < end).sum()) for end in (run.reach.start, run.reach.stop)))
+        if not run.reach:
+            return self.near.new_full(guides.shape[:3], -math.inf)
+        first, end = (int((self.drawn < place).sum()) for place in (run.reach.start, run.reach.stop))
+        # Blocks of the kernel begin and end at the same keys in each run, so that sums have the same order.
+        chosen = slice(first // _KEYS_OF_KERNEL * _KEYS_OF_KERNEL, round_up(end))
         place = self.drawn[chosen] - run.reach.start
-        bias = self.drawn_weight[chosen].masked_fill(~run.history[:, place], -math.inf)[:, None, None]
+        inside = (place >= 0) & (place < len(run.reach))
+        place = torch.where(inside, place, 0)
+        bias = self.drawn_weight[chosen].masked_fill(~(run.history[:, place] & inside), -math.inf)[:, None, None]
         if run.seen is not None:
             seen = run.seen[..., place].expand(-1, guides.shape[1], -1, -1).flatten(1, 2)
             bias = torch.where(seen[:, None], bias, -math.inf)
