@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from s2o_compile._console import UsageError
 from s2o_compile.ops.dispatch import DENSE_AT_ANY_LENGTH
 from s2o_compile.testbed.options import Json
-from s2o_compile.testbed.timing import Run, issuing_seconds, median_and_spread, warm_up
+from s2o_compile.timing import Run, issuing_seconds, median_and_spread, warm_up
 
 from .command import run
 from .results import as_text, record

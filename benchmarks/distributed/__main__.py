@@ -22,7 +22,7 @@ from s2o_compile.ops.layout import LAYOUTS
 from s2o_compile.testbed.document import check_document
 from s2o_compile.testbed.model import check_model, choose_device, choose_dtype
 from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
-from s2o_compile.testbed.timing import attempt
+from s2o_compile.timing import attempt
 
 from ..command import progress_bars, run, wide_console
 from ..prefill.models import RANDOM_LLAMA, SMOLLM2

@@ -15,7 +15,7 @@ from s2o_compile.ops.context import Whole
 from s2o_compile.ops.density import dense_pairs
 from s2o_compile.ops.layout import Block, blocks_of_rank
 from s2o_compile.ops.visibility import Visibility
-from s2o_compile.testbed.timing import median_and_spread
+from s2o_compile.timing import median_and_spread
 
 from ..inputs import Structure
 from ..speed.measure import diffuseness

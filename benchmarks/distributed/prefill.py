@@ -10,7 +10,7 @@ from torch import distributed
 
 from s2o_compile.integrations.settings import configure
 from s2o_compile.ops.layout import blocks_of_rank
-from s2o_compile.testbed.timing import kernel_seconds, median_and_spread
+from s2o_compile.timing import kernel_seconds, median_and_spread
 
 from ..prefill.budget import with_density
 from ..prefill.calls import prefill_inputs

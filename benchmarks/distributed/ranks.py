@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from s2o_compile.testbed.timing import Run, wall_seconds, with_peak_memory
+from s2o_compile.timing import Run, wall_seconds, with_peak_memory
 
 
 def on_ranks(count: int, device: str, work: Callable[..., Any], *arguments: Any) -> Any:

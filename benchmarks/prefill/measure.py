@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from s2o_compile.ops import S2OConfig
-from s2o_compile.testbed.timing import (
+from s2o_compile.timing import (
     Run,
     attempt,
     first_line,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 import s2o_compile
-from s2o_compile.testbed.timing import attempt, median_and_spread, settled, wall_seconds, warm_up
+from s2o_compile.timing import attempt, median_and_spread, settled, wall_seconds, warm_up
 
 from ..prefill.budget import with_density
 from ..prefill.calls import prefill_inputs

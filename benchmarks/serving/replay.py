@@ -13,7 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 import s2o_compile
 from s2o_compile.ops import S2OConfig
-from s2o_compile.testbed.timing import Run, gpu_seconds, interleaved, median_and_spread, settled, wall_seconds, warm_up
+from s2o_compile.timing import Run, gpu_seconds, interleaved, median_and_spread, settled, wall_seconds, warm_up
 
 from ..inputs import Structure
 from ..speed.measure import diffuseness

@@ -11,7 +11,7 @@ import s2o_compile
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.config import replaced
 from s2o_compile.ops.dispatch import DENSE_AT_ANY_LENGTH
-from s2o_compile.testbed.timing import Run
+from s2o_compile.timing import Run
 
 ENGINE, ALONE, REPLAY = "engine", "model alone", "replay"
 CONTIGUOUS, VARLEN = "contiguous", "varlen_attn"

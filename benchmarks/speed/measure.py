@@ -15,7 +15,7 @@ from s2o_compile.ops.density import dense_pairs, density
 from s2o_compile.ops.observe import SparseInputs
 from s2o_compile.ops.sampled_error import sampled_error
 from s2o_compile.ops.visibility import Visibility
-from s2o_compile.testbed.timing import (
+from s2o_compile.timing import (
     attempt,
     gpu_seconds,
     interleaved,

@@ -81,10 +81,10 @@ def _attend_plainly(
         biased = torch.minimum(biased, torch.maximum(logits, limit[..., None]))
     logits = biased if finite else torch.where(bias == -math.inf, -math.inf, biased)
     lse = logits.logsumexp(-1)
-    weights = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    weights = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp().to(value.dtype)
     if finite:
         return weights @ value[:, None], lse
     clean = value.isfinite()
     output = weights @ torch.where(clean, value, 0)[:, None]
-    reached = (weights != 0).to(query.dtype) @ (~clean).to(query.dtype)[:, None]
+    reached = (weights != 0).to(value.dtype) @ (~clean).to(value.dtype)[:, None]
     return output.masked_fill(reached > 0, math.nan), lse

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .._attention import attention
 from ..ops import S2OConfig
 from ..ops.dispatch import DENSE_AT_ANY_LENGTH
-from ..testbed.timing import Run, attempt, idle_seconds, interleaved, wall_seconds
+from ..timing import Run, attempt, idle_seconds, interleaved, wall_seconds
 from .cases import Case
 
 REPEATS = 3

@@ -21,7 +21,7 @@ from s2o_compile._attention import attention
 from s2o_compile._console import UsageError
 from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.ops.density import density
-from s2o_compile.testbed.timing import kernel_seconds, median_and_spread
+from s2o_compile.timing import kernel_seconds, median_and_spread
 
 CPU = torch.device("cpu")
 

@@ -29,7 +29,7 @@ CALLS: dict[str, Callable[[int], tuple[Visibility, Ranking]]] = {
 }
 
 
-def look_up(compute: Any, tensors: Any, device: torch.device, *constants: Any) -> None:
+def look_up(compute: Any, tensors: Any, device: torch.device, *constants: Any, late: Any = None) -> None:
     """Have Triton look for the kernels of a call, of tensors whose addresses are multiples of 16."""
     made = plan_of(compute, tuple(None if x is None else layout_of(x) for x in tensors), device, constants)
     assert made is not None

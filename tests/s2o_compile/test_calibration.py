@@ -372,7 +372,7 @@ def test_the_command(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--error-budget", "2"], "error_budget must be None or between 0 and 1, not 2.0"),
+        (["--error-budget", "2"], "--error-budget must be between 0 and 1, not 2"),
         (["--texts", "0"], "--texts"),
         (["--option", "calibration=x"], "calibration 'x' cannot be read: No such file or directory."),
     ],
