@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from s2o_compile._attention import attention
+from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.density import dense_pairs
 
@@ -16,6 +17,16 @@ STRETCH = 256
 STEPS = 12
 TOLERANCE = 0.02
 """Relative distance from the wanted density at which a search ends."""
+
+
+def check_density(density: float) -> None:
+    """Check what `--density` says.
+
+    Raises:
+        UsageError: It is no share.
+    """
+    if not 0 < density < 1:
+        raise UsageError(f"--density must be between 0 and 1, not {density}.")
 
 
 def sampled_density(

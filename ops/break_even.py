@@ -39,7 +39,7 @@ class BreakEven(NamedTuple):
 
 
 SHIPPED = {
-    AMX: (5e8, 20480.0),  # In bfloat16; in float32 calls gain from a quarter of it on.
+    AMX: (5e8, 20480.0),  # In bfloat16; float32 breaks even at about a fifth of it.
     AVX512: (5e8, 3072.0),
     OTHER_CPU: (math.inf, math.inf),
     "sm_80": (2e11, 6144.0),

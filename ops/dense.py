@@ -29,8 +29,7 @@ def dense_attention(
     """SDPA with a scale above 0; shapes as in `ops.operator`. Rows with nothing to attend to give zeros."""
     grouped = query.shape[1] != key.shape[1]
     is_causal, offset = visibility.is_causal, visibility.causal_offset
-    is_plain = visibility.is_positional and visibility.window is None
-    if is_plain and (not is_causal or statically_known_true(offset == 0)):
+    if visibility.is_plain and (not is_causal or statically_known_true(offset == 0)):
         return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     if _avoids_mask(query, key, visibility):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -54,12 +53,11 @@ def attend_without_mask(
     With a soft cap or sinks, it is only for what `attends_by_kernel`. The output [B, Hq, Lq, Dv] is stored as
     [B, Lq, Hq, Dv]. docs/decisions/010-dense-without-masks.md says what was measured.
     """
-    is_plain = not softcap and sinks is None
-    if is_plain and _is_narrow(visibility) and can_attend_window(query, key, value, visibility.causal_offset):
+    by_sdpa = not softcap and sinks is None
+    if by_sdpa and _is_narrow(visibility) and can_attend_window(query, key, value, visibility.causal_offset):
         assert visibility.window is not None
         return attend_window(query, key, value, visibility.window, scale)
-    by_sdpa = is_plain and visibility.window is None and visibility.is_positional
-    if by_sdpa or not attends_by_kernel(query):
+    if (by_sdpa and visibility.is_plain) or not attends_by_kernel(query):
         return attend_in_pieces(query, key, value, visibility, scale)
     from .kernels.dense import attend_densely
 

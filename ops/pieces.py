@@ -94,7 +94,7 @@ def _attend(
         return
     terms = terms.cut(rows, keys)
     query, key, value, output = query[:, :, rows], key[:, :, keys], value[:, :, keys], output[:, :, rows]
-    if terms.window is not None or not terms.is_positional:
+    if not terms.is_plain:
         _attend_masked(query, key, value, terms, scale, output)
     elif not terms.is_causal or terms.causal_offset == 0 or terms.causal_offset >= key.shape[2] - 1:
         is_causal = terms.is_causal and terms.causal_offset == 0

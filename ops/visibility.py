@@ -37,6 +37,11 @@ class Visibility(NamedTuple):
         return self.key_padding is None and self.query_documents is None and self.mask is None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether there are no terms but the causal one."""
+        return self.window is None and self.is_positional
+
+    @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The terms that are tensors, in their order."""
         return self.key_padding, self.query_documents, self.key_documents, self.mask

@@ -25,6 +25,7 @@ from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_c
 from s2o_compile.timing import attempt
 
 from ..command import progress_bars, run, wide_console
+from ..density import check_density
 from ..prefill.models import RANDOM_LLAMA, SMOLLM2
 from ..results import as_text, save
 from ..speed.shapes import SHAPES
@@ -126,8 +127,7 @@ def check(
     unknown = next((name for name in layouts if name not in LAYOUTS), None)
     if unknown is not None:
         raise UsageError(f"--layout must be {' or '.join(LAYOUTS)}, not {unknown!r}.")
-    if not 0 < density < 1:
-        raise UsageError(f"--density must be between 0 and 1, not {density}.")
+    check_density(density)
     uneven = next((one for one in lengths for count in counts if one % (2 * count)), None)
     if uneven is not None:
         raise UsageError(f"--length must be a multiple of twice the --ranks, not {uneven}.")

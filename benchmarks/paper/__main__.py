@@ -11,7 +11,6 @@ import torch
 import typer
 from rich.progress import Progress
 
-from s2o_compile._console import UsageError
 from s2o_compile.testbed.document import build_document, read_texts
 from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
 from s2o_compile.testbed.options import Device, Json, make_folder
@@ -20,6 +19,7 @@ from s2o_compile.testbed.predict import prefill_inputs
 from ..capture import capture
 from ..captured import Layer, load_layer
 from ..command import progress_bars, run, wide_console
+from ..density import check_density
 from ..prefill.models import RANDOM_LLAMA
 from ..prefill.models import load as load_subject
 from ..results import as_text, save
@@ -51,8 +51,7 @@ def main(
 ) -> None:
     """Set the claims of S2O's paper beside what this operator does, as published, fastest, and with lookups kept."""
     place = choose_device(device)
-    if not 0 < density < 1:
-        raise UsageError(f"--density must be between 0 and 1, not {density}.")
+    check_density(density)
     if output:
         make_folder(output)
     settings = {"every": every, "density": density, "repetitions": repetitions}

@@ -26,6 +26,7 @@ from s2o_compile.testbed.model import choose_device, choose_dtype
 from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
 
 from ..command import announce, progress_bars, run, wide_console
+from ..density import check_density
 from ..quality.yarn import stretch
 from ..results import as_text, save
 from .backends import BACKENDS, CUDNN_FIRST, ONE_LENGTH, UNCOMPILED, Contenders, choose_backends, preferring
@@ -95,8 +96,8 @@ def main(
         density = DENSITY
     if padded and mask is False:
         raise UsageError("--padded needs masks: leave out --no-mask.")
-    if density is not None and not 0 < density < 1:
-        raise UsageError(f"--density must be between 0 and 1, not {density}.")
+    if density is not None:
+        check_density(density)
     lengths = length or LENGTHS[place.type]
     if model != RANDOM_LLAMA:
         check_document(document, min(lengths))

@@ -23,6 +23,7 @@ from s2o_compile.testbed.model import check_model, choose_device, choose_dtype
 from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
 
 from ..command import announce, progress_bars, run, wide_console
+from ..density import check_density
 from ..prefill.models import RANDOM_LLAMA, SMOLLM2, load
 from ..results import as_text, save
 from ..speed.shapes import SHAPES
@@ -122,8 +123,7 @@ def check(parts: Sequence[str], ways: Sequence[str], shape: str, density: float,
         unknown = next((name for name in given if name not in known), None)
         if unknown is not None:
             raise UsageError(f"{option} must be one of {', '.join(map(repr, known))}, not {unknown!r}.")
-    if not 0 < density < 1:
-        raise UsageError(f"--density must be between 0 and 1, not {density}.")
+    check_density(density)
     if budget <= neighbours:
         raise UsageError(f"--budget must be above --neighbours ({neighbours}), not {budget}.")
 
