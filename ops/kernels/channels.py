@@ -21,6 +21,8 @@ _PART = 1024
 _ROWS = 64
 _COLUMNS = 64
 """Rows and channels of a block."""
+_STAGED_BYTES = 256
+"""The longest rows of which several blocks fit into shared memory on any GPU."""
 
 
 class Moments(NamedTuple):
@@ -73,7 +75,8 @@ def sample_moments(guides: torch.Tensor, key: torch.Tensor, padding: torch.Tenso
         *guides.stride()[:4], *key.stride()[:3], of_padding[1],
         kv_heads, heads, per_head, key.shape[2], *steps,
         HAS_PADDING=padding is not None, PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
-        D=size, PART=_PART, BLOCK_N=_ROWS, BLOCK_D=width, BLOCK_C=columns, num_warps=4, num_stages=2,
+        D=size, PART=_PART, BLOCK_N=_ROWS, BLOCK_D=width, BLOCK_C=columns, num_warps=4,
+        num_stages=3 if width * key.element_size() <= _STAGED_BYTES else 1,
     )  # fmt: skip
     return Moments(moments, sums, rows, steps[1])
 
@@ -152,28 +155,25 @@ def moments_kernel(
     part, of_keys = tl.program_id(0), tl.program_id(1) % 2
     first_column = tl.program_id(1) // 2 * BLOCK_C
     batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
-    guides += batch * guides_stride_b + kv_head * guides_stride_kv
-    key += batch * key_stride_b + kv_head * key_stride_h
     padding += batch * padding_stride_b
-    per_head = (per_head + guide_step - 1) // guide_step
-    rows = tl.where(of_keys == 1, (keys + key_step - 1) // key_step, heads * per_head)
+    # The same loop reads either, without branches, so that loads are issued ahead.
+    first = guides + batch * guides_stride_b + kv_head * guides_stride_kv
+    if of_keys == 1:
+        first = key + batch * key_stride_b + kv_head * key_stride_h
+    stride_n = tl.where(of_keys == 1, key_stride_n, guides_stride_n)
+    step = tl.where(of_keys == 1, key_step, guide_step)
+    of_head = (tl.where(of_keys == 1, keys, per_head) + step - 1) // step
+    rows = tl.where(of_keys == 1, 1, heads) * of_head
     channel, column = tl.arange(0, BLOCK_D), first_column + tl.arange(0, BLOCK_C)
     total = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)
     of_columns = tl.zeros([BLOCK_C], tl.float32)
     for start in range(part * PART, tl.minimum((part + 1) * PART, rows), BLOCK_N):
         row = start + tl.arange(0, BLOCK_N)
-        inside = row < rows
-        if of_keys == 1:
-            place = row * key_step
-            if HAS_PADDING:
-                inside = inside & (tl.load(padding + place, mask=inside, other=0) != 0)
-            x = _load_finite(key + place.to(tl.int64) * key_stride_n, inside, channel, D)
-            y = _load_finite(key + place.to(tl.int64) * key_stride_n, inside, column, D)
-        else:
-            offset = (row // per_head).to(tl.int64) * guides_stride_h
-            offset += (row % per_head).to(tl.int64) * guide_step * guides_stride_n
-            x = _load_finite(guides + offset, inside, channel, D)
-            y = _load_finite(guides + offset, inside, column, D)
+        inside, place = row < rows, (row % of_head) * step
+        if HAS_PADDING:
+            inside = inside & (tl.load(padding + place, mask=row < tl.where(of_keys == 1, rows, 0), other=1) != 0)
+        pointers = first + (row // of_head).to(tl.int64) * guides_stride_h + place.to(tl.int64) * stride_n
+        x, y = _load_finite(pointers, inside, channel, D), _load_finite(pointers, inside, column, D)
         total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)
         of_columns += tl.sum(y.to(tl.float32), 0)
     place = (tl.program_id(2) * 2 + of_keys).to(tl.int64) * tl.num_programs(0) + part
