@@ -10,10 +10,10 @@ import torch
 
 from ..config import S2OConfig
 from ..geometry import Geometry
-from ..part import Part
+from ..part import Part, SampledQueries
 from ..rule.channels import Projected, key_covariance, project_kv_head
 from ..rule.guides import pool_guides
-from ..rule.output_weighting import sampled_rows, value_distances
+from ..rule.output_weighting import value_distances
 from ..visibility import Visibility, masked
 from .merged import MergedQueries, fill_up
 
@@ -119,15 +119,19 @@ class KVHead:
     @functools.cached_property
     def log_distances(self) -> torch.Tensor:
         """The logs of how far values lie from the outputs, in units of these [Lk]."""
-        if self.part is not None and self.part.outputs is not None:
-            sampled, rows, visibility = self.part.outputs
-            query = self.scaled(sampled[self.batch, self.first_head : self.first_head + self.heads])
-        else:
-            rows = sampled_rows(self.geometry.queries, self.heads, self.query.device)
-            query, visibility = self.query[:, rows], self.visibility
+        (query,), rows, visibility = self.sampled
         head = self.first_head + self.arange(self.heads)[:, None, None]
         seen = visibility.seen(self.batch, head, rows[:, None], self.arange(self.geometry.keys))
         return value_distances(query, self.key, self.value, seen, 1.0, self.softcap).log()
+
+    @property
+    def sampled(self) -> SampledQueries:
+        """The queries by which the size of outputs is estimated, as those of `query` are [1, G, n, D]."""
+        of_all = None if self.part is None else self.part.outputs
+        if of_all is None:
+            return SampledQueries.of(self.query[None], 1, self.visibility)
+        own = slice(self.first_head, self.first_head + self.heads)
+        return of_all._replace(query=self.scaled(of_all.query[self.batch, None, own]))
 
     def scaled(self, query: torch.Tensor) -> torch.Tensor:
         """Queries of a call as those of `query` are."""
