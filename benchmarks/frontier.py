@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from s2o_compile._console import UsageError
 from s2o_compile.testbed.model import choose_device
-from s2o_compile.testbed.options import Device, Json, make_folder, read_config
+from s2o_compile.testbed.options import Device, Json, check_names, make_folder, read_config
 
 from .captured import Layer, load_layer
 from .command import progress_bars, run
@@ -54,9 +54,7 @@ def choose(names: list[str] | None, variants: list[str], thresholds: list[float]
     Raises:
         UsageError: A name is none of `METHODS`, or a variant's option or threshold cannot be used.
     """
-    unknown = set(names or ()) - set(METHODS)
-    if unknown:
-        raise UsageError(f"--method must be one of {', '.join(map(repr, METHODS))}, not {sorted(unknown)[0]!r}.")
+    check_names("--method", names or (), METHODS)
     chosen = {name: METHODS[name] for name in METHODS if not names or name in names}
     dial = tuple(thresholds or THRESHOLDS)
     return chosen | {f"s2o, {text}": _variant(text, dial) for text in variants}

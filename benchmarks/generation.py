@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 import s2o_compile
-from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
 from s2o_compile.testbed.document import build_document, check_document, read_texts
 from s2o_compile.testbed.model import (
@@ -33,7 +32,7 @@ from s2o_compile.testbed.model import (
     model_name,
     why_prefill_is_dense,
 )
-from s2o_compile.testbed.options import Device, Json, make_folder, read_config
+from s2o_compile.testbed.options import Device, Json, check_names, make_folder, read_config
 
 from .command import progress_bars, run
 from .results import as_text, record, save
@@ -158,9 +157,7 @@ def choose_ways(names: list[str]) -> list[Way]:
     Raises:
         UsageError: A name is unknown.
     """
-    for name in names:
-        if name not in WAYS:
-            raise UsageError(f"--only must be one of {', '.join(WAYS)}, not {name!r}.")
+    check_names("--only", names, WAYS)
     return [WAYS[name] for name in names or WAYS]
 
 

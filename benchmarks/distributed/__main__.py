@@ -21,7 +21,7 @@ from s2o_compile._console import UsageError
 from s2o_compile.ops.layout import LAYOUTS
 from s2o_compile.testbed.document import check_document
 from s2o_compile.testbed.model import check_model, choose_device, choose_dtype
-from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
+from s2o_compile.testbed.options import Device, DType, Json, check_names, make_folder, read_config
 from s2o_compile.timing import attempt
 
 from ..command import progress_bars, run, wide_console
@@ -122,11 +122,8 @@ def check(
     Raises:
         UsageError: It cannot be run here.
     """
-    if shape not in SHAPES:
-        raise UsageError(f"--shape must be one of {', '.join(SHAPES)}, not {shape!r}.")
-    unknown = next((name for name in layouts if name not in LAYOUTS), None)
-    if unknown is not None:
-        raise UsageError(f"--layout must be {' or '.join(LAYOUTS)}, not {unknown!r}.")
+    check_names("--shape", [shape], SHAPES)
+    check_names("--layout", layouts, LAYOUTS)
     check_density(density)
     uneven = next((one for one in lengths for count in counts if one % (2 * count)), None)
     if uneven is not None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from s2o_compile._console import UsageError
 from s2o_compile.backend import s2o
 from s2o_compile.integrations.settings import configure
 from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.dispatch import DENSE_AT_ANY_LENGTH
+from s2o_compile.testbed.options import check_names
 
 from .calls import Call
 
@@ -42,9 +42,7 @@ def choose_backends(names: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: A name is unknown.
     """
-    for name in names:
-        if name not in KNOWN:
-            raise UsageError(f"--only must be one of {'; '.join(KNOWN)}, not {name!r}.")
+    check_names("--only", names, KNOWN)
     return tuple(name for name in KNOWN if name in names) or BACKENDS
 
 

@@ -19,7 +19,7 @@ from s2o_compile.testbed.document import LEAST_LENGTH, check_document, read_text
 from s2o_compile.testbed.document import build_document as build_development_text
 from s2o_compile.testbed.memory import check_memory
 from s2o_compile.testbed.model import check_length, choose_device, choose_dtype, load_model, model_name
-from s2o_compile.testbed.options import Device, DType, Json, Model, make_folder, read_config
+from s2o_compile.testbed.options import Device, DType, Json, Model, check_names, make_folder, read_config
 
 from ..baselines.kascade import DEVELOPMENT_TOKENS
 from ..command import progress_bars, run, wide_console
@@ -46,7 +46,7 @@ def choose(names: list[str], variants: list[str]) -> dict[str, Attention]:
     Raises:
         UsageError: A name is none of `METHODS`, or a variant's option cannot be used.
     """
-    _check_names("--method", names, METHODS)
+    check_names("--method", names, METHODS)
     chosen = {name: METHODS[name] for name in names}
     return chosen | {f"s2o, {text}": operator(read_config(None, 0, text.split(), "--s2o")) for text in variants}
 
@@ -57,19 +57,13 @@ def choose_tasks(names: list[str] | None, settings: Settings) -> list[str]:
     Raises:
         UsageError: A task or the filler is unknown, or the document cannot be read or does not go with the filler.
     """
-    _check_names("--task", names or [], TASKS)
-    _check_names("--filler", [settings.filler], FILLERS)
+    check_names("--task", names or [], TASKS)
+    check_names("--filler", [settings.filler], FILLERS)
     if (settings.filler == "document") != (settings.text is not None):
         raise UsageError(f"--filler {settings.filler} {'takes no' if settings.text else 'needs a'} --document.")
     if settings.text is not None:
         check_document(settings.text, LEAST_LENGTH)
     return [task for task in TASKS if not names or task in names]
-
-
-def _check_names(option: str, names: list[str], known: dict[str, Any]) -> None:
-    for name in names:
-        if name not in known:
-            raise UsageError(f"{option} must be one of {', '.join(map(repr, known))}, not {name!r}.")
 
 
 def main(

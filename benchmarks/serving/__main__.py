@@ -20,7 +20,7 @@ import typer
 from s2o_compile._console import UsageError
 from s2o_compile.testbed.document import check_document
 from s2o_compile.testbed.model import check_model, choose_device, choose_dtype
-from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
+from s2o_compile.testbed.options import Device, DType, Json, check_names, make_folder, read_config
 
 from ..command import announce, progress_bars, run, wide_console
 from ..density import check_density
@@ -120,9 +120,7 @@ def check(parts: Sequence[str], ways: Sequence[str], shape: str, density: float,
         UsageError: It cannot be run.
     """
     for option, given, known in (("--part", parts, PARTS), ("--only", ways, WAYS), ("--shape", [shape], SHAPES)):
-        unknown = next((name for name in given if name not in known), None)
-        if unknown is not None:
-            raise UsageError(f"{option} must be one of {', '.join(map(repr, known))}, not {unknown!r}.")
+        check_names(option, given, known)
     check_density(density)
     if budget <= neighbours:
         raise UsageError(f"--budget must be above --neighbours ({neighbours}), not {budget}.")

@@ -18,7 +18,7 @@ import typer
 from s2o_compile._console import UsageError
 from s2o_compile.ops import S2OConfig
 from s2o_compile.testbed.model import choose_device, choose_dtype
-from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
+from s2o_compile.testbed.options import Device, DType, Json, check_names, make_folder, read_config
 
 from ..command import progress_bars, run, wide_console
 from ..results import as_text
@@ -98,7 +98,10 @@ def choose(
         raise UsageError(f"--density must be given once, or once a length, between 0 and 1, not as {densities}.")
     configs = {text: read_setting(text) for text in settings or PRESETS}
     dense = dense or (["flash"] if device.type == "cpu" else list(DENSE))
-    contenders = tuple(name for name in _known("--dense", dense, [*DENSE, "none"]) if name != "none")
+    shapes = shapes or [SHAPE[device.type]]
+    check_names("--dense", dense, (*DENSE, "none"))
+    check_names("--shape", shapes, SHAPES)
+    contenders = tuple(name for name in dense if name != "none")
     return [
         Case(
             name,
@@ -110,16 +113,9 @@ def choose(
             device,
             dtype,
         )
-        for name in _known("--shape", shapes or [SHAPE[device.type]], list(SHAPES))
+        for name in shapes
         for place, length in enumerate(lengths)
     ]
-
-
-def _known(option: str, names: list[str], allowed: list[str]) -> list[str]:
-    for name in names:
-        if name not in allowed:
-            raise UsageError(f"{option} must be one of {', '.join(allowed)}, not {name!r}.")
-    return names
 
 
 def read_setting(text: str) -> S2OConfig:
@@ -130,7 +126,8 @@ def read_setting(text: str) -> S2OConfig:
     """
     fields = PRESETS.get(text, text).split()
     if not all("=" in field for field in fields):
-        raise UsageError(f"--s2o must be one of {', '.join(PRESETS)}, or fields as NAME=VALUE, not {text!r}.")
+        known = ", ".join(map(repr, PRESETS))
+        raise UsageError(f"--s2o must be one of {known}, or fields as NAME=VALUE, not {text!r}.")
     return read_config(None, 0, fields)
 
 

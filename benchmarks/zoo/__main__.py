@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from s2o_compile._console import UsageError
-from s2o_compile.testbed.options import Json, check_file
+from s2o_compile.testbed.options import Json, check_file, check_names
 from s2o_compile.writing import write_text
 
 from ..command import run
@@ -45,9 +45,7 @@ def main(
     as_json: Json = False,
 ) -> None:
     """Compile tiny models of many architectures and report what happens to their attention."""
-    unknown = set(only or ()) - set(ALL)
-    if unknown:
-        raise UsageError(f"--only must be one of {', '.join(ALL)}, not {sorted(unknown)[0]!r}.")
+    check_names("--only", only or (), ALL)
     if MISSING and set(only or ()) & set(DIFFUSION):
         raise UsageError(MISSING)
     names = only or (ARCHITECTURES if MISSING else ALL)

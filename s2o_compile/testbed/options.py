@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +74,17 @@ def _read_option(text: str, given_by: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
         return name, value
+
+
+def check_names(option: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a name that is none of those that an option takes.
+
+    Raises:
+        UsageError: There is one.
+    """
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise UsageError(f"{option} must be one of {', '.join(map(repr, known))}, not {unknown!r}.")
 
 
 def make_folder(folder: Path) -> None:

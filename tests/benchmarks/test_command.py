@@ -56,7 +56,7 @@ def test_a_folder_that_cannot_be_written_into(fail: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "lama"], "--only must be one of biogpt, "),
+        (["--only", "lama"], "--only must be one of 'biogpt', "),
         (["--nonsense"], "No such option: --nonsense\n"),
         (["--json", "extra"], "unexpected extra argument"),
     ],

@@ -45,7 +45,7 @@ def test_the_operator(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     ("arguments", "message"),
     [
         (["--length", "130"], "--length must be a multiple of twice the --ranks, not 130."),
-        (["--length", "128", "--layout", "zigzag"], "--layout must be head-tail or contiguous, not 'zigzag'."),
+        (["--length", "128", "--layout", "zigzag"], "--layout must be one of 'head-tail', 'contiguous', not 'zigzag'."),
         (["--length", "128", "--shape", "gpt"], "--shape must be one of"),
         (["--length", "128", "--density", "1"], "--density must be between 0 and 1, not 1.0."),
         (["--length", "128", "--subject", "./no/model"], "The model ./no/model cannot be loaded: "),

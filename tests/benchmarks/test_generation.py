@@ -56,5 +56,5 @@ def test_sequences_are_counted() -> None:
 
 def test_unknown_ways() -> None:
     assert choose_ways([]) == list(WAYS.values())
-    with pytest.raises(UsageError, match=r"--only must be one of dynamic, .*, not 'paged'"):
+    with pytest.raises(UsageError, match=r"--only must be one of 'dynamic', .*, not 'paged'"):
         choose_ways(["static", "paged"])

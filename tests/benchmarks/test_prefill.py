@@ -206,7 +206,7 @@ def test_a_threshold_is_compiled_only_once() -> None:
 def test_rows_are_chosen() -> None:
     assert choose_backends([]) == BACKENDS
     assert choose_backends([S2O, ONE_LENGTH]) == (ONE_LENGTH, S2O)
-    with pytest.raises(UsageError, match=r"--only must be one of eager; .*, not 'flash'"):
+    with pytest.raises(UsageError, match=r"--only must be one of 'eager', .*, not 'flash'"):
         choose_backends(["flash"])
 
 

@@ -178,13 +178,13 @@ def test_cases_are_shapes_by_lengths() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shapes": ["llama"]}, "--shape must be one of llama-3.1-8b, .*, not 'llama'"),
-        ({"dense": ["cutlass"]}, "--dense must be one of cudnn, flash, flex, none, not 'cutlass'"),
+        ({"shapes": ["llama"]}, "--shape must be one of 'llama-3.1-8b', .*, not 'llama'"),
+        ({"dense": ["cutlass"]}, "--dense must be one of 'cudnn', 'flash', 'flex', 'none', not 'cutlass'"),
         ({"lengths": [100], "densities": [0.1, 0.2]}, "--density must be given once, or once a length"),
         ({"densities": [1.5]}, r"between 0 and 1, not as \[1.5\]"),
         (
             {"settings": ["packd"]},
-            "--s2o must be one of default, pool 2, pool 4, packed, or fields as NAME=VALUE, not 'packd'",
+            "--s2o must be one of 'default', 'pool 2', 'pool 4', 'packed', or fields as NAME=VALUE, not 'packd'",
         ),
         ({"settings": ["pool=3"]}, r"pool must be a power of two up to segment \(32\), not 3"),
         ({"settings": ["pools=4"]}, "unknown option 'pools'"),
