@@ -14,7 +14,6 @@ import typer
 from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from s2o_compile._console import UsageError
-from s2o_compile.ops import S2OConfig
 from s2o_compile.testbed.document import LEAST_LENGTH, check_document, read_texts
 from s2o_compile.testbed.document import build_document as build_development_text
 from s2o_compile.testbed.memory import check_memory
@@ -26,7 +25,7 @@ from ..command import progress_bars, run, wide_console
 from ..prefill.backends import CUDNN_FIRST, preferring
 from ..results import as_text, versions
 from ..results import save as save_result
-from .attention import COMPARED, DENSE, METHODS, Attention, Reusing, operator
+from .attention import COMPARED, DENSE, METHODS, PRESETS, Attention, Reusing, operator
 from .cases import Settings, build_case
 from .filler import FILLERS
 from .journal import Journal, check_configuration
@@ -164,7 +163,7 @@ def describe(name: str, dtype: torch.dtype, yarn: float | None, settings: Settin
         "model": name,
         "dtype": str(dtype).removeprefix("torch."),
         "yarn": yarn,
-        "s2o": S2OConfig().to_dict(),
+        "s2o": {method: config.to_dict() for method, config in PRESETS.items()},
         "documents": asdict(settings) | {"text": settings.text and _digest(settings.text)},
     }
 

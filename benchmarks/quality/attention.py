@@ -203,9 +203,15 @@ class Reusing:
 
 
 DENSE = "dense"
+PRESETS = {
+    "s2o": S2OConfig(min_length=0),
+    "s2o, fast": S2OConfig.fast(min_length=0),
+    "S2O as published": S2OConfig.paper(min_length=0),
+}
+"""The settings that methods of the operator stand for; those of a command line begin with those of "s2o"."""
 METHODS: dict[str, Attention] = {
-    "s2o": operator(S2OConfig(min_length=0)),
-    "s2o, fast": operator(S2OConfig.fast(min_length=0)),
+    "s2o": operator(PRESETS["s2o"]),
+    "s2o, fast": operator(PRESETS["s2o, fast"]),
     "s2o, kept dense": keep_dense,
     "XAttention": rule(xattention.xattention, xattention.THRESHOLD),
     "PBS-Attn": rule(pbs.pbs, pbs.THRESHOLD),
@@ -227,7 +233,7 @@ METHODS: dict[str, Attention] = {
     "QuoKA": group_rule(quoka.quoka, quoka.KEPT),
     "Kascade": Reusing(),
     "Kascade, crutches": Reusing(kascade.FIRST_LAYERS),
-    "S2O as published": operator(S2OConfig.paper(min_length=0)),
+    "S2O as published": operator(PRESETS["S2O as published"]),
     "vertical-slash": rule(vertical_slash.vertical_slash, 1),
     "StreamingLLM": rule(streaming.streaming, streaming.WINDOW),
 }

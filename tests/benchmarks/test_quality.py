@@ -611,6 +611,9 @@ def test_a_run_reads_only_what_is_left(
     ):
         with pytest.raises(UsageError, match=rf"where configuration\.{message}"):
             run(**options, **change)
+    monkeypatch.setitem(command.PRESETS, "s2o, fast", S2OConfig.fast(min_length=0, threshold=0.5))
+    with pytest.raises(UsageError, match=r"where configuration\.s2o\.s2o, fast\.threshold was .*, not 0\.5"):
+        run(**options)
 
 
 @pytest.mark.parametrize(
