@@ -259,10 +259,13 @@ def _fake_output(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_
 
 
 def _fake_result(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> AttentionResult:
-    tile, (layout, length) = S2OConfig.from_json(rest[-1]).ranking.tile, (rest[-2], query.shape[2])
+    """As many tiles as the blocks of a rank have, the same on all: two are one only where tiles end where they meet."""
+    *_, group, layout, settings = rest
+    tile, half = S2OConfig.from_json(settings).ranking.tile, query.shape[2] // 2
     result = AttentionResult.empty(query, value, tile)
-    tiles = 2 * -(-(length // 2) // tile) if layout == "head-tail" else -(-length // tile)
-    return result._replace(visited=query.new_empty(*query.shape[:2], tiles, dtype=torch.int64))
+    if are_in_order(group_of(group).size(), layout):
+        return result
+    return result._replace(visited=query.new_empty(*query.shape[:2], 2 * -(-half // tile), dtype=torch.int64))
 
 
 library.impl("attention_context", attention_context, "CompositeImplicitAutograd")

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import s2o_compile
 from s2o_compile.ops import Ranking, S2OConfig, context
@@ -392,6 +393,28 @@ def test_graphs_are_the_same_on_all_ranks(ranks: Ranks) -> None:
     first = answers[0][0]
     assert len(first) < 3, "one for each length"
     assert all(graphs == first for graphs, _ in answers)
+
+
+def shapes_of_results(count: int, layout: str, length: int) -> list[list[list[int]]]:
+    """The shapes of the results of a call, and of the same on tensors without memory; none where a rank has no part."""
+    group = group_of(count)
+    if distributed.get_rank() >= count:
+        return []
+    tensors = [torch.randn(1, heads, length, 8) for heads in (2, 1, 1)]
+    arguments = (*(True, 0, None, None, None, None, None, 0.0, None, ""), group.group_name, layout, SPARSE.as_json)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in tensors]
+        expected = torch.ops.s2o.context_stats(*fakes, *arguments)
+    return [[list(x.shape) for x in each] for each in (torch.ops.s2o.context_stats(*tensors, *arguments), expected)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("count", [1, 2, RANKS])
+def test_shapes_are_known_before(count: int, layout: str, ranks: Ranks) -> None:
+    tile = SPARSE.ranking.tile
+    for length in (tile, 2 * tile, 3 * tile - 2, 4 * tile):
+        for got, want in ranks.call(shapes_of_results, count, layout, length)[:count]:
+            assert got == want
 
 
 def cast_by_autocast() -> str:
