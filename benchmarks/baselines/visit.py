@@ -18,7 +18,7 @@ class Visit:
         mask: [tiles, blocks] boolean.
         tile: Queries of a tile.
         block: Keys of a block; 1 for rules that choose key by key.
-        ranking: FLOPs of the products that scored keys, those in float8 counted half.
+        ranking: FLOPs of the products that scored keys.
         order: [L], the key positions in the order in which blocks hold them; None for their own order.
         means: [tiles, blocks] boolean, whole blocks in their own order for which their mean key and mean value stand,
             each for all keys of the block; None for none.
