@@ -40,6 +40,8 @@ _INNER = (
     "SymInt? window, Tensor? query_documents, Tensor? key_documents, float softcap, Tensor? sinks, str site, "
     "str group, str layout, str settings"
 )
+_LENGTH = "the length of key"
+_ADVICE = {_LENGTH: "pad the sequence, so that it divides evenly"}
 _Answer = TypeVar("_Answer")
 _RESULT = "(Tensor output, Tensor lse, Tensor visited)"
 
@@ -163,7 +165,7 @@ def _check_alike(
     of_keys, of_queries = (0 if x is None else x.element_size() for x in (terms.key_documents, terms.query_documents))
     guides, outputs = (0 if x is None else len(x) for x in samples)
     numbers = {
-        "the length of key": length, "the batch size of key": batch, "the number of heads of key": heads,
+        _LENGTH: length, "the batch size of key": batch, "the number of heads of key": heads,
         "the number of channels of key": channels, "the number of channels of value": value.shape[3],
         "the size in bytes of an element of key": key.element_size(),
         "whether key is bfloat16": int(key.dtype == torch.bfloat16),
@@ -176,7 +178,7 @@ def _check_alike(
         "ranking.pool": config.ranking.pool, "whether ranking.guides is 'head'": int(config.ranking.guides == "head"),
         "whether layout is 'head-tail'": int(layout == "head-tail"),
     }  # fmt: skip
-    check_alike(numbers, group, key.device)
+    check_alike(numbers, _ADVICE, group, key.device)
 
 
 def _attended(

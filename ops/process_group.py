@@ -92,11 +92,11 @@ def start_sampling(x: torch.Tensor, positions: torch.Tensor, blocks: Sequence[Bl
     return Gathering(found, distributed.all_reduce(found, group=group, async_op=True).wait)
 
 
-def check_alike(numbers: Mapping[str, int], group: Any, device: torch.device) -> None:
+def check_alike(numbers: Mapping[str, int], advice: Mapping[str, str], group: Any, device: torch.device) -> None:
     """Check that numbers are the same on all ranks of a group, before tensors are sent whose sizes they are.
 
     All ranks ask at once. On a GPU, a rank whose own numbers are those of its last call does not wait for the answer:
-    a difference then ends the device's work with an assertion.
+    a difference then ends the device's work with an assertion. `advice` says of some numbers what to do about it.
 
     Raises:
         ValueError: They are not; all ranks raise this, but for those of which the above is said.
@@ -112,8 +112,7 @@ def check_alike(numbers: Mapping[str, int], group: Any, device: torch.device) ->
     for name, *values in zip(numbers, *rows, strict=True):
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is not None:
-            raise ValueError(
-                f"{name} must be the same on all ranks of a group, not {values[0]} on rank 0 and {values[other]} on "
-                f"rank {other}: pad the sequence, so that it divides evenly"
-            )
+            found = f"not {values[0]} on rank 0 and {values[other]} on rank {other}"
+            what_to_do = f": {advice[name]}" if name in advice else ""
+            raise ValueError(f"{name} must be the same on all ranks of a group, {found}{what_to_do}")
     _agreed[group.group_name] = own
