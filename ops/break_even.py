@@ -38,15 +38,17 @@ class BreakEven(NamedTuple):
         return math.inf in (self.work, self.keys)
 
 
+AMX_FLOAT32 = f"{AMX}, float32"
 SHIPPED = {
-    AMX: (5e8, 20480.0),  # In bfloat16; float32 breaks even at about a fifth of it.
+    AMX: (5e8, 20480.0),  # In half precision, which SDPA multiplies on AMX and the operator does not.
+    AMX_FLOAT32: (5e8, 6144.0),
     AVX512: (5e8, 3072.0),
     OTHER_CPU: (math.inf, math.inf),
     "sm_80": (2e11, 6144.0),
     "sm_89": (1.5e11, 4096.0),
     "sm_90": (3e11, 5120.0),
 }
-"""The least work and the fewest keys, by kind of device; those of sm_80 and sm_89 are reasoned, not measured."""
+"""The least work and the fewest keys, by kind of device; those of sm_80, sm_89 and AMX in float32 are reasoned."""
 MOST_CHANNELS = 128
 """Channels of a head up to which a GPU ranks keys in float8, and large blocks of them fit into shared memory."""
 _WIDE = 4
@@ -54,15 +56,17 @@ _WIDE = 4
 
 
 @functools.cache
-def break_even(device: torch.device) -> BreakEven:
-    """The break-even of a device: measured there by ``s2o tune``, or else as shipped for its kind."""
+def break_even(device: torch.device, dtype: torch.dtype) -> BreakEven:
+    """The break-even of a device: measured there by ``s2o tune``, or else as shipped for its kind and the dtype."""
     found = tuned.read(name_of(device))
-    return shipped(device) if found is None else BreakEven(found[0], found[1], str(found[2]))
+    return shipped(device, dtype) if found is None else BreakEven(found[0], found[1], str(found[2]))
 
 
-def shipped(device: torch.device) -> BreakEven:
+def shipped(device: torch.device, dtype: torch.dtype) -> BreakEven:
     """As shipped for its kind; a GPU that is not listed has that of the latest before it, or of the first."""
     kind = kind_of(device)
+    if kind == AMX and dtype == torch.float32:
+        kind = AMX_FLOAT32
     if kind not in SHIPPED:
         known = [name for name in SHIPPED if name.startswith("sm_")]
         kind = max((name for name in known if _number(name) <= _number(kind)), key=_number, default=known[0])

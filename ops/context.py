@@ -206,7 +206,7 @@ def _attended(
     key, length, keys = with_channels(key), query.shape[2], query.shape[2] * ranks.size()
     terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents)
     of_query, of_key, of_value = ((*x.shape[:2], keys, x.shape[3]) for x in (query, key, value))
-    is_sparse = choose_sparse(of_query, of_key, of_value, terms, query.device, config)
+    is_sparse = choose_sparse(of_query, of_key, of_value, terms, query.device, query.dtype, config)
     # A block whose queries see less than those of the sequence must not follow more of the settings.
     config = terms.simplified(keys, keys).effective_config(config, keys)
     samples = Samples.of(query, key.shape[1], keys, config) if is_sparse else Samples(None, None)

@@ -33,6 +33,7 @@ def choose_sparse(
     value: Sequence[Size],
     terms: Visibility,
     device: torch.device,
+    dtype: torch.dtype,
     config: S2OConfig,
 ) -> bool | None:
     """Whether a call is worth the sparse path: enough work, and more queries than would be attended densely anyway.
@@ -46,6 +47,7 @@ def choose_sparse(
         terms: The mask, of which the causal one and the window count; ``Visibility()`` where nothing is known of it,
             which never refuses what could be sparse.
         device: Of the call.
+        dtype: The same.
         config: Its settings.
 
     Returns:
@@ -57,7 +59,7 @@ def choose_sparse(
     if has_rows is False:
         return False
     if config.min_length is None:
-        is_enough = _is_enough(work_of(query, key, value, terms), _wanted(query, value, device))
+        is_enough = _is_enough(work_of(query, key, value, terms), _wanted(query, value, device, dtype))
     elif config.min_length >= DENSE_AT_ANY_LENGTH:
         is_enough = False
     else:
@@ -71,13 +73,14 @@ def why_dense(
     value: Sequence[Size],
     terms: Visibility | None,
     device: torch.device,
+    dtype: torch.dtype,
     config: S2OConfig,
 ) -> str:
     """Why `choose_sparse`, asked the same, is false, and what to do about it; `terms` are None if nothing is known."""
     has_rows = _exceeds(query[2], dense_queries(config))
     if config.min_length is not None and has_rows is not False:
         return f"{key[2]} keys are fewer than min_length={config.min_length}; a lower one asks for sparse attention"
-    wanted = _wanted(query, value, device)
+    wanted = _wanted(query, value, device, dtype)
     if has_rows is False or (terms is None and not wanted.is_never):
         return f"{query[2]} queries over {key[2]} keys are too few to gain; {_FORCE}"
     _, most = work_of(query, key, value, terms or Visibility())
@@ -95,10 +98,10 @@ def _exceeds(size: Size, limit: int) -> bool | None:
     return False if statically_known_true(size <= limit) else None
 
 
-def _wanted(query: Sequence[Size], value: Sequence[Size], device: torch.device) -> BreakEven:
+def _wanted(query: Sequence[Size], value: Sequence[Size], device: torch.device, dtype: torch.dtype) -> BreakEven:
     """What a call of these shapes must have."""
     widest = query[3] if statically_known_true(query[3] >= value[3]) else value[3]
-    return break_even(device).for_channels(device, widest)
+    return break_even(device, dtype).for_channels(device, widest)
 
 
 def _is_enough(range_of_work: tuple[Work, Work], wanted: BreakEven) -> bool | None:

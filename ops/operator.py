@@ -146,7 +146,7 @@ class Call(NamedTuple):
     def chooses_sparse(self) -> bool | None:
         """Whether the call is worth the sparse path; None where that is known at run time only."""
         shapes = local_shape(self.query), local_shape(self.key), local_shape(self.value)
-        return choose_sparse(*shapes, self.visibility, self.query.device, self.config)
+        return choose_sparse(*shapes, self.visibility, self.query.device, self.query.dtype, self.config)
 
     def dynamic(self) -> torch.Tensor:
         """The output of whichever is chosen at run time."""

@@ -49,7 +49,7 @@ class Packed(NamedTuple):
         queries, keys = request.query_count, request.key_count
         shapes = (1, heads, queries, width), (1, kv_heads, keys, width), (1, kv_heads, keys, wide)
         terms = self.terms(request).simplified(queries, keys)
-        return bool(choose_sparse(*shapes, terms, self.query.device, self.config))
+        return bool(choose_sparse(*shapes, terms, self.query.device, self.query.dtype, self.config))
 
     def terms(self, request: Request) -> Visibility:
         """What a request's queries see of its keys."""

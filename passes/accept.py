@@ -58,8 +58,8 @@ def check_length(site: AttentionSite, config: S2OConfig, mask: Mask | None = Non
     assert query is not None and key is not None and value is not None
     terms = None if mask is None else _known_terms(mask)
     shapes = query.shape, key.shape, value.shape
-    if choose_sparse(*shapes, terms or Visibility(), query.device, config) is False:
-        raise Refused(why_dense(*shapes, terms, query.device, config))
+    if choose_sparse(*shapes, terms or Visibility(), query.device, query.dtype, config) is False:
+        raise Refused(why_dense(*shapes, terms, query.device, query.dtype, config))
 
 
 def _known_terms(mask: Mask) -> Visibility:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .ops import S2OConfig
-from .ops.break_even import break_even
+from .ops.break_even import BreakEven, break_even
 from .ops.devices import OTHER_CPU, kind_of
 from .ops.dispatch import SLOW_CPU
 from .version import VERSION
@@ -81,13 +81,13 @@ def _device(device: torch.device) -> Iterator[Check]:
         yield _gpu(device)
     else:
         yield Check(name, f"{platform.machine()}, {torch.get_num_threads()} threads")
-    yield _break_even(device)
+    for found in dict.fromkeys(break_even(device, dtype) for dtype in (torch.float32, torch.bfloat16)):
+        yield _break_even(device, found)
     yield _self_test(device)
 
 
-def _break_even(device: torch.device) -> Check:
+def _break_even(device: torch.device, found: BreakEven) -> Check:
     """From which work on calls run sparse, and who says so."""
-    found = break_even(device)
     name, otherwise = f"{device}, sparse from", "calls below run dense unless min_length says otherwise"
     if found.is_never:
         reason = SLOW_CPU if kind_of(device) == OTHER_CPU else "dense attention was faster at all lengths"

@@ -135,7 +135,7 @@ def s2o_mask(
         allow_is_bidirectional_skip: The same where it is bidirectional.
         config: The configuration of the model.
         device: Of the mask.
-        **kwargs: For ``transformers.masking_utils.sdpa_mask``.
+        **kwargs: For ``transformers.masking_utils.sdpa_mask``; `dtype` is that of the model.
 
     Raises:
         ValueError: The model's sequences are sharded over ranks, and the mask says more than causal, window and padding
@@ -154,7 +154,8 @@ def s2o_mask(
             terms = band.terms(int(q_offset) - int(kv_offset))
             keys = visible_keys(terms, q_length, kv_length)
             shapes = attention_shapes(config, batch_size, q_length, keys)
-            is_sparse = choose_sparse(*shapes, terms, torch.device(device), settings_of(config))
+            dtype = kwargs.get("dtype", torch.float32)
+            is_sparse = choose_sparse(*shapes, terms, torch.device(device), dtype, settings_of(config))
             if is_sparse or q_length * keys >= LARGE_MASK:
                 padding = _padding(attention_mask, kv_length, kv_offset)
                 if padding is not None and not padding[:, :keys].all():

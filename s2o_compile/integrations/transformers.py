@@ -195,7 +195,8 @@ def _runs_dense(
     if mask is not None or query.shape[2] == 1 or is_tracing(query):
         return not isinstance(mask, LazyMask)
     shapes = query.shape, key.shape, value.shape
-    return not choose_sparse(*shapes, Visibility(is_causal), query.device, settings_of(module.config))
+    terms, settings = Visibility(is_causal), settings_of(module.config)
+    return not choose_sparse(*shapes, terms, query.device, query.dtype, settings)
 
 
 def _sdpa(

@@ -112,7 +112,8 @@ def check_length(model: Any, name: str, length: int) -> None:
 
 def why_prefill_is_dense(model: Any, length: int, device: torch.device, config: S2OConfig) -> str:
     """Why causal attention of a prefill of `length` tokens runs dense; "" where it runs sparse."""
-    call = (*attention_shapes(model.config, 1, length, length), Visibility(is_causal=True), device, config)
+    shapes = attention_shapes(model.config, 1, length, length)
+    call = (*shapes, Visibility(is_causal=True), device, model.dtype, config)
     return "" if choose_sparse(*call) else why_dense(*call)
 
 

@@ -43,7 +43,7 @@ class Tuned:
     @property
     def shipped(self) -> BreakEven:
         """What holds for devices of this kind without a measurement."""
-        return shipped(self.device)
+        return shipped(self.device, self.dtype)
 
     @property
     def found(self) -> BreakEven:

@@ -107,12 +107,12 @@ def symbol(low: int, high: int | None = None) -> torch.SymInt:
 
 
 def choose(call: Shapes, mask: Visibility = CAUSAL, device: torch.device = CPU, **fields: Any) -> bool | None:
-    return dispatch.choose_sparse(*call, mask, device, S2OConfig(**fields))
+    return dispatch.choose_sparse(*call, mask, device, torch.float32, S2OConfig(**fields))
 
 
 def why(call: Shapes, mask: Visibility = CAUSAL, device: torch.device = CPU, **fields: Any) -> str:
     assert choose(call, mask, device, **fields) is False
-    sentence = dispatch.why_dense(*call, mask, device, S2OConfig(**fields))
+    sentence = dispatch.why_dense(*call, mask, device, torch.float32, S2OConfig(**fields))
     assert "\n" not in sentence and not sentence.endswith(".")
     return sentence
 
@@ -124,7 +124,7 @@ def test_by_default_work_and_keys_decide(
     call = shapes(queries, keys, batch)
     done = counted(call, mask)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "break_even", lambda device: BreakEven(least, seen, "a test"))
+        patch.setattr(dispatch, "break_even", lambda *_: BreakEven(least, seen, "a test"))
         assert choose(call, mask) is (done.multiply_adds >= least and done.keys >= seen)
 
 
@@ -211,7 +211,7 @@ def test_reasons() -> None:
 
 def test_by_default_a_cpu_that_ranks_slowly_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "kind_of", lambda device: devices.OTHER_CPU)
-    monkeypatch.setattr(dispatch, "break_even", lambda device: BreakEven(math.inf, math.inf, "shipped"))
+    monkeypatch.setattr(dispatch, "break_even", lambda *_: BreakEven(math.inf, math.inf, "shipped"))
     long = shapes(10**6, 10**6)
     assert why(long).startswith(dispatch.SLOW_CPU)
     assert choose(long, min_length=1000)
@@ -238,7 +238,18 @@ def test_kinds_of_cpu(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_gpus_that_are_not_listed(kind: str, like: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(break_even, "kind_of", lambda device: kind)
-    assert break_even.shipped(CUDA)[:2] == SHIPPED[like]
+    assert break_even.shipped(CUDA, torch.float32)[:2] == SHIPPED[like]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(torch.float32, 12_288), (torch.bfloat16, 40_960), (torch.float16, 40_960)]
+)
+def test_amx_multiplies_half_precision_alone(dtype: torch.dtype, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(break_even, "kind_of", lambda device: devices.AMX)
+    monkeypatch.setattr(dispatch, "break_even", break_even.break_even.__wrapped__)
+    for length in (least - 2, least):
+        found = dispatch.choose_sparse(*shapes(length, length), CAUSAL, CPU, dtype, S2OConfig())
+        assert found is (length == least)
 
 
 @pytest.fixture
@@ -251,7 +262,7 @@ def tuned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def measured() -> BreakEven:
-    return break_even.break_even.__wrapped__(CPU)
+    return break_even.break_even.__wrapped__(CPU, torch.float32)
 
 
 def test_a_tuned_file_decides(tuned_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,8 +295,8 @@ def test_a_file_that_cannot_be_used_is_one_warning(text: str, message: str, tune
     break_even.break_even.cache_clear()
     try:
         with pytest.warns(UserWarning, match="tuned-.* is ignored: ") as caught:
-            assert break_even.break_even(CPU)[:2] == SHIPPED[devices.AVX512]
-            assert break_even.break_even(CPU).source.startswith("shipped for")
+            assert break_even.break_even(CPU, torch.float32)[:2] == SHIPPED[devices.AVX512]
+            assert break_even.break_even(CPU, torch.float32).source.startswith("shipped for")
     finally:
         break_even.break_even.cache_clear()
     assert len(caught) == 1 and message in str(caught[0].message)

@@ -158,7 +158,7 @@ def test_refuses_short_calls() -> None:
 @pytest.mark.parametrize(("window", "seen"), [(None, "1,550"), (100, "98")])
 def test_what_a_proven_mask_hides_is_no_work(window: int | None, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The report says what the operator does, and how many keys a query sees."""
-    monkeypatch.setattr("s2o_compile.ops.dispatch.break_even", lambda device: BreakEven(0.0, 2000.0, "a test"))
+    monkeypatch.setattr("s2o_compile.ops.dispatch.break_even", lambda *_: BreakEven(0.0, 2000.0, "a test"))
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         rows, columns = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])

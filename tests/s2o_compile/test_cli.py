@@ -13,6 +13,7 @@ import typer
 
 from s2o_compile import _command_line, cli, demo, doctor
 from s2o_compile._console import UsageError
+from s2o_compile.ops import break_even, devices
 from s2o_compile.testbed import prepare
 from s2o_compile.testbed.document import Document
 
@@ -166,6 +167,13 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert checks["torch"]["found"] == torch.__version__
     assert checks['torch.compile(backend="s2o")']["passed"] and checks["cpu, self-test"]["passed"]
     assert ("cuda" in checks) == (not torch.cuda.is_available())
+
+
+def test_doctor_says_both_limits_of_a_cpu_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(break_even, "kind_of", lambda _: devices.AMX)
+    monkeypatch.setattr(doctor, "break_even", break_even.break_even.__wrapped__)
+    limits = [check.found for check in doctor._device(torch.device("cpu")) if check.name == "cpu, sparse from"]
+    assert [found.split()[0] for found in limits] == ["6,144", "20,480"]
 
 
 def test_doctor_says_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,7 +185,7 @@ class TestChecks:
     ) -> None:
         """By the break-even of a CPU with bfloat16 instructions, whatever this one has."""
         limits = BreakEven(1e6, 3072.0, "a test")
-        monkeypatch.setattr("s2o_compile.ops.dispatch.break_even", lambda device: limits)
+        monkeypatch.setattr("s2o_compile.ops.dispatch.break_even", lambda *_: limits)
         notes: list[str] = []
         progress = Progress(False)
         monkeypatch.setattr(progress, "note", notes.append)

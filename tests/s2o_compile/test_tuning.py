@@ -65,7 +65,7 @@ def test_an_outlier_does_not_move_the_limits() -> None:
 @pytest.mark.parametrize("device", [CPU, torch.device("cuda")])
 @pytest.mark.parametrize("is_quick", [True, False])
 def test_usual_calls_lie_on_both_sides_of_the_shipped_limits(device: torch.device, is_quick: bool) -> None:
-    limits = break_even.shipped(device)
+    limits = break_even.shipped(device, torch.float32)
     cases = usual_cases(device, is_quick)
     assert len(cases) == len(set(cases)) and all(case.heads % case.kv_heads == 0 for case in cases)
     for name, limit in (("multiply_adds", limits.work), ("keys", limits.keys)):
@@ -129,10 +129,11 @@ def test_the_operator_reads_what_the_command_writes(
     path = tuned.path_of(devices.name_of(CPU))
     assert path is not None and list(place.iterdir()) == [path]
     assert json.loads(path.read_text())["rows"][0]["reason"] == ""
-    assert break_even.break_even.__wrapped__(CPU) == (12.0, 34.0, str(path))
+    assert break_even.break_even.__wrapped__(CPU, torch.float32) == (12.0, 34.0, str(path))
     monkeypatch.setattr(dispatch, "break_even", break_even.break_even.__wrapped__)
-    assert "paid here" not in dispatch.why_dense(*TINY.shapes, TINY.terms, CPU, dispatch.S2OConfig(min_length=300))
-    assert dispatch.choose_sparse(*TINY.shapes, TINY.terms, CPU, dispatch.S2OConfig())
+    call = (*TINY.shapes, TINY.terms, CPU, torch.float32)
+    assert "paid here" not in dispatch.why_dense(*call, dispatch.S2OConfig(min_length=300))
+    assert dispatch.choose_sparse(*call, dispatch.S2OConfig())
 
 
 def test_a_sweep_leaves_the_file_alone(

@@ -20,7 +20,7 @@ LONG = S2OConfig(min_length=100)
 
 
 def layer(config: S2OConfig = LONG, window: int = -1) -> Layer:
-    return Layer(4, 2, 32, (window, 0), torch.device("cpu"), config)
+    return Layer(4, 2, 32, (window, 0), torch.device("cpu"), torch.float32, config)
 
 
 def test_neighbours_of_a_kind_are_one_run() -> None:
@@ -64,7 +64,7 @@ def test_what_decodes_is_dense_at_any_length() -> None:
 def test_the_choice_is_that_of_the_operator(length: int, window: int) -> None:
     config, key = S2OConfig(), (1, 2, length, 32)
     terms = visibility_of(length // 2, length, (window, 0))
-    want = choose_sparse((1, 4, length // 2, 32), key, key, terms, torch.device("cpu"), config)
+    want = choose_sparse((1, 4, length // 2, 32), key, key, terms, torch.device("cpu"), torch.float32, config)
     assert layer(config, window).is_sparse(length // 2, length) == want
 
 

@@ -50,6 +50,7 @@ class Layer(NamedTuple):
     width: int
     window_size: tuple[int, int]
     device: torch.device
+    dtype: torch.dtype
     config: S2OConfig
 
     def is_sparse(self, queries: int, keys: int) -> bool:
@@ -59,7 +60,7 @@ class Layer(NamedTuple):
         shapes = ((1, heads, length, self.width) for heads, length in ((self.heads, queries), (self.kv_heads, keys)))
         query, key = shapes
         terms = visibility_of(queries, keys, self.window_size).simplified(queries, keys)
-        return bool(choose_sparse(query, key, key, terms, self.device, self.config))
+        return bool(choose_sparse(query, key, key, terms, self.device, self.dtype, self.config))
 
     def runs(self, starts: Sequence[int], keys: Sequence[int]) -> list[Run]:
         """The requests of a batch in runs; those without queries, which pad a batch, start none.

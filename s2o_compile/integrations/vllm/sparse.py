@@ -55,8 +55,9 @@ class SparseBuilder:
         windows = {layer.window_size[0] for layer in layers}
         window = -1 if -1 in windows else max(windows)
         self.layer = Layer(
-            layers[0].num_heads, layers[0].num_kv_heads, layers[0].head_size, (window, 0), device, layers[0].s2o
-        )
+            layers[0].num_heads, layers[0].num_kv_heads, layers[0].head_size, (window, 0), device,
+            vllm_config.model_config.dtype, layers[0].s2o,
+        )  # fmt: skip
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *rest: Any, **named: Any
