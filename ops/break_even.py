@@ -46,7 +46,7 @@ SHIPPED = {
     OTHER_CPU: (math.inf, math.inf),
     "sm_80": (2e11, 6144.0),
     "sm_89": (1.5e11, 4096.0),
-    "sm_90": (3e11, 5120.0),
+    "sm_90": (2.3e11, 5120.0),
 }
 """The least work and the fewest keys, by kind of device; those of sm_80, sm_89 and AMX in float32 are reasoned."""
 MOST_CHANNELS = 128
