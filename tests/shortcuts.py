@@ -1,4 +1,4 @@
-"""What torch and Triton do besides their work, left out: two thirds of the interpreter's time, a sixth of Dynamo's."""
+"""What torch and Triton do besides their work, left out: four fifths of the interpreter's time, a sixth of Dynamo's."""
 
 from __future__ import annotations
 
