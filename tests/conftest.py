@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from .shortcuts import leave_guards_unmeasured, patch_languages_once
+from .shortcuts import hasten_interpreter, leave_guards_unmeasured
 
 if not torch.cuda.is_available():
     # Before anything imports triton.
@@ -50,7 +50,7 @@ def shortcuts() -> None:
     """What torch and Triton do besides their work is left out."""
     leave_guards_unmeasured()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        patch_languages_once()
+        hasten_interpreter()
 
 
 def pytest_collection_finish() -> None:

@@ -209,8 +209,15 @@ def test_in_inference_mode(mesh_of: Callable[..., DeviceMesh]) -> None:
         assert_part(got, want, [HEADS], mesh)
 
 
-@pytest.mark.parametrize("min_length", [0, 400], ids=["sparse", "chosen at run time"])
-@pytest.mark.parametrize("place", ["heads", "batch and heads"])
+@pytest.mark.parametrize(
+    ("place", "min_length"),
+    [
+        pytest.param("heads", 0, id="heads, sparse"),
+        pytest.param("heads", 400, id="heads, chosen at run time"),
+        pytest.param("batch and heads", 0, id="batch and heads, sparse", marks=pytest.mark.slow),
+        pytest.param("batch and heads", 400, id="batch and heads, chosen at run time"),
+    ],
+)
 def test_compiled_for_many_lengths(place: str, min_length: int, mesh_of: Callable[..., DeviceMesh]) -> None:
     shape, rank, placements = PLACED[place]
     mesh, graphs = mesh_of(*shape, rank=rank), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import io
@@ -195,6 +196,23 @@ class TestChecks:
         assert "".join(notes).startswith(note) and len(notes) == bool(note)
 
 
+LAYERS = 2
+"""Of the real model, enough for quick tests."""
+
+
+@functools.cache
+def first_layers(count: int, *arguments: Any) -> tuple[Any, Any]:
+    """The real model with its first layers alone, and its tokenizer, read once for all tests."""
+    gguf = importlib.import_module("gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        # transformers reads a file three times, and lists the names of all tensors for each module.
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
+        model, tokenizer = model_module.load_model(*arguments)
+    model.model.layers = model.model.layers[:count]
+    return model, tokenizer
+
+
 def small_demo(monkeypatch: pytest.MonkeyPatch, layers: int, config: S2OConfig, length: int) -> Results:
     """The demo on the first layers of the real model, whose rewritten graphs run as they are, without Inductor."""
     for package in (model_module.SMOLLM2_PACKAGE, *model_module.PACKAGES):
@@ -202,21 +220,19 @@ def small_demo(monkeypatch: pytest.MonkeyPatch, layers: int, config: S2OConfig, 
             pytest.skip(f"needs {package}")
 
     def load_model(*arguments: Any) -> Any:
-        model, tokenizer = model_module.load_model(*arguments)
+        model, tokenizer = copy.deepcopy(first_layers(max(layers, LAYERS), *arguments))
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
         return model, tokenizer
 
     torch._dynamo.reset()
-    # transformers reads a file three times.
-    monkeypatch.setattr("gguf.GGUFReader", functools.cache(importlib.import_module("gguf").GGUFReader))
     monkeypatch.setattr(run_module, "load_model", load_model)
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, **_: module.forward)
     settings = Settings(length=length, config=config, device="cpu", dense_backend="eager", force=config.min_length == 0)
     return run_demo(settings, Progress(False))
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layers", [LAYERS, pytest.param(30, marks=pytest.mark.slow)])
 def test_the_whole_demo(layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the first layers of the real model, at threshold 0, where sparse and dense attention agree to rounding.
 
