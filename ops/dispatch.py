@@ -8,15 +8,12 @@ import torch
 
 from .break_even import BreakEven, break_even
 from .config import S2OConfig
-from .devices import OTHER_CPU, kind_of
 from .sizes import statically_known_true
 from .visibility import Visibility
 from .work import Size, Work, work_of
 
 DENSE_AT_ANY_LENGTH = 2**62
 """A `min_length` that no call reaches."""
-
-SLOW_CPU = "this CPU has no bfloat16 instructions, without which ranking keys takes as long as it saves"
 
 _FORCE = "min_length=0 asks for sparse attention at any length"
 
@@ -84,7 +81,7 @@ def why_dense(
     if has_rows is False or (terms is None and not wanted.is_never):
         return f"{query[2]} queries over {key[2]} keys are too few to gain; {_FORCE}"
     _, most = work_of(query, key, value, terms or Visibility())
-    return f"{_why_too_little(most, wanted, device)}; {_FORCE}"
+    return f"{_why_too_little(most, wanted)}; {_FORCE}"
 
 
 def dense_queries(config: S2OConfig) -> int:
@@ -112,11 +109,9 @@ def _is_enough(range_of_work: tuple[Work, Work], wanted: BreakEven) -> bool | No
     return None if most.multiply_adds >= wanted.work and most.keys >= wanted.keys else False
 
 
-def _why_too_little(most: Work, wanted: BreakEven, device: torch.device) -> str:
+def _why_too_little(most: Work, wanted: BreakEven) -> str:
     if wanted.is_never:
-        return (
-            SLOW_CPU if kind_of(device) == OTHER_CPU else f"sparse attention was slower at any length ({wanted.source})"
-        )
+        return f"sparse attention was slower at any length ({wanted.source})"
     if most.keys < wanted.keys:
         seen = f"{most.keys:,.0f} on average, and sparse attention pays from {wanted.keys:,.0f} on ({wanted.source})"
         return f"a query sees too few keys to gain, {seen}, which longer prompts or windows reach"

@@ -13,8 +13,6 @@ import torch
 
 from .ops import S2OConfig
 from .ops.break_even import BreakEven, break_even
-from .ops.devices import OTHER_CPU, kind_of
-from .ops.dispatch import SLOW_CPU
 from .version import VERSION
 
 LEAST_CAPABILITY = (8, 0)
@@ -90,8 +88,8 @@ def _break_even(device: torch.device, found: BreakEven) -> Check:
     """From which work on calls run sparse, and who says so."""
     name, otherwise = f"{device}, sparse from", "calls below run dense unless min_length says otherwise"
     if found.is_never:
-        reason = SLOW_CPU if kind_of(device) == OTHER_CPU else "dense attention was faster at all lengths"
-        return Check(name, f"no length on ({found.source})", advice=f"{reason}; min_length says otherwise")
+        advice = "dense attention was faster at all lengths; min_length says otherwise"
+        return Check(name, f"no length on ({found.source})", advice=advice)
     least = f"{found.keys:,.0f} keys a query and {found.work:.1e} multiply-adds a call"
     causal = f"a causal prefill of {2 * found.keys:,.0f} tokens has as many keys a query; {otherwise}"
     return Check(name, f"{least} ({found.source})", advice=f"{causal}; s2o tune measures it here")

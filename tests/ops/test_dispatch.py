@@ -209,12 +209,19 @@ def test_reasons() -> None:
     )
 
 
-def test_by_default_a_cpu_that_ranks_slowly_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "kind_of", lambda device: devices.OTHER_CPU)
-    monkeypatch.setattr(dispatch, "break_even", lambda *_: BreakEven(math.inf, math.inf, "shipped"))
+def test_a_device_that_was_never_faster_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "break_even", lambda *_: BreakEven(math.inf, math.inf, "a test"))
     long = shapes(10**6, 10**6)
-    assert why(long).startswith(dispatch.SLOW_CPU)
+    assert why(long).startswith("sparse attention was slower at any length (a test); min_length=0 asks")
     assert choose(long, min_length=1000)
+
+
+def test_a_cpu_without_bfloat16_gains_where_queries_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(break_even, "kind_of", lambda device: devices.OTHER_CPU)
+    monkeypatch.setattr(dispatch, "break_even", break_even.break_even.__wrapped__)
+    for length in (24_574, 24_576):
+        assert choose(shapes(length, length)) is (length == 24_576)
+        assert length > S2OConfig().ranking.merge_length
 
 
 @pytest.mark.parametrize(
