@@ -29,11 +29,12 @@ from ..density import check_density
 from ..prefill.models import RANDOM_LLAMA, SMOLLM2
 from ..results import as_text, save
 from ..speed.shapes import SHAPES
+from .heads import measure_heads
 from .operator import measure_operator
 from .prefill import measure_prefill
 from .ranks import on_ranks
 from .report import as_dict, table
-from .row import OPERATOR, Case, Row
+from .row import HEADS, OPERATOR, Case, Row
 
 LENGTHS = {"cpu": [2048], "cuda": [32768, 131_072]}
 DENSITY = 0.05
@@ -50,7 +51,9 @@ def main(
     layers: Annotated[int, typer.Option(min=1, help="Of a model of random weights.")] = 4,
     length: Annotated[list[int] | None, typer.Option(min=64, help="Positions; repeatable.")] = None,
     ranks: Annotated[list[int] | None, typer.Option(min=2, help="Beside one; 2 by default; repeatable.")] = None,
-    layout: Annotated[list[str] | None, typer.Option(help=f"{' or '.join(LAYOUTS)}; repeatable.")] = None,
+    layout: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(LAYOUTS)}, or {HEADS} for the operator; repeatable.")
+    ] = None,
     density: Annotated[float, typer.Option(help="Share to visit where inputs are random.")] = DENSITY,
     s2o: Annotated[str, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...")] = "",
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,
@@ -65,6 +68,8 @@ def main(
     subjects, counts, layouts = subject or [OPERATOR], ranks or [2], layout or [LAYOUTS[0]]
     lengths = length or LENGTHS[place.type]
     check(shape, layouts, lengths, counts, density, place)
+    if HEADS in layouts:
+        check_heads(subjects, shape, counts)
     for name in set(subjects) - {OPERATOR, RANDOM_LLAMA, SMOLLM2}:
         check_model(name)
     if any(name not in (OPERATOR, RANDOM_LLAMA) for name in subjects):
@@ -102,7 +107,8 @@ def measure(case: Case, counts: list[int], layouts: list[str]) -> list[Row]:
         setting = rows[0].setting if rows else None
         row: Row | None
         if case.subject == OPERATOR:
-            row, reason = attempt(partial(on_ranks, count, case.device, measure_operator, own, setting))
+            of_ranks = measure_heads if layout == HEADS else measure_operator
+            row, reason = attempt(partial(on_ranks, count, case.device, of_ranks, own, setting))
         else:
             found, reason = attempt(partial(on_ranks, count, case.device, measure_prefill, own, setting, logits))
             row, last = found or (None, None)
@@ -123,13 +129,27 @@ def check(
         UsageError: It cannot be run here.
     """
     check_names("--shape", [shape], SHAPES)
-    check_names("--layout", layouts, LAYOUTS)
+    check_names("--layout", layouts, (*LAYOUTS, HEADS))
     check_density(density)
     uneven = next((one for one in lengths for count in counts if one % (2 * count)), None)
     if uneven is not None:
         raise UsageError(f"--length must be a multiple of twice the --ranks, not {uneven}.")
     if device.type == "cuda" and torch.cuda.device_count() < max(counts):
         raise UsageError(f"--ranks {max(counts)} needs as many GPUs, and PyTorch finds {torch.cuda.device_count()}.")
+
+
+def check_heads(subjects: list[str], shape: str, counts: list[int]) -> None:
+    """Check what is asked for with heads sharded over ranks.
+
+    Raises:
+        UsageError: It cannot be run.
+    """
+    model = next((name for name in subjects if name != OPERATOR), None)
+    if model is not None:
+        raise UsageError(f"--layout {HEADS} is of the {OPERATOR} alone, not of {model}.")
+    uneven = next((count for count in counts if SHAPES[shape].kv_heads % count), None)
+    if uneven is not None:
+        raise UsageError(f"--ranks must divide the {SHAPES[shape].kv_heads} KV heads of {shape}, not be {uneven}.")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from torch import distributed
 
 from s2o_compile._attention import attention
+from s2o_compile.ops import S2OConfig
 from s2o_compile.ops.context import Whole
 from s2o_compile.ops.density import dense_pairs
 from s2o_compile.ops.layout import Block, blocks_of_rank
@@ -28,11 +29,7 @@ def measure_operator(case: Case, setting: float | None) -> Row:
     """The row of this group; `setting` is the diffuseness of the queries, found if it is None."""
     shape, device = SHAPES[case.shape], device_of_rank(case.device)
     config = dataclasses.replace(case.config, min_length=0)
-    structure = Structure.draw(case.length, shape.heads, shape.kv_heads, shape.channels, device, case.dtype)
-    if setting is None:
-        assert case.density is not None
-        setting = diffuseness(structure, config, shape.is_causal, case.density)
-    whole = structure.query(setting), structure.key, structure.value
+    whole, setting = draw(case, config, setting)
     count, rank = distributed.get_world_size(), distributed.get_rank()
     blocks = blocks_of_rank(rank, count, case.length // count, case.layout, config.ranking.segment)
     query, key, value = (own_rows(x, blocks) for x in whole)
@@ -68,13 +65,32 @@ def measure_operator(case: Case, setting: float | None) -> Row:
     result = attention(query, key, value, shape.is_causal, return_stats=True, **options)
     visited = of_all(float(result.visited.sum()))
     row.visited = max(visited) / mean(visited)
-    pairs = shape.heads * dense_pairs(case.length, case.length, shape.is_causal, 0, config.ranking.tile)
-    row.density = sum(visited) / pairs
+    row.density = sum(visited) / dense_work(case, config)
     if count > 1:
-        want = own_rows(attention(*whole, shape.is_causal, config=config), blocks).float()
-        wrong, norm = (result.output.float() - want).square().sum(), want.square().sum()
-        row.difference = sum(of_all(float(wrong))) / sum(of_all(float(norm)))
+        row.difference = difference(result.output, own_rows(attention(*whole, shape.is_causal, config=config), blocks))
     return row
+
+
+def draw(case: Case, config: S2OConfig, setting: float | None) -> tuple[tuple[torch.Tensor, ...], float]:
+    """Query, key and value of the whole sequence [1, H, L, D], and their diffuseness, which is found if it is None."""
+    shape, device = SHAPES[case.shape], device_of_rank(case.device)
+    structure = Structure.draw(case.length, shape.heads, shape.kv_heads, shape.channels, device, case.dtype)
+    if setting is None:
+        assert case.density is not None
+        setting = diffuseness(structure, config, shape.is_causal, case.density)
+    return (structure.query(setting), structure.key, structure.value), setting
+
+
+def dense_work(case: Case, config: S2OConfig) -> int:
+    """The pairs that dense attention of the whole sequence visits."""
+    shape = SHAPES[case.shape]
+    return shape.heads * dense_pairs(case.length, case.length, shape.is_causal, 0, config.ranking.tile)
+
+
+def difference(output: torch.Tensor, want: torch.Tensor) -> float:
+    """The relative squared difference of the outputs of all ranks, given the own part of each."""
+    wrong, norm = (output.float() - want.float()).square().sum(), want.float().square().sum()
+    return float(sum(of_all(float(wrong))) / sum(of_all(float(norm))))
 
 
 def own_rows(x: torch.Tensor, blocks: list[Block]) -> torch.Tensor:

@@ -10,6 +10,8 @@ import torch
 from s2o_compile.ops import S2OConfig
 
 OPERATOR = "operator"
+HEADS = "heads"
+"""As a layout: ranks hold some heads at all positions, as in tensor parallelism."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Case:
         shape: Of the operator, a name in `SHAPES`.
         layers: Of a model of random weights.
         length: Positions of the sequence.
-        layout: Which of them a rank holds.
+        layout: Which of them a rank holds, or `HEADS`.
         config: The settings of the operator.
         density: The share to visit; None to leave the threshold as it is.
         document: A text file; None for Python's standard library.
@@ -51,7 +53,7 @@ class Row:
         subject: `OPERATOR`, or a model.
         length: Positions of the sequence.
         ranks: Processes, each with a GPU of its own.
-        layout: Which positions a rank holds; empty for one rank.
+        layout: Which positions a rank holds, or `HEADS`; empty for one rank.
         seconds: Of a call of the operator, or of a prefill to its last token's logits, the median.
         spread: Range of the repetitions over their median.
         speedup: Time of one rank over its own.

@@ -41,11 +41,33 @@ def test_the_operator(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     assert two["density"] == pytest.approx(one["density"], rel=0.1) and two["difference"] < 0.1
 
 
+def test_heads_over_ranks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = ["--shape", "gemma-2-9b", "--length", "256", "--density", "0.4", "--repetitions", "1"]
+    code, printed, errors = run(capsys, *options, "--layout", "heads", "--json")
+    assert code == 0, errors
+    one, two = json.loads(printed)["rows"]
+    assert (one["layout"], two["layout"], two["ranks"]) == ("", "heads", 2) and not two["reason"]
+    assert two["seconds"] > 0 and two["speedup"] > 0 and 1 <= two["balance"] < 2
+    assert two["density"] == one["density"] and two["difference"] < 1e-12
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--length", "130"], "--length must be a multiple of twice the --ranks, not 130."),
-        (["--length", "128", "--layout", "zigzag"], "--layout must be one of 'head-tail', 'contiguous', not 'zigzag'."),
+        (
+            ["--length", "128", "--layout", "zigzag"],
+            "--layout must be one of 'head-tail', 'contiguous', 'heads', not 'zigzag'.",
+        ),
+        (
+            ["--length", "128", "--layout", "heads", "--shape", "smollm2"],
+            "--ranks must divide the 3 KV heads of smollm2, not be 2.",
+        ),
+        (
+            ["--length", "128", "--layout", "heads", "--subject", "smollm2"],
+            "--layout heads is of the operator alone, not of smollm2.",
+        ),
         (["--length", "128", "--shape", "gpt"], "--shape must be one of"),
         (["--length", "128", "--density", "1"], "--density must be between 0 and 1, not 1.0."),
         (["--length", "128", "--subject", "./no/model"], "The model ./no/model cannot be loaded: "),

@@ -1,0 +1,39 @@
+"""The operator on DTensors whose heads are sharded over the ranks of this process's group, as in tensor parallelism."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from statistics import mean
+
+from torch import distributed
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from s2o_compile._attention import attention
+from s2o_compile.timing import median_and_spread
+
+from ..speed.shapes import SHAPES
+from .operator import dense_work, difference, draw
+from .ranks import device_of_rank, of_all, peak_mebibytes, seconds_of_ranks
+from .row import HEADS, OPERATOR, Case, Row
+
+
+def measure_heads(case: Case, setting: float | None) -> Row:
+    """The row of this group; `setting` is the diffuseness of the queries, found if it is None."""
+    device, is_causal = device_of_rank(case.device), SHAPES[case.shape].is_causal
+    config = dataclasses.replace(case.config, min_length=0)
+    whole, setting = draw(case, config, setting)
+    count, rank = distributed.get_world_size(), distributed.get_rank()
+    mesh = distributed.device_mesh.init_device_mesh(device.type, (count,))
+    call = partial(attention, *(distribute_tensor(x, mesh, [Shard(1)]) for x in whole), is_causal, config=config)
+    row = Row(OPERATOR, case.length, count, HEADS, setting=setting)
+    times = seconds_of_ranks(call, device, case.repetitions)
+    row.seconds, row.spread = median_and_spread([max(of_ranks) for of_ranks in times])
+    alone = [median_and_spread(list(of_rank))[0] for of_rank in zip(*times, strict=True)]
+    row.attention, row.balance = max(alone), max(alone) / mean(alone)
+    row.mebibytes = peak_mebibytes(call, device)
+    result = call(return_stats=True)
+    output, visited = result.output.to_local(), of_all(float(result.visited.to_local().sum()))
+    row.visited, row.density = max(visited) / mean(visited), sum(visited) / dense_work(case, config)
+    row.difference = difference(output, attention(*whole, is_causal, config=config).chunk(count, 1)[rank])
+    return row
