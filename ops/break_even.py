@@ -57,8 +57,8 @@ _WIDE = 4
 
 @functools.cache
 def break_even(device: torch.device, dtype: torch.dtype) -> BreakEven:
-    """The break-even of a device: measured there by ``s2o tune``, or else as shipped for its kind and the dtype."""
-    found = tuned.read(name_of(device))
+    """The break-even of a device for a dtype: measured there by ``s2o tune``, or else as shipped for its kind."""
+    found = tuned.read(name_of(device), dtype)
     return shipped(device, dtype) if found is None else BreakEven(found[0], found[1], str(found[2]))
 
 

@@ -1,7 +1,7 @@
-"""What ``s2o tune`` measured on a device, as a small JSON file that is read once.
+"""What ``s2o tune`` measured on a device, as small JSON files that are read once.
 
-The files are in the folder that the environment variable `S2O_TUNED` names, by default ``~/.cache/s2o-compile``, one a
-device; `S2O_TUNED=0` ignores them.
+The files are in the folder that the environment variable `S2O_TUNED` names, by default ``~/.cache/s2o-compile``, one
+for float32 on a device and one for half precision; `S2O_TUNED=0` ignores them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import re
 import warnings
 from pathlib import Path
 from typing import Any
+
+import torch
 
 FORMAT = "s2o tune, version 1"
 
@@ -30,15 +32,15 @@ def folder() -> Path | None:
     return Path(chosen or os.path.join(caches, "s2o-compile"))
 
 
-def path_of(device: str) -> Path | None:
-    """The file of a device by its name; None if files are to be ignored."""
-    place = folder()
-    return place and place / f"tuned-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+def path_of(device: str, dtype: torch.dtype) -> Path | None:
+    """The file of a device by its name, for calls of a dtype; None if files are to be ignored."""
+    place, precision = folder(), "float32" if dtype == torch.float32 else "half"
+    return place and place / f"tuned-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}-{precision}.json"
 
 
-def read(device: str) -> tuple[float, float, Path] | None:
+def read(device: str, dtype: torch.dtype) -> tuple[float, float, Path] | None:
     """The least work and the fewest keys of a device, and the file; None without one, or with a warning if broken."""
-    path = path_of(device)
+    path = path_of(device, dtype)
     if path is None:
         return None
     try:

@@ -52,9 +52,10 @@ def tune(
     """Measure from how much work on sparse attention pays on this device, and choose by that from now on.
 
     Times made-up calls, sparse and dense, and writes two limits into a small file: the least work of a call
-    (multiply-adds of dense attention) and the fewest keys that a query sees, on average. Processes that start later
-    read it from ~/.cache/s2o-compile, or the folder that the environment variable S2O_TUNED names; S2O_TUNED=0 ignores
-    it, and deleting it undoes this. s2o doctor shows the limits in use. Let nothing else run meanwhile.
+    (multiply-adds of dense attention) and the fewest keys that a query sees, on average. They hold for calls in
+    float32, or for those in half precision, as --dtype says. Processes that start later read the file from
+    ~/.cache/s2o-compile, or the folder that the environment variable S2O_TUNED names; S2O_TUNED=0 ignores it, and
+    deleting it undoes this. s2o doctor shows the limits in use. Let nothing else run meanwhile.
     """
     from rich.console import Console
 
@@ -67,16 +68,17 @@ def tune(
     if not sweep and any(given is not None for given in (shape, length, batch, window)):
         raise UsageError("--shape, --length, --batch and --window choose the calls of --sweep: add it.")
     place = choose_device(device)
+    precision = choose_dtype(dtype, place)
     if sweep:
         windows = [size or None for size in window or []]
         cases = sweep_cases(list(map(read_shape, shape or [])), length or [], batch or [], windows)
     else:
         cases = usual_cases(place, quick)
-    path = output or _own_file(place)
+    path = output or _own_file(place, precision)
     make_folder(path.parent)
     check_file(path)
     limit = seconds or (math.inf if sweep else (QUICK_SECONDS if quick else SECONDS)[place.type])
-    found = measure_all(cases, place, choose_dtype(dtype, place), limit, Progress(), output)
+    found = measure_all(cases, place, precision, limit, Progress(), output)
     if all(row.ratio is None for row in found.rows):
         raise UsageError(f"No call was timed: {found.rows[0].reason if found.rows else 'there was no time'}.")
     found.save(path)
@@ -88,8 +90,8 @@ def tune(
     print(f"{found.summary}\nSaved {path}.")
 
 
-def _own_file(device: torch.device) -> Path:
-    """The file that is read for a device.
+def _own_file(device: torch.device, dtype: torch.dtype) -> Path:
+    """The file that is read for a device and a dtype.
 
     Raises:
         UsageError: Files are ignored.
@@ -97,7 +99,7 @@ def _own_file(device: torch.device) -> Path:
     from ..ops.devices import name_of
     from ..ops.tuned import path_of
 
-    path = path_of(name_of(device))
+    path = path_of(name_of(device), dtype)
     if path is None:
         raise UsageError("S2O_TUNED=0 ignores what is measured: unset it, or choose a file with --output.")
     return path

@@ -263,7 +263,7 @@ def test_amx_multiplies_half_precision_alone(dtype: torch.dtype, least: int, mon
 def tuned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where this CPU's file would be."""
     monkeypatch.setenv("S2O_TUNED", str(tmp_path))
-    path = tuned.path_of(devices.name_of(CPU))
+    path = tuned.path_of(devices.name_of(CPU), torch.float32)
     assert path is not None
     return path
 
@@ -279,6 +279,7 @@ def test_a_tuned_file_decides(tuned_file: Path, monkeypatch: pytest.MonkeyPatch)
     assert measured() == (1e3, 50.0, str(tuned_file))
     tuned_file.write_text(tuned.as_text(devices.name_of(CPU), math.inf, 50.0))
     assert measured().is_never
+    assert break_even.break_even.__wrapped__(CPU, torch.bfloat16) == shipped, "measured in float32"
     monkeypatch.setenv("S2O_TUNED", "0")
     assert measured() == shipped
 
@@ -327,6 +328,8 @@ def test_no_folder_is_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("S2O_TUNED")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert tuned.path_of("NVIDIA H200") == Path("/somewhere/s2o-compile/tuned-nvidia-h200.json")
+    for dtype in (torch.bfloat16, torch.float16):
+        assert tuned.path_of("NVIDIA H200", dtype) == Path("/somewhere/s2o-compile/tuned-nvidia-h200-half.json")
+    assert tuned.path_of("NVIDIA H200", torch.float32) == Path("/somewhere/s2o-compile/tuned-nvidia-h200-float32.json")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert tuned.folder() == Path.home() / ".cache/s2o-compile"

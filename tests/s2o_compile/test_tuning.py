@@ -126,7 +126,7 @@ def test_the_operator_reads_what_the_command_writes(
     monkeypatch.setattr(cases_module, "_QUICK_LENGTHS", {"cpu": [100, 200]})
     monkeypatch.setattr("s2o_compile.tuning.result.fit", lambda rows, shipped: (12.0, 34.0))
     assert "34 keys a query and 1.2e+01 multiply-adds a call" in run(capsys, "--quick")
-    path = tuned.path_of(devices.name_of(CPU))
+    path = tuned.path_of(devices.name_of(CPU), torch.float32)
     assert path is not None and list(place.iterdir()) == [path]
     assert json.loads(path.read_text())["rows"][0]["reason"] == ""
     assert break_even.break_even.__wrapped__(CPU, torch.float32) == (12.0, 34.0, str(path))
