@@ -172,8 +172,16 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_doctor_says_both_limits_of_a_cpu_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(break_even, "kind_of", lambda _: devices.AMX)
     monkeypatch.setattr(doctor, "break_even", break_even.break_even.__wrapped__)
-    limits = [check.found for check in doctor._device(torch.device("cpu")) if check.name == "cpu, sparse from"]
-    assert [found.split()[0] for found in limits] == ["6,144", "20,480"]
+    limits = {check.name: check.found for check in doctor._device(torch.device("cpu")) if "sparse from" in check.name}
+    assert list(limits) == ["cpu, float32, sparse from", "cpu, half precision, sparse from"]
+    assert [found.split()[0] for found in limits.values()] == ["6,144", "20,480"]
+
+
+@pytest.mark.parametrize(
+    ("source", "advice"), [("shipped for sm_90", "s2o tune"), ("/somewhere/tuned-gpu.json", "delete this file")]
+)
+def test_doctor_says_how_to_change_the_limits(source: str, advice: str) -> None:
+    assert advice in doctor._break_even("cuda:0", break_even.BreakEven(1e11, 4096, source), "sm_90").advice
 
 
 def test_doctor_says_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
