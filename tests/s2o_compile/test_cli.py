@@ -13,6 +13,8 @@ import typer
 
 from s2o_compile import _command_line, cli, demo, doctor
 from s2o_compile._console import UsageError
+from s2o_compile.cli import app
+from s2o_compile.cli.tune import tune
 from s2o_compile.ops import break_even, devices
 from s2o_compile.testbed import prepare
 from s2o_compile.testbed.document import Document
@@ -39,6 +41,11 @@ def test_harmless_calls(arguments: list[str], capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 0 and capsys.readouterr().out
+
+
+def test_help_is_wrapped_for_the_terminal() -> None:
+    paragraphs = app._help(tune).split("\n\n")
+    assert len(paragraphs) == 2 and not any("\n" in text for text in paragraphs)
 
 
 def test_help_does_not_import_torch() -> None:
