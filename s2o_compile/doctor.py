@@ -99,12 +99,12 @@ def _limits(device: torch.device) -> Iterator[Check]:
 def _break_even(calls: str, found: BreakEven, kind: str) -> Check:
     """From which work on such calls run sparse on a kind of device, and who says so."""
     name, otherwise = f"{calls}, sparse from", "calls below run dense unless min_length says otherwise"
+    tune = "s2o tune measures it here" if found.is_shipped else "delete this file for the limits as shipped"
     if found.is_never:
         reason = SLOW_CPU if kind == OTHER_CPU else "dense attention was faster at all lengths"
-        return Check(name, f"no length on ({found.source})", advice=f"{reason}; min_length says otherwise")
+        return Check(name, f"no length on ({found.source})", advice=f"{reason}; min_length=0 overrides that; {tune}")
     least = f"{found.keys:,.0f} keys a query and {found.work:.1e} multiply-adds a call"
     causal = f"a causal prefill of {2 * found.keys:,.0f} tokens has as many keys a query; {otherwise}"
-    tune = "s2o tune measures it here" if found.is_shipped else "delete this file for the limits as shipped"
     return Check(name, f"{least} ({found.source})", advice=f"{causal}; {tune}")
 
 

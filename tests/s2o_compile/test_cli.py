@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -188,7 +189,9 @@ def test_doctor_says_both_limits_of_a_cpu_with_amx(monkeypatch: pytest.MonkeyPat
     ("source", "advice"), [("shipped for sm_90", "s2o tune"), ("/somewhere/tuned-gpu.json", "delete this file")]
 )
 def test_doctor_says_how_to_change_the_limits(source: str, advice: str) -> None:
-    assert advice in doctor._break_even("cuda:0", break_even.BreakEven(1e11, 4096, source), "sm_90").advice
+    for keys in (4096, math.inf):
+        limits = break_even.BreakEven(1e11, keys, source)
+        assert advice in doctor._break_even("cuda:0", limits, "sm_90").advice
 
 
 def test_doctor_says_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
