@@ -167,7 +167,9 @@ def table(found: Sequence[Row]) -> Table:
 
 
 def main(
-    budget: Annotated[list[float] | None, typer.Option(help="An error budget; 1e-3, 3e-3 and 1e-2.")] = None,
+    budget: Annotated[
+        list[float] | None, typer.Option(help="An error budget; repeatable, by default 1e-3, 3e-3 and 1e-2.")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 4096,
     held_out_length: Annotated[int | None, typer.Option(help="Tokens of the other texts; as many by default.")] = None,
     texts: Annotated[int, typer.Option(min=0, help="How many other texts of the document's kind.")] = 2,

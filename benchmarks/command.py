@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import typer
 from rich.console import Console
@@ -20,6 +20,12 @@ def run(main: Callable[..., None]) -> None:
     benchmark = typer.Typer(add_completion=False)
     benchmark.command()(main)
     run_command_line(benchmark)
+
+
+def by_device(defaults: Mapping[str, Sequence[int]]) -> str:
+    """What the help of an option says of defaults that depend on the device."""
+    cpu, gpu = (", ".join(map(str, defaults[kind])) for kind in ("cpu", "cuda"))
+    return f"repeatable; by default {cpu} on a CPU and {gpu} on a GPU."
 
 
 def wide_console() -> Console:

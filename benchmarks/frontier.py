@@ -67,13 +67,17 @@ def _variant(text: str, dial: tuple[float, ...]) -> Method:
 
 
 def main(
-    captures: Annotated[list[Path], typer.Argument(help="Files of benchmarks.capture.")],
-    method: Annotated[list[str] | None, typer.Option(help="A method by name; repeatable, all by default.")] = None,
+    captures: Annotated[list[Path], typer.Argument(help="Files that python -m benchmarks.capture wrote.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"One of {'; '.join(METHODS)}. Repeatable, all by default.")
+    ] = None,
     s2o: Annotated[
         list[str] | None, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable.")
     ] = None,
     threshold: Annotated[list[float] | None, typer.Option(help="Of the --s2o settings; repeatable.")] = None,
-    target: Annotated[list[float] | None, typer.Option(help="Error to compare work at, one or one a file.")] = None,
+    target: Annotated[
+        list[float] | None, typer.Option(help="Error to compare work at, one or one a file; 0.005 by default.")
+    ] = None,
     every: Annotated[int, typer.Option(min=1, help="Judge one strip of 128 rows in EVERY.")] = 1,
     length: Annotated[int | None, typer.Option(min=1, help="Take only the first positions.")] = None,
     device: Device = "auto",

@@ -181,8 +181,16 @@ def main(
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 10,
     first: Annotated[int, typer.Option(min=0, help="Number of the first prompt.")] = 0,
     new: Annotated[int, typer.Option(min=FIRST, help="Tokens to generate.")] = 64,
-    only: Annotated[list[str] | None, typer.Option(help="A way to generate; repeatable, all by default.")] = None,
-    threshold: Annotated[list[float] | None, typer.Option(help="Repeatable; by default 0 and the default.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"A way to generate: {', '.join(CACHES)}, which padded or beams may follow, and then compiled, as in "
+            "'static padded compiled'; repeatable, all by default."
+        ),
+    ] = None,
+    threshold: Annotated[
+        list[float] | None, typer.Option(help="Repeatable; by default 0 and that of S2OConfig.")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Another field of S2OConfig or Ranking, NAME=VALUE.")] = None,
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file; Python's standard library by default.")] = None,

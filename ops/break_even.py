@@ -37,6 +37,11 @@ class BreakEven(NamedTuple):
         """Whether no call pays."""
         return math.inf in (self.work, self.keys)
 
+    @property
+    def is_shipped(self) -> bool:
+        """Whether this is the limit of a kind of device, not one that was measured here."""
+        return self.source.startswith(_SHIPPED_FOR)
+
 
 AMX_FLOAT32 = f"{AMX}, float32"
 SHIPPED = {
@@ -51,6 +56,7 @@ SHIPPED = {
 """The least work and the fewest keys, by kind of device; those of sm_80, sm_89 and AMX in float32 are reasoned."""
 MOST_CHANNELS = 128
 """Channels of a head up to which a GPU ranks keys in float8, and large blocks of them fit into shared memory."""
+_SHIPPED_FOR = "shipped for"
 _WIDE = 4
 """How many times the keys a query must see on a GPU where a head has more channels."""
 
@@ -70,7 +76,7 @@ def shipped(device: torch.device, dtype: torch.dtype) -> BreakEven:
     if kind not in SHIPPED:
         known = [name for name in SHIPPED if name.startswith("sm_")]
         kind = max((name for name in known if _number(name) <= _number(kind)), key=_number, default=known[0])
-    return BreakEven(*SHIPPED[kind], source=f"shipped for {kind}")
+    return BreakEven(*SHIPPED[kind], source=f"{_SHIPPED_FOR} {kind}")
 
 
 def _number(kind: str) -> int:

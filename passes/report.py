@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 import sys
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
+AS_ABOVE = "as above"
+"""What a table says of a site instead of the mask and the reason of the site before it."""
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -104,7 +107,11 @@ class Report:
         """The names of the table's columns, and its rows."""
         measured = any(decision.density is not None for decision in self.decisions)
         columns = ["site", "line", "query", "key", "attention", *["density"] * measured, "mask and reason"]
-        return columns, [_row(decision, measured) for decision in self.decisions]
+        rows = [_row(decision, measured) for decision in self.decisions]
+        for before, row in reversed(list(itertools.pairwise(rows))):
+            if before[-1] and row[-1] == before[-1]:
+                row[-1] = AS_ABOVE
+        return columns, rows
 
     def __rich__(self) -> Table:
         from rich.table import Table

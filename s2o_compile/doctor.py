@@ -78,21 +78,32 @@ def _device(device: torch.device) -> Iterator[Check]:
     if device.type == "cuda":
         yield _gpu(device)
     else:
-        yield Check(name, f"{platform.machine()}, {torch.get_num_threads()} threads")
-    for found in dict.fromkeys(break_even(device, dtype) for dtype in (torch.float32, torch.bfloat16)):
-        yield _break_even(device, found)
+        threads = torch.get_num_threads()
+        yield Check(name, f"{platform.machine()}, {threads} thread{'s' * (threads != 1)}")
+    yield from _limits(device)
     yield _self_test(device)
 
 
-def _break_even(device: torch.device, found: BreakEven) -> Check:
-    """From which work on calls run sparse, and who says so."""
-    name, otherwise = f"{device}, sparse from", "calls below run dense unless min_length says otherwise"
+def _limits(device: torch.device) -> Iterator[Check]:
+    """From which work on calls run sparse: once, or once a dtype where that decides."""
+    single, half = (break_even(device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    if single == half:
+        yield _break_even(str(device), single)
+    else:
+        yield _break_even(f"{device}, float32", single)
+        yield _break_even(f"{device}, half precision", half)
+
+
+def _break_even(calls: str, found: BreakEven) -> Check:
+    """From which work on such calls run sparse, and who says so."""
+    name, otherwise = f"{calls}, sparse from", "calls below run dense unless min_length says otherwise"
+    tune = "s2o tune measures it here" if found.is_shipped else "delete this file for the limits as shipped"
     if found.is_never:
-        advice = "dense attention was faster at all lengths; min_length says otherwise"
+        advice = f"dense attention was faster at all lengths; min_length=0 overrides that; {tune}"
         return Check(name, f"no length on ({found.source})", advice=advice)
     least = f"{found.keys:,.0f} keys a query and {found.work:.1e} multiply-adds a call"
     causal = f"a causal prefill of {2 * found.keys:,.0f} tokens has as many keys a query; {otherwise}"
-    return Check(name, f"{least} ({found.source})", advice=f"{causal}; s2o tune measures it here")
+    return Check(name, f"{least} ({found.source})", advice=f"{causal}; {tune}")
 
 
 def _gpu(device: torch.device) -> Check:

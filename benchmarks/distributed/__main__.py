@@ -24,7 +24,7 @@ from s2o_compile.testbed.model import check_model, choose_device, choose_dtype
 from s2o_compile.testbed.options import Device, DType, Json, check_names, make_folder, read_config
 from s2o_compile.timing import attempt
 
-from ..command import progress_bars, run, wide_console
+from ..command import by_device, progress_bars, run, wide_console
 from ..density import check_density
 from ..prefill.models import RANDOM_LLAMA, SMOLLM2
 from ..results import as_text, save
@@ -44,15 +44,17 @@ def main(
     subject: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{OPERATOR}, {RANDOM_LLAMA} (random weights), {SMOLLM2}, or a transformers model; repeatable."
+            help=f"{OPERATOR}, {RANDOM_LLAMA} (random weights), {SMOLLM2}, or a transformers model; repeatable, "
+            f"{OPERATOR} by default."
         ),
     ] = None,
     shape: Annotated[str, typer.Option(help=f"Of the operator: {', '.join(SHAPES)}.")] = RANDOM_LLAMA,
     layers: Annotated[int, typer.Option(min=1, help="Of a model of random weights.")] = 4,
-    length: Annotated[list[int] | None, typer.Option(min=64, help="Positions; repeatable.")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=64, help=f"Positions; {by_device(LENGTHS)}")] = None,
     ranks: Annotated[list[int] | None, typer.Option(min=2, help="Beside one; 2 by default; repeatable.")] = None,
     layout: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(LAYOUTS)}, or {HEADS} for the operator; repeatable.")
+        list[str] | None,
+        typer.Option(help=f"{', '.join(LAYOUTS)}, or {HEADS} for the operator; repeatable, {LAYOUTS[0]} by default."),
     ] = None,
     density: Annotated[float, typer.Option(help="Share to visit where inputs are random.")] = DENSITY,
     s2o: Annotated[str, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...")] = "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from statistics import mean
+from typing import Any
 
 from torch import distributed
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -25,14 +26,15 @@ def measure_heads(case: Case, setting: float | None) -> Row:
     whole, setting = draw(case, config, setting)
     count, rank = distributed.get_world_size(), distributed.get_rank()
     mesh = distributed.device_mesh.init_device_mesh(device.type, (count,))
-    call = partial(attention, *(distribute_tensor(x, mesh, [Shard(1)]) for x in whole), is_causal, config=config)
+    query, key, value = (distribute_tensor(x, mesh, [Shard(1)]) for x in whole)
+    call = partial(attention, query, key, value, is_causal, config=config)
     row = Row(OPERATOR, case.length, count, HEADS, setting=setting)
     times = seconds_of_ranks(call, device, case.repetitions)
     row.seconds, row.spread = median_and_spread([max(of_ranks) for of_ranks in times])
     alone = [median_and_spread(list(of_rank))[0] for of_rank in zip(*times, strict=True)]
     row.attention, row.balance = max(alone), max(alone) / mean(alone)
     row.mebibytes = peak_mebibytes(call, device)
-    result = call(return_stats=True)
+    result: Any = attention(query, key, value, is_causal, config=config, return_stats=True)
     output, visited = result.output.to_local(), of_all(float(result.visited.to_local().sum()))
     row.visited, row.density = max(visited) / mean(visited), sum(visited) / dense_work(case, config)
     row.difference = difference(output, attention(*whole, is_causal, config=config).chunk(count, 1)[rank])

@@ -71,7 +71,9 @@ def measure_operator(case: Case, setting: float | None) -> Row:
     return row
 
 
-def draw(case: Case, config: S2OConfig, setting: float | None) -> tuple[tuple[torch.Tensor, ...], float]:
+def draw(
+    case: Case, config: S2OConfig, setting: float | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], float]:
     """Query, key and value of the whole sequence [1, H, L, D], and their diffuseness, which is found if it is None."""
     shape, device = SHAPES[case.shape], device_of_rank(case.device)
     structure = Structure.draw(case.length, shape.heads, shape.kv_heads, shape.channels, device, case.dtype)

@@ -39,7 +39,10 @@ def main(
         list[Path] | None, typer.Argument(help="Files of benchmarks.capture; layers of the model without any.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="A transformers model; SmolLM2-135M by default.")] = None,
-    layer: Annotated[list[int] | None, typer.Option(min=0, help="A layer to capture; repeatable.")] = None,
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help=f"A layer to capture; repeatable, by default {' and '.join(map(str, LAYERS))}."),
+    ] = None,
     length: Annotated[int, typer.Option(min=1024, help="Tokens to capture, or the first ones of files.")] = 4096,
     every: Annotated[int, typer.Option(min=1, help="Judge one strip of 128 rows in EVERY.")] = 1,
     time_length: Annotated[int, typer.Option(min=1024, help="Tokens of the claims about time, on a GPU.")] = 131_072,

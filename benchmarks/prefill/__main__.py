@@ -25,7 +25,7 @@ from s2o_compile.testbed.document import check_document
 from s2o_compile.testbed.model import choose_device, choose_dtype
 from s2o_compile.testbed.options import Device, DType, Json, make_folder, read_config
 
-from ..command import announce, progress_bars, run, wide_console
+from ..command import announce, by_device, progress_bars, run, wide_console
 from ..density import check_density
 from ..quality.yarn import stretch
 from ..results import as_text, save
@@ -44,7 +44,7 @@ def main(
     model: Annotated[
         str, typer.Argument(help=f"{RANDOM_LLAMA} (random weights), {SMOLLM2}, or a transformers model.")
     ] = SMOLLM2,
-    length: Annotated[list[int] | None, typer.Option(min=1, help="Tokens; repeatable.")] = None,
+    length: Annotated[list[int] | None, typer.Option(min=1, help=f"Tokens; {by_device(LENGTHS)}")] = None,
     layers: Annotated[int, typer.Option(min=1, help="Of a model of random weights.")] = 32,
     density: Annotated[
         float | None, typer.Option(help=f"Share to visit, by the threshold; {DENSITY} for random weights.")
@@ -70,7 +70,8 @@ def main(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"A row: {'; '.join(BACKENDS)}; {ONE_LENGTH}, beside --dynamic; {'; '.join(UNCOMPILED[1:])}."
+            help=f"A row: {'; '.join(BACKENDS)}, which are the default; {ONE_LENGTH}, beside --dynamic; "
+            f"{'; '.join(UNCOMPILED[1:])}. Repeatable."
         ),
     ] = None,
     yarn: Annotated[float | None, typer.Option(help="Factor of YaRN, for more positions than the model's.")] = None,
@@ -88,7 +89,7 @@ def main(
 ) -> None:
     """Time whole prefills: eager, with Inductor, and with s2o, where all calls run dense and as set.
 
-    Each is called with the tokenizer's mask of ones, and without it. All use the backend of SDPA that PyTorch chooses.
+    Each is called with the tokenizer's mask of ones, and without it.
     """
     place = choose_device(device)
     config = read_config(None, None, s2o.split(), "--s2o")

@@ -67,17 +67,26 @@ def choose_tasks(names: list[str] | None, settings: Settings) -> list[str]:
 
 def main(
     model: Model = None,
-    length: Annotated[list[int] | None, typer.Option(help="Tokens of a document; repeatable.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help=f"One of {'; '.join(METHODS)}. Repeatable.")] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help=f"Tokens of a document; repeatable, {' and '.join(map(str, LENGTHS))} by default."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {'; '.join(METHODS)}. Repeatable; by default {', '.join(COMPARED)}."),
+    ] = None,
     s2o: Annotated[
         list[str] | None, typer.Option(help="Fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable.")
     ] = None,
-    task: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}; repeatable.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}; repeatable, all by default.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Prompts of each task and length, asked at both places.")] = 100,
     depths: Annotated[int, typer.Option(min=1, help="Depths of single needles, a prompt each in turn.")] = 5,
     scored: Annotated[int, typer.Option(min=1, help="The most tokens of a document for perplexity.")] = 1024,
     filler: Annotated[
-        str | None, typer.Option(help=f"What hides the values where a task takes any text: {', '.join(FILLERS)}.")
+        str | None,
+        typer.Option(help=f"What hides the values where a task takes any text: {', '.join(FILLERS)}; code by default."),
     ] = None,
     document: Annotated[Path | None, typer.Option(help="A text file, for --filler document.")] = None,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,

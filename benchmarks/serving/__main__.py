@@ -22,7 +22,7 @@ from s2o_compile.testbed.document import check_document
 from s2o_compile.testbed.model import check_model, choose_device, choose_dtype
 from s2o_compile.testbed.options import Device, DType, Json, check_names, make_folder, read_config
 
-from ..command import announce, progress_bars, run, wide_console
+from ..command import announce, by_device, progress_bars, run, wide_console
 from ..density import check_density
 from ..prefill.models import RANDOM_LLAMA, SMOLLM2, load
 from ..results import as_text, save
@@ -43,9 +43,12 @@ def main(
     ] = RANDOM_LLAMA,
     layers: Annotated[int, typer.Option(min=1, help="Of a model of random weights.")] = 4,
     part: Annotated[list[str] | None, typer.Option(help=f"{' or '.join(PARTS)}; repeatable, both by default.")] = None,
-    length: Annotated[list[int] | None, typer.Option(min=64, help="Tokens of the long prompt; repeatable.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=64, help=f"Tokens of the long prompt; {by_device(LENGTHS)}")
+    ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help=f"Attention of the engine: {', '.join(map(repr, WAYS))}; repeatable.")
+        list[str] | None,
+        typer.Option(help=f"Attention of the engine: {', '.join(map(repr, WAYS))}; repeatable, all by default."),
     ] = None,
     neighbours: Annotated[int, typer.Option(min=1, help="Requests that decode beside the prompt.")] = 16,
     context: Annotated[int, typer.Option(min=1, help="Keys that each of them starts with.")] = 4096,

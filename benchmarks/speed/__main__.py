@@ -20,7 +20,7 @@ from s2o_compile.ops import S2OConfig
 from s2o_compile.testbed.model import choose_device, choose_dtype
 from s2o_compile.testbed.options import Device, DType, Json, check_names, make_folder, read_config
 
-from ..command import progress_bars, run, wide_console
+from ..command import by_device, progress_bars, run, wide_console
 from ..results import as_text
 from ..results import save as save_result
 from .contenders import DENSE, PRESETS
@@ -34,14 +34,27 @@ DENSITY = 0.1
 
 
 def main(
-    shape: Annotated[list[str] | None, typer.Option(help=f"{', '.join(SHAPES)}; repeatable.")] = None,
-    length: Annotated[list[int] | None, typer.Option(min=64, help="Positions; repeatable.")] = None,
-    density: Annotated[list[float] | None, typer.Option(help="Share to visit, one or one a length.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{', '.join(SHAPES)}; repeatable, by default {SHAPE['cpu']} on a CPU and {SHAPE['cuda']} on a GPU."
+        ),
+    ] = None,
+    length: Annotated[list[int] | None, typer.Option(min=64, help=f"Positions; {by_device(LENGTHS)}")] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help=f"Share to visit, one or one a length; {DENSITY} by default.")
+    ] = None,
     s2o: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(PRESETS)}, or fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable."),
+        typer.Option(
+            help=f"{', '.join(PRESETS)}, or fields of S2OConfig or Ranking, NAME=VALUE ...; repeatable; by default "
+            "each of the named."
+        ),
     ] = None,
-    dense: Annotated[list[str] | None, typer.Option(help=f"{', '.join(DENSE)} or none; repeatable.")] = None,
+    dense: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(DENSE)} or none; repeatable, by default flash on a CPU and all on a GPU."),
+    ] = None,
     dense_up_to: Annotated[int, typer.Option(min=0, help="Positions up to which dense attention runs.")] = 262_144,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 5,
     device: Device = "auto",

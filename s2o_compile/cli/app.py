@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +38,11 @@ def group(
         print(context.get_help())
 
 
+def _help(command: Callable[..., Any]) -> str:
+    """A command's docstring, a line for each paragraph: a terminal has other widths than the source."""
+    return "\n\n".join(" ".join(text.split()) for text in (inspect.getdoc(command) or "").split("\n\n"))
+
+
 for command in (calibrate, demo, doctor, explain, tune, view):
-    app.command()(command)
+    app.command(help=_help(command))(command)
 app.add_typer(bench)

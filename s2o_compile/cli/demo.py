@@ -50,8 +50,8 @@ def demo(
     """Prefill a long document eagerly, with Inductor and with s2o, and compare time and answers.
 
     The model is called as with model(**tokenizer(text)), with the tokenizer's attention mask. Attention that would not
-    gain on this device by being sparse runs dense, as it does by default: of SmolLM2 on a GPU at any of its lengths.
-    It loses only the mask then, which Inductor computes. --force makes it sparse.
+    gain on this device by being sparse runs dense, as everywhere, and then saves only the mask, which Inductor
+    computes: SmolLM2 does on a GPU at all of its lengths. --force makes it sparse.
     """
     from .._console import Progress
     from ..demo import Settings, run_demo

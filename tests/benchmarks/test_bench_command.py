@@ -33,6 +33,14 @@ def test_each_has_a_main(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and "--device" in printed
 
 
+@pytest.mark.parametrize("name", ["distributed", "prefill", "serving", "speed"])
+def test_help_says_which_lengths_are_the_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = importlib.import_module(f"s2o_compile.benchmarks.{BENCHMARKS[name]}").LENGTHS
+    _, printed, _ = run(capsys, name, "--help")
+    words = set(printed.replace(",", " ").split())
+    assert {str(length) for each in lengths.values() for length in each} <= words
+
+
 def test_the_help_of_s2o_imports_none() -> None:
     code = (
         "import sys\nfrom s2o_compile import cli\n"

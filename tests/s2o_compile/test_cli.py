@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import typer
 
 from s2o_compile import _command_line, cli, demo, doctor
 from s2o_compile._console import UsageError
+from s2o_compile.cli import app
+from s2o_compile.cli.tune import tune
 from s2o_compile.ops import break_even, devices
 from s2o_compile.testbed import prepare
 from s2o_compile.testbed.document import Document
@@ -39,6 +42,11 @@ def test_harmless_calls(arguments: list[str], capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 0 and capsys.readouterr().out
+
+
+def test_help_is_wrapped_for_the_terminal() -> None:
+    paragraphs = app._help(tune).split("\n\n")
+    assert len(paragraphs) == 2 and not any("\n" in text for text in paragraphs)
 
 
 def test_help_does_not_import_torch() -> None:
@@ -172,8 +180,18 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_doctor_says_both_limits_of_a_cpu_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(break_even, "kind_of", lambda _: devices.AMX)
     monkeypatch.setattr(doctor, "break_even", break_even.break_even.__wrapped__)
-    limits = [check.found for check in doctor._device(torch.device("cpu")) if check.name == "cpu, sparse from"]
-    assert [found.split()[0] for found in limits] == ["6,144", "20,480"]
+    limits = {check.name: check.found for check in doctor._device(torch.device("cpu")) if "sparse from" in check.name}
+    assert list(limits) == ["cpu, float32, sparse from", "cpu, half precision, sparse from"]
+    assert [found.split()[0] for found in limits.values()] == ["6,144", "20,480"]
+
+
+@pytest.mark.parametrize(
+    ("source", "advice"), [("shipped for sm_90", "s2o tune"), ("/somewhere/tuned-gpu.json", "delete this file")]
+)
+def test_doctor_says_how_to_change_the_limits(source: str, advice: str) -> None:
+    for keys in (4096, math.inf):
+        limits = break_even.BreakEven(1e11, keys, source)
+        assert advice in doctor._break_even("cuda:0", limits).advice
 
 
 def test_doctor_says_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,13 @@ def test_dense_sites_say_why() -> None:
     assert "too few" in str(report)
 
 
+def test_a_reason_of_many_sites_is_written_once() -> None:
+    report = explain(tiny("llama", layers=3), tokens(40))
+    assert str(report).count(report.decisions[0].reason) == 1
+    assert str(report).count("as above") == 2
+    assert all(decision.reason == report.decisions[0].reason for decision in report.decisions)
+
+
 def test_dense_sites_that_lose_their_mask() -> None:
     ids, mask = tokens(1100), padding(1100, "left")
     model = tiny("llama", layers=1)
