@@ -115,11 +115,11 @@ def attend_visits(layer: Layer, visits: list[Visit]) -> torch.Tensor:
     return torch.stack([kernel.attend_visit(*layer.head(head), layer.scale, visit) for head, visit in heads])
 
 
-def attend_by_masks(layer: Layer, visits: list[Visit], room: int = 2**30) -> torch.Tensor:
+def attend_by_masks(layer: Layer, visits: list[Visit], room: int = 2**24) -> torch.Tensor:
     """The same by SDPA.
 
-    Some tiles of all heads at a time, so many that masks have no more than `room` elements; the tile is that of the
-    rule, the same for all heads.
+    Some tiles of all heads at a time, so many that masks have no more than `room` elements: most keys that come later
+    are in none. The tile is that of the rule, the same for all heads.
     """
     size = visits[0].tile
     tiles = max(1, room // (layer.heads * size * layer.length))
