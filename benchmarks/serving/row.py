@@ -15,7 +15,7 @@ from s2o_compile.timing import Run
 
 ENGINE, ALONE, REPLAY = "engine", "model alone", "replay"
 CONTIGUOUS, VARLEN = "contiguous", "varlen_attn"
-STOCK, DENSE, S2O = "stock", "s2o, dense", "s2o"
+STOCK, DENSE, S2O = "stock", "s2o, kept dense", "s2o"
 WAYS = (STOCK, DENSE, S2O)
 """What the engine attends with: what transformers chooses, this attention with every request dense, and as set."""
 

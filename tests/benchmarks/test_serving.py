@@ -129,7 +129,7 @@ def test_what_failed_is_compared_with_nothing() -> None:
     ("arguments", "message"),
     [
         (["--part", "vllm"], "--part must be one of 'engine', 'replay', not 'vllm'."),
-        (["--only", "sdpa"], "--only must be one of 'stock', 's2o, dense', 's2o', not 'sdpa'."),
+        (["--only", "sdpa"], "--only must be one of 'stock', 's2o, kept dense', 's2o', not 'sdpa'."),
         (["--shape", "gpt"], "--shape must be one of"),
         (["--density", "1"], "--density must be between 0 and 1, not 1.0."),
         (["--budget", "16"], "--budget must be above --neighbours (16), not 16."),
