@@ -48,7 +48,7 @@ SHIPPED = {
     AMX: (5e8, 20480.0),  # In half precision, which SDPA multiplies on AMX and the operator does not.
     AMX_FLOAT32: (5e8, 6144.0),
     AVX512: (5e8, 3072.0),
-    OTHER_CPU: (5e8, 12288.0),
+    OTHER_CPU: (5e8, 16384.0),
     "sm_80": (2e11, 6144.0),
     "sm_89": (1.5e11, 4096.0),
     "sm_90": (2.3e11, 5120.0),

@@ -219,9 +219,9 @@ def test_a_device_that_was_never_faster_stays_dense(monkeypatch: pytest.MonkeyPa
 def test_a_cpu_without_bfloat16_gains_where_queries_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(break_even, "kind_of", lambda device: devices.OTHER_CPU)
     monkeypatch.setattr(dispatch, "break_even", break_even.break_even.__wrapped__)
-    for length in (24_574, 24_576):
-        assert choose(shapes(length, length)) is (length == 24_576)
-        assert length > S2OConfig().ranking.merge_length
+    assert SHIPPED[devices.OTHER_CPU][1] >= S2OConfig().ranking.merge_length
+    for length in (32_766, 32_768):
+        assert choose(shapes(length, length)) is (length == 32_768)
 
 
 @pytest.mark.parametrize(
