@@ -1,5 +1,5 @@
 # make demo   prefill of a long document, dense and with s2o, compared (DEMO="--length 4096 --force" for other options)
-# make test   the tests, on two cores, in seven minutes (TEST="-k name" for some of them)
+# make test   the tests, on two cores, in eleven minutes (TEST="-k name" for some of them)
 # make test-slow   those that take longer, and tests of random inputs on ten times as many, in an hour or less
 # make lint   ruff and mypy
 # make docs   these pages as a website, in docs/_build (warnings are errors)

@@ -43,7 +43,7 @@ def test_the_operator(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
 
 def test_heads_over_ranks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = ["--shape", "gemma-2-9b", "--length", "256", "--density", "0.4", "--repetitions", "1"]
+    options = ["--shape", "llama-3.2-1b", "--length", "128", "--density", "0.8", "--repetitions", "1"]
     code, printed, errors = run(capsys, *options, "--layout", "heads", "--json")
     assert code == 0, errors
     one, two = json.loads(printed)["rows"]

@@ -98,8 +98,16 @@ def watch_evictions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return evicted
 
 
-@pytest.mark.parametrize("budget", [64, 50, 200])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [
+        *(("llama", budget) for budget in (64, 50, 200)),
+        ("mistral", 50),
+        ("gpt_oss", 200),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("mistral", 64), ("mistral", 200))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("gpt_oss", 64), ("gpt_oss", 50))),
+    ],
+)
 def test_prompts_cut_anywhere(name: str, budget: int) -> None:
     dense, sparse = pair(name)
     inputs = prompts(90, 7, 200, 33, 64)
