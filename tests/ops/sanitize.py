@@ -1,7 +1,10 @@
 """Calls that reach every kernel, to be run under compute-sanitizer on a GPU.
 
+python -m tests.ops.sanitize
 compute-sanitizer --tool memcheck python -m tests.ops.sanitize
 compute-sanitizer --tool racecheck python -m tests.ops.sanitize
+
+The first run compiles the kernels, minutes under the sanitizer; the others then take seconds.
 """
 
 from __future__ import annotations
