@@ -21,8 +21,6 @@ _PART = 1024
 _ROWS = 64
 _COLUMNS = 64
 """Rows and channels of a block."""
-_STAGED_BYTES = 256
-"""The longest rows of which several blocks fit into shared memory on any GPU."""
 
 
 class Moments(NamedTuple):
@@ -75,8 +73,7 @@ def sample_moments(guides: torch.Tensor, key: torch.Tensor, padding: torch.Tenso
         *guides.stride()[:4], *key.stride()[:3], of_padding[1],
         kv_heads, heads, per_head, key.shape[2], *steps,
         HAS_PADDING=padding is not None, PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
-        D=size, PART=_PART, BLOCK_N=_ROWS, BLOCK_D=width, BLOCK_C=columns, num_warps=4,
-        num_stages=3 if width * key.element_size() <= _STAGED_BYTES else 1,
+        D=size, PART=_PART, BLOCK_N=_ROWS, BLOCK_D=width, BLOCK_C=columns, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Moments(moments, sums, rows, steps[1])
 
@@ -156,7 +153,6 @@ def moments_kernel(
     first_column = tl.program_id(1) // 2 * BLOCK_C
     batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
     padding += batch * padding_stride_b
-    # The same loop reads either, without branches, so that loads are issued ahead.
     first = guides + batch * guides_stride_b + kv_head * guides_stride_kv
     if of_keys == 1:
         first = key + batch * key_stride_b + kv_head * key_stride_h
