@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from statistics import mean
 from typing import Any
 
 from torch import distributed
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from s2o_compile._attention import attention
-from s2o_compile.timing import median_and_spread
 
 from ..speed.shapes import SHAPES
 from .operator import dense_work, difference, draw
-from .ranks import device_of_rank, of_all, peak_mebibytes, seconds_of_ranks
+from .ranks import balance, device_of_rank, medians, of_all, of_slowest, peak_mebibytes, seconds_of_ranks
 from .row import HEADS, OPERATOR, Case, Row
 
 
@@ -30,12 +28,12 @@ def measure_heads(case: Case, setting: float | None) -> Row:
     call = partial(attention, query, key, value, is_causal, config=config)
     row = Row(OPERATOR, case.length, count, HEADS, setting=setting)
     times = seconds_of_ranks(call, device, case.repetitions)
-    row.seconds, row.spread = median_and_spread([max(of_ranks) for of_ranks in times])
-    alone = [median_and_spread(list(of_rank))[0] for of_rank in zip(*times, strict=True)]
-    row.attention, row.balance = max(alone), max(alone) / mean(alone)
+    row.seconds, row.spread = of_slowest(times)
+    alone = medians(times)
+    row.attention, row.balance = max(alone), balance(alone)
     row.mebibytes = peak_mebibytes(call, device)
     result: Any = attention(query, key, value, is_causal, config=config, return_stats=True)
     output, visited = result.output.to_local(), of_all(float(result.visited.to_local().sum()))
-    row.visited, row.density = max(visited) / mean(visited), sum(visited) / dense_work(case, config)
+    row.visited, row.density = balance(visited), sum(visited) / dense_work(case, config)
     row.difference = difference(output, attention(*whole, is_causal, config=config).chunk(count, 1)[rank])
     return row

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from statistics import mean
 from typing import Any
 
 import torch
@@ -16,12 +15,11 @@ from s2o_compile.ops.context import Whole
 from s2o_compile.ops.density import dense_pairs
 from s2o_compile.ops.layout import Block, blocks_of_rank
 from s2o_compile.ops.visibility import Visibility
-from s2o_compile.timing import median_and_spread
 
 from ..inputs import Structure
 from ..speed.measure import diffuseness
 from ..speed.shapes import SHAPES
-from .ranks import device_of_rank, of_all, peak_mebibytes, seconds_of_ranks
+from .ranks import balance, device_of_rank, medians, of_all, of_slowest, peak_mebibytes, seconds_of_ranks
 from .row import OPERATOR, Case, Row
 
 
@@ -53,19 +51,18 @@ def measure_operator(case: Case, setting: float | None) -> Row:
             attention(rows, gathered.key, gathered.value, shape.is_causal, position, config=config)
 
     time = partial(seconds_of_ranks, device=device, repetitions=case.repetitions)
-    row.seconds, row.spread = median_and_spread([max(times) for times in time(call)])
-    alone = [median_and_spread(list(times))[0] for times in zip(*time(attend), strict=True)]
-    row.attention, row.balance = max(alone), max(alone) / mean(alone)
+    row.seconds, row.spread = of_slowest(time(call))
+    alone = medians(time(attend))
+    row.attention, row.balance = max(alone), balance(alone)
     if count > 1:
-        row.gather, _ = median_and_spread([max(times) for times in time(gather)])
+        row.gather, _ = of_slowest(time(gather))
         row.exposed = row.seconds - row.attention
         row.hidden = max(0.0, row.gather - row.exposed)
         row.received = (key.numel() + value.numel()) * key.element_size() * (count - 1) / 2**30
     row.mebibytes = peak_mebibytes(call, device)
     result = attention(query, key, value, shape.is_causal, return_stats=True, **options)
     visited = of_all(float(result.visited.sum()))
-    row.visited = max(visited) / mean(visited)
-    row.density = sum(visited) / dense_work(case, config)
+    row.visited, row.density = balance(visited), sum(visited) / dense_work(case, config)
     if count > 1:
         row.difference = difference(result.output, own_rows(attention(*whole, shape.is_causal, config=config), blocks))
     return row

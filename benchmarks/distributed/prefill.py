@@ -10,12 +10,12 @@ from torch import distributed
 
 from s2o_compile.integrations.settings import configure
 from s2o_compile.ops.layout import blocks_of_rank
-from s2o_compile.timing import kernel_seconds, median_and_spread
+from s2o_compile.timing import kernel_seconds
 
 from ..prefill.budget import with_density
 from ..prefill.calls import prefill_inputs
 from ..prefill.models import load
-from .ranks import device_of_rank, of_all, peak_mebibytes, seconds_of_ranks
+from .ranks import device_of_rank, of_all, of_slowest, peak_mebibytes, seconds_of_ranks
 from .row import Case, Row
 
 
@@ -47,9 +47,7 @@ def measure_prefill(case: Case, setting: float | None, logits: torch.Tensor | No
         return subject.model(**inputs).logits
 
     row = Row(subject.name, case.length, count, case.layout if count > 1 else "", setting=config.threshold)
-    row.seconds, row.spread = median_and_spread(
-        [max(times) for times in seconds_of_ranks(call, device, case.repetitions)]
-    )
+    row.seconds, row.spread = of_slowest(seconds_of_ranks(call, device, case.repetitions))
     row.mebibytes = peak_mebibytes(call, device)
     if device.type == "cuda":
         sent = [seconds for name, seconds in kernel_seconds(call).items() if "nccl" in name.lower()]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import distributed
 
-from s2o_compile.timing import Run, wall_seconds, with_peak_memory
+from s2o_compile.timing import Run, median_and_spread, wall_seconds, with_peak_memory
 
 
 def on_ranks(count: int, device: str, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -66,6 +67,21 @@ def seconds_of_ranks(run: Run, device: torch.device, repetitions: int) -> list[l
         distributed.barrier()
         times.append(of_all(clock(run)))
     return times
+
+
+def of_slowest(times: list[list[float]]) -> tuple[float, float]:
+    """The seconds of the slowest rank, of [repetitions, ranks]: their median, and their range over it."""
+    return median_and_spread([max(of_ranks) for of_ranks in times])
+
+
+def medians(times: list[list[float]]) -> list[float]:
+    """The median of each rank's seconds, of [repetitions, ranks]."""
+    return [median_and_spread(list(of_rank))[0] for of_rank in zip(*times, strict=True)]
+
+
+def balance(numbers: Sequence[float]) -> float:
+    """The largest number of a rank over the mean of all."""
+    return max(numbers) / mean(numbers)
 
 
 def peak_mebibytes(run: Run, device: torch.device) -> float | None:
