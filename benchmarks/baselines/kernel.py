@@ -54,9 +54,9 @@ def _attend(
     first = pad(mask.sum(-1).cumsum(0), (1, 0))
     listed = mask.nonzero()[:, 1].int()
     order = None if visit.order is None else visit.order.int()
-    # In two stages Triton 3.6 loads wrong rows of blocks that are listed by one number (docs/notes/kernels.md).
     output, lse = query.new_empty(len(query), value.shape[1]), query.new_empty(len(query), dtype=torch.float32)
     widest, shared = max(key.shape[1], value.shape[1]), shared_memory(query.device)
+    # In two stages Triton 3.6 loads wrong rows of blocks that are listed by one number (docs/notes/kernels.md).
     launch(
         visit_kernel, (len(mask),),
         query, key, value, listed, first, order, output, lse,

@@ -164,9 +164,9 @@ def test_a_padded_batch_and_its_prompts_agree(monkeypatch: pytest.MonkeyPatch) -
     torch.compiler.reset()
     subject, config = tiny(), S2OConfig(min_length=0, threshold=0)
     prompt = subject.tokens(300, None)
-    calls, ways = padded_calls(prompt), Contenders(subject.model, (EAGER, KEPT_DENSE, S2O))
+    calls, ways = padded_calls(prompt), Contenders(subject.model)
     rows = measure(ways, prompt, calls, config, None, 1, True, lambda step: None)
-    assert len(rows) == 6 and not any(row.reason for row in rows)
+    assert len(rows) == 8 and not any(row.reason for row in rows)
     assert {row.sites for row in rows if row.backend == S2O} == {"1 sparse"}
     assert all(row.density is None for row in rows)
     for call in calls:

@@ -85,7 +85,7 @@ def test_the_defaults_are_the_empty_text() -> None:
 
 def test_each_text_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there are: a calibrated model may have one for each of its sites."""
-    texts = [Ranking(near_keys=100_000 + n).as_json for n in range(600)]
+    texts = [Ranking(near_keys=100_000 + n).as_json for n in range(1000)]
     loads = Mock(side_effect=json.loads)
     monkeypatch.setattr(config, "json", Mock(loads=loads))
     query = torch.empty(1, 2, 20, 16, device="meta")
