@@ -30,8 +30,8 @@ class Outcome:
         length: Tokens of the document.
         sample: Which of the task's documents of this length.
         seconds: Of the reading, with the counting of the work and, for the rules of others, their choice in PyTorch.
-        density: Mean over the layers.
-        ranking: The ranking's products as a share of dense attention's FLOPs, mean over the layers.
+        density: Mean over the layers that attend by the method, which is all but those with a window.
+        ranking: The ranking's products as a share of dense attention's FLOPs, mean over the same layers.
         scored: Tokens that perplexity is measured over.
         loss: Sum of their negative log-likelihoods, in nats.
         agreed: How many of them are predicted to be what dense attention predicts.
@@ -79,7 +79,7 @@ def read_case(
     """Read a document densely and with each of `methods`; `advance` is called after every layer.
 
     Raises:
-        UsageError: The model's attention is not plain causal SDPA.
+        UsageError: No attention of the model is plain causal SDPA.
     """
     dense = None
     for name, attention in {DENSE: attend_densely, **methods}.items():
@@ -93,13 +93,18 @@ def prefill(
 ) -> tuple[Prediction, list[Work]]:
     """One prefill with a method's attention: what it predicts, and the work of each layer.
 
+    Layers with a mask of their own, as a window is, attend as in the model: methods choose among all earlier keys.
+
     Raises:
-        UsageError: The model's attention is not plain causal SDPA.
+        UsageError: No attention of the model is plain causal SDPA.
     """
     layers: list[Work] = []
     device = next(model.parameters()).device
 
     def handle(call: SdpaInputs) -> torch.Tensor:
+        if not call.is_plain:
+            advance()
+            return call.dense()
         synchronize(device)
         start = time.perf_counter()
         attended: Attended = attention(read_call(call))
@@ -110,7 +115,8 @@ def prefill(
     with SdpaIntercept(handle):
         prediction = predict(model, document, device)
     if not layers:
-        raise UsageError(f"{type(model).__name__} does not call SDPA, so its attention cannot be replaced.")
+        name = type(model).__name__
+        raise UsageError(f"{name} does not call SDPA for causal attention to all keys, so none can be replaced.")
     return prediction, layers
 
 

@@ -28,6 +28,7 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import attention
 from benchmarks.quality.attention import (
     METHODS,
+    Attended,
     attend_by_masks,
     attend_densely,
     attend_visits,
@@ -378,6 +379,25 @@ class TestRun:
         found = outcomes({"s2o": operator(S2OConfig(min_length=0)), **methods})
         dense, sparse, other, kept = ((one.seconds, one.prefill_seconds, one.attention_seconds) for one in found)
         assert dense == kept == (0, 0, 0) and sparse == (22, 2, 2) and other == (20, None, None)
+
+    def test_layers_with_a_window_attend_as_in_the_model(self) -> None:
+        transformers = pytest.importorskip("transformers")
+        config = transformers.Gemma3TextConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_attention_heads=4, num_key_value_heads=1,
+            head_dim=16, sliding_window=64, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"],
+        )  # fmt: skip
+        some = transformers.Gemma3ForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+        case = build_case(Characters(VOCABULARY), "niah", 1600, 0, Settings())
+        attended: list[str] = []
+
+        def nothing(layer: Layer) -> Attended:
+            attended.append(layer.facts["layer"])
+            return Attended(torch.zeros_like(layer.query), 0.25, 0.0)
+
+        exact = operator(S2OConfig(min_length=0, threshold=0))
+        dense, same, other = read_case(some, case, {"exact": exact, "nothing": nothing}, lambda: None)
+        assert same.agreed == dense.agreed and same.loss == pytest.approx(dense.loss, rel=1e-5) != other.loss
+        assert attended == ["1"] and other.density == 0.25
 
     def test_models_without_sdpa_are_refused(self) -> None:
         some = model()
