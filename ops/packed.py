@@ -1,8 +1,8 @@
 """Attention of packed requests: each that is worth it runs sparse alone, and all others run dense.
 
-Those that run sparse are gathered and given to ``torch.ops.s2o.attention``. Of the others, those of few queries run on
-a GPU in one call of a kernel that reads their keys where they are, and the rest there in calls of FlashAttention, or with
-what that lacks one by one; on a CPU all run one by one, which costs little there.
+Those that run sparse are gathered and given to ``torch.ops.s2o.attention``. Of the others, on a GPU, those of few
+queries run in one call of a kernel that reads their keys where they are, and the rest in calls of FlashAttention, or
+with what that lacks one by one; on a CPU all run one by one, which costs little there.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ The keys of a request are split between programs, and a second kernel adds up wh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -15,14 +16,16 @@ from ..requests import Request
 from ..upload import uploaded
 from .arguments import LOG2_E, padded
 from .attend import add_loaded
-from .helpers import LN_2, finite_or_zero, float32
+from .helpers import LN_2, NO_KEY, finite_or_zero, float32
 from .launch import launch
 from .plan import Tensors, planned
-from .tiling import Splits, decode_splits, decode_tiling, decoded_rows, multiprocessors, shared_memory
+from .tiling import decode_tiling, decoded_rows, keys_per_split, multiprocessors, shared_memory
 from .variants import kernel
 
 SPLITS = tl.constexpr(16)
 """Splits that are added up at once."""
+REQUESTS = tl.constexpr(256)
+"""Requests whose last splits are compared at once."""
 NO_BOUND = 2**30
 """Farther than any key from a query."""
 
@@ -58,20 +61,20 @@ def decode(
     left, right = (min(size, NO_BOUND) for size in window_size)
     queries = [request.query_count for request in requests]
     keys = [request.key_count for request in requests]
-    starts = _starts_of_keys(table, requests)
-    numbers = uploaded([*(request.rows.start for request in requests), *queries, *keys, *starts], query.device)
+    seen = keys if left < 0 else [min(pair[0], left + pair[1]) for pair in zip(keys, queries, strict=True)]
     most = triton.next_power_of_2(max(queries))
-    seen = (
-        keys if left < 0 else [min(count, left + of_request) for count, of_request in zip(keys, queries, strict=True)]
-    )
     lists = key.shape[-2] * _parts(query, key, most)[1]
-    splits = decode_splits(sum(seen), max(seen), lists, multiprocessors(query.device))
+    size = keys_per_split(sum(seen), lists, multiprocessors(query.device))
+    ends = list(itertools.accumulate(-(-count // size) for count in seen))
+    splits = triton.next_power_of_2(ends[-1]) if max(seen) > size else 0
+    rows = [request.rows.start for request in requests]
+    numbers = uploaded([*rows, *queries, *keys, *_starts_of_keys(table, requests), *ends], query.device)
     # Of how many rows, keys and pages there are the plan knows nothing.
     tensors = (
         out[:1], query[:1], key[:1], value[:1], None if table is None else table.as_strided((1,), table.stride()[1:]),
         numbers, None if sinks is None else sinks.contiguous(),
     )  # fmt: skip
-    planned(_decode, tensors, query.device, len(requests), most, splits, left, right, scale, softcap)
+    planned(_decode, tensors, query.device, len(requests), most, splits, size, left, right, scale, softcap)
 
 
 def _starts_of_keys(table: torch.Tensor | None, requests: Sequence[Request]) -> list[int]:
@@ -94,50 +97,60 @@ def _decode(
     device: torch.device,
     requests: int,
     queries: int,
-    splits: Splits,
+    splits: int,
+    size: int,
     left: int,
     right: int,
     scale: float,
     softcap: float,
 ) -> None:
-    """`decode` of some requests of so many queries at most, a power of two."""
+    """`decode` of requests of so many `queries` at most, in so many `splits` of a `size` at most; 0 for one of each."""
     out, query, key, value, table, numbers, sinks = tensors
     (_, heads, channels), kv_heads, wide = query.shape, key.shape[-2], value.shape[-1]
     heads_at_once, parts = _parts(query, key, queries)
     tiling = decode_tiling(
         max(channels, wide), key.element_size(), heads_at_once * queries, table is not None, shared_memory(device)
     )
-    is_split = splits.programs > 1
     partial, lse = out, out
-    if is_split:
-        partial = query.new_empty(requests, splits.programs, heads * queries, wide, dtype=torch.float32)
-        lse = query.new_empty(requests, splits.programs, heads * queries, dtype=torch.float32)
-    of_rows = (numbers if sinks is None else sinks, out, *out.stride()[:2])
+    if splits:
+        partial = query.new_empty(splits, heads * queries, wide, dtype=torch.float32)
+        lse = query.new_empty(splits, heads * queries, dtype=torch.float32)
+    of_rows = (numbers, numbers if sinks is None else sinks, out, *out.stride()[:2], partial, lse)
     shared = {
-        "requests": requests, "splits": splits.programs, "keys_per_split": splits.keys, "left": left, "LEFT": left >= 0,
-        "SINKS": sinks is not None, "OUT_STRIDE_D": out.stride(2), "QUERIES": queries,
-        "DV": wide, "BLOCK_DV": padded(wide),
+        "requests": requests, "left": left, "LEFT": left >= 0, "SINKS": sinks is not None, "QUERIES": queries,
+        "OUT_STRIDE_D": out.stride(2), "DV": wide, "BLOCK_DV": padded(wide),
     }  # fmt: skip
     launch(
-        decode_kernel, (requests * kv_heads * parts, splits.programs),
-        query, key, value, numbers if table is None else table, numbers, *of_rows, partial, lse,
+        decode_kernel, ((splits or requests) * kv_heads * parts,),
+        *of_rows, query, key, value, numbers if table is None else table,
         *query.stride(), *_strides(key), *_strides(value), 0 if table is None else table.stride(0),
-        kv_heads=kv_heads, right=right, scale=scale * LOG2_E, softcap=softcap * LOG2_E, **shared,
-        PAGE_SIZE=0 if table is None else key.shape[1], RIGHT=right >= 0, SOFTCAP=softcap > 0, SPLIT=is_split,
+        kv_heads=kv_heads, keys_per_split=size, right=right, scale=scale * LOG2_E, softcap=softcap * LOG2_E, **shared,
+        PAGE_SIZE=0 if table is None else key.shape[1], RIGHT=right >= 0, SOFTCAP=softcap > 0, SPLIT=splits > 0,
         GROUP_SIZE=heads // kv_heads, HEADS=heads_at_once, PARTS=parts, D=channels, BLOCK_D=padded(channels),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         **tiling.arguments,
     )  # fmt: skip
-    if is_split:
-        launch(
-            sum_kernel, (requests * heads * queries,), numbers, *of_rows, partial, lse, heads=heads, **shared,
-            num_warps=2,
-        )  # fmt: skip
+    if splits:
+        launch(sum_kernel, (requests * heads * queries,), *of_rows, heads=heads, **shared, num_warps=2)
 
 
 def _strides(pool: torch.Tensor) -> tuple[int, ...]:
     """Of pages, slots, heads and channels; without pages the first is 0."""
     return pool.stride() if pool.dim() == 4 else (0, *pool.stride())
+
+
+@triton.jit
+def _find_split(numbers, requests, split):
+    """Of a split among those of all requests: its request, or how many there are, and how many it has before this."""
+    ends = numbers + 4 * requests
+    request, before = 0, 0
+    for low in range(0, requests, REQUESTS):
+        lane = low + tl.arange(0, REQUESTS)
+        end = tl.load(ends + lane, mask=lane < requests, other=NO_KEY)
+        is_before = end <= split
+        request += tl.sum(is_before.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(is_before, end, 0), 0))
+    return request, split - before
 
 
 @triton.jit
@@ -182,11 +195,11 @@ def _divide(total, mass, maximum, sinks, head, real, SINKS: tl.constexpr):
 
 @kernel
 def decode_kernel(
-    query, key, value, table, numbers, sinks, out, out_stride_n, out_stride_h, partial, lse,
+    numbers, sinks, out, out_stride_n, out_stride_h, partial, lse, query, key, value, table,
     query_stride_n, query_stride_h, QUERY_STRIDE_D: tl.constexpr,
     key_stride_p, KEY_STRIDE: tl.constexpr, key_stride_h, KEY_STRIDE_D: tl.constexpr,
     value_stride_p, VALUE_STRIDE: tl.constexpr, value_stride_h, VALUE_STRIDE_D: tl.constexpr,
-    table_stride, requests, splits, keys_per_split, kv_heads, left, right, scale, softcap,
+    table_stride, requests, keys_per_split, kv_heads, left, right, scale, softcap,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr, QUERIES: tl.constexpr, GROUP_SIZE: tl.constexpr, HEADS: tl.constexpr,
     PARTS: tl.constexpr, OUT_STRIDE_D: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr,
@@ -194,19 +207,21 @@ def decode_kernel(
 ):  # fmt: skip
     """Attend the queries of one request, in some heads of one KV head, to a split of its keys.
 
-    Programs (request, KV head and part of its query heads, fastest; split). Without splits the result is written to
-    `out`, and else, normalised and with a log-sum-exp in units of log 2, to `partial` and `lse`, in the order of
-    requests, splits, heads and queries. A split past the keys of a request writes nothing.
+    Program (request or split, slowest; KV head; part of its query heads). Without splits the result is written to
+    `out`, and else, normalised and with a log-sum-exp in units of log 2, to `partial` and `lse` by split, head and
+    query. Programs past the last split do nothing.
     """
     # 1. Addresses.
-    place, split = tl.program_id(0), tl.program_id(1)
-    part, kv_head = place % PARTS, (place // PARTS % kv_heads).to(tl.int64)
-    request = place // (PARTS * kv_heads)
+    part, kv_head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS % kv_heads).to(tl.int64)
+    split = tl.program_id(0) // (PARTS * kv_heads)
+    request, place = split, 0
+    if SPLIT:
+        request, place = _find_split(numbers, requests, split)
+        if request >= requests:
+            return
     first_row, queries, keys, start, first = _load_request(numbers, requests, request, left, LEFT)
-    first += split * keys_per_split
-    end = tl.minimum(keys, first + keys_per_split) if SPLIT else keys
-    if SPLIT and first >= end:
-        return
+    first += place * keys_per_split
+    end = tl.minimum(keys, first + keys_per_split)
     unit = tl.maximum(float32(scale), 1e-30)
     softcap = float32(softcap) / unit
     row = tl.arange(0, BLOCK_M)
@@ -245,8 +260,7 @@ def decode_kernel(
     # 3. Epilogue.
     if SPLIT:
         total = _divide(total, mass, maximum, sinks, head, real, False)
-        of_split = (request.to(tl.int64) * splits + split) * (kv_heads * GROUP_SIZE * QUERIES)
-        places = of_split + head * QUERIES + position
+        places = (split.to(tl.int64) * kv_heads * GROUP_SIZE + head) * QUERIES + position
         channels = tl.arange(0, BLOCK_DV)
         pointers = partial + places[:, None] * DV + channels[None, :]
         tl.store(pointers, total, mask=real[:, None] & (channels < DV)[None, :])
@@ -261,26 +275,27 @@ def decode_kernel(
 
 @kernel
 def sum_kernel(
-    numbers, sinks, out, out_stride_n, out_stride_h, partial, lse,
-    heads, requests, splits, keys_per_split, left, LEFT: tl.constexpr, SINKS: tl.constexpr, QUERIES: tl.constexpr,
-    OUT_STRIDE_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    numbers, sinks, out, out_stride_n, out_stride_h, partial, lse, heads, requests, left,
+    LEFT: tl.constexpr, SINKS: tl.constexpr, QUERIES: tl.constexpr, OUT_STRIDE_D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Add up what the splits of a request have found. Program (request, slowest; head; query)."""
     rows = heads * QUERIES
-    request, row = (tl.program_id(0) // rows).to(tl.int64), tl.program_id(0) % rows
+    request, row = tl.program_id(0) // rows, tl.program_id(0) % rows
     head, position = (row // QUERIES).to(tl.int64), row % QUERIES
-    first_row, queries, keys, _, first = _load_request(numbers, requests, request, left, LEFT)
+    first_row, queries, _, _, _ = _load_request(numbers, requests, request, left, LEFT)
     if position >= queries:
         return
-    used = (keys - first + keys_per_split - 1) // keys_per_split
+    ends = numbers + 4 * requests + request
+    begin, end = tl.load(ends - 1, mask=request > 0, other=0), tl.load(ends)
     channels = tl.arange(0, BLOCK_DV)
     maximum = tl.full([1], float("-inf"), tl.float32)
     mass = tl.zeros([1], tl.float32)
     total = tl.zeros([1, BLOCK_DV], tl.float32)
-    for low in range(0, used, SPLITS):
+    for low in range(begin, end, SPLITS):
         split = low + tl.arange(0, SPLITS)
-        inside = split < used
-        places = (request * splits + split) * rows + row
+        inside = split < end
+        places = split.to(tl.int64) * rows + row
         of_splits = tl.load(lse + places, mask=inside, other=float("-inf"))
         outputs = _load_rows(partial, places * DV, inside, 1, DV, BLOCK_DV)
         before, maximum = maximum, tl.maximum(maximum, tl.max(of_splits, 0))

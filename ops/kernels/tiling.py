@@ -161,21 +161,13 @@ def decode_tiling(channels: int, itemsize: int, rows: int, paged: bool, shared: 
     return Tiling(rows, keys, 4, 1 + DECODED_BLOCKS * (2 if paged else 1))
 
 
-class Splits(NamedTuple):
-    """Into how many programs at most the keys of a request are divided, and how many keys each of them takes."""
+def keys_per_split(keys: int, lists: int, multiprocessors: int) -> int:
+    """How many keys of a request one program attends to at most, where all requests have so many in so many `lists`.
 
-    programs: int
-    keys: int
-
-
-def decode_splits(total: int, most: int, lists: int, multiprocessors: int) -> Splits:
-    """Of requests of `total` keys, `most` of them of one, in `lists` of heads that share them.
-
-    Both are powers of two, so that they rarely change while requests grow.
+    A power of two, so that it rarely changes while requests grow.
     """
-    wanted = max(SHORTEST_SPLIT, total * lists // (PROGRAMS * multiprocessors))
-    keys = next_power_of_2(wanted + 1) // 2
-    return Splits(next_power_of_2(max(1, -(-most // keys))), keys)
+    wanted = max(SHORTEST_SPLIT, keys * lists // (PROGRAMS * multiprocessors))
+    return next_power_of_2(wanted + 1) // 2
 
 
 @functools.cache

@@ -97,7 +97,7 @@ def build_decoding(
     query = torch.empty(queries, 2 * group_size, channels, dtype=dtype)
     pages, packed = torch.empty(40, 16, 2, channels, dtype=dtype), torch.empty(keys, 2, channels, dtype=dtype)
     table, request = torch.zeros(1, 40, dtype=torch.int32), Request(0, slice(0, queries), slice(0, keys))
-    pool, table, window = (pages, table, (200, 0)) if has_terms else (packed, None, (-1, 0))
+    pool, table, window = (pages, table, (290, 0)) if has_terms else (packed, None, (-1, 0))
     softcap, sinks = (30.0, torch.empty(2 * group_size)) if has_terms else (0.0, None)
     decode.decode(query, query, pool, pool, table, [request], window, 0.125, softcap, sinks)
 

@@ -15,14 +15,7 @@ from s2o_compile import S2OConfig, attention_varlen
 from s2o_compile.ops import packed
 from s2o_compile.ops.kernels import decode as kernel
 from s2o_compile.ops.kernels import plan, tiling
-from s2o_compile.ops.kernels.tiling import (
-    DECODED_BLOCKS,
-    PROGRAMS,
-    SHORTEST_SPLIT,
-    Splits,
-    decode_splits,
-    decode_tiling,
-)
+from s2o_compile.ops.kernels.tiling import DECODED_BLOCKS, PROGRAMS, SHORTEST_SPLIT, decode_tiling, keys_per_split
 from s2o_compile.ops.requests import read_requests
 
 from ..examples import examples
@@ -153,6 +146,13 @@ def test_the_output_is_written_to_its_rows_alone() -> None:
         assert (buffer == 7).all()
 
 
+@pytest.mark.usefixtures("_by_the_kernel", "_in_splits")
+def test_many_requests_of_different_lengths() -> None:
+    """More than are looked through at once, of no keys and of many splits."""
+    lengths = tuple((1 + place % 2, place * 37 % 50 if place % 3 else 0) for place in range(300))
+    check(dataclasses.replace(BATCH, lengths=(*lengths, (2, 170)), kv_heads=1, per_kv_head=1), torch.float32)
+
+
 @pytest.mark.usefixtures("_in_splits")
 @pytest.mark.parametrize("block_size", [None, 5])
 def test_requests_without_keys(block_size: int | None) -> None:
@@ -180,20 +180,15 @@ def test_steps_of_a_server_share_a_plan() -> None:
 
 
 @pytest.mark.parametrize("lists", [1, 8, 96])
-@pytest.mark.parametrize(
-    "keys", [[1], [255], [256], [257], [4096] * 16, [32768] * 16, [1024] * 64, [131072], [131072, *[1024] * 63]]
-)
-def test_splits_fill_a_gpu(keys: list[int], lists: int) -> None:
-    splits = decode_splits(sum(keys), max(keys), lists, 132)
-    assert splits.programs * splits.keys >= max(keys) and splits.keys >= SHORTEST_SPLIT
-    assert all(number & (number - 1) == 0 for number in splits)
-    programs = sum(-(-count // splits.keys) for count in keys) * lists
-    assert splits.keys == SHORTEST_SPLIT or programs >= PROGRAMS * 132
+@pytest.mark.parametrize("keys", [1, 255, 256, 257, 16 * 4096, 16 * 32768, 131072 + 63 * 1024])
+def test_splits_fill_a_gpu(keys: int, lists: int) -> None:
+    size = keys_per_split(keys, lists, 132)
+    assert size >= SHORTEST_SPLIT and size & (size - 1) == 0
+    assert size == SHORTEST_SPLIT or keys // size * lists >= PROGRAMS * 132
 
 
 def test_splits_stay_while_requests_grow() -> None:
-    found = {decode_splits(16 * keys, keys, 8, 132) for keys in range(4096, 8192, 16)}
-    assert len(found) <= 3 and all(isinstance(splits, Splits) for splits in found)
+    assert len({keys_per_split(16 * keys, 8, 132) for keys in range(4096, 8192, 16)}) <= 2
 
 
 @pytest.mark.parametrize("shared", [99 * 1024, 163 * 1024, 227 * 1024])
@@ -238,7 +233,7 @@ def test_on_a_gpu(changes: dict[str, Any], dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads, per_kv_head", [(1, 1), (8, 4), (2, 6), (1, 71)])
-@pytest.mark.parametrize("queries, layout", zip([1, 2, 5, 8, 1], LAYOUTS, strict=True))
+@pytest.mark.parametrize("queries, layout", list(zip([1, 2, 5, 8, 1], LAYOUTS, strict=True)))
 def test_heads_and_layouts_on_a_gpu(queries: int, layout: str, kv_heads: int, per_kv_head: int) -> None:
     call = dataclasses.replace(
         BATCH, lengths=((queries, 5000), (1, 777), (queries, 2048)), kv_heads=kv_heads, per_kv_head=per_kv_head,
