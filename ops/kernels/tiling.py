@@ -167,7 +167,7 @@ def keys_per_split(keys: int, lists: int, multiprocessors: int) -> int:
     A power of two, so that it rarely changes while requests grow.
     """
     wanted = max(SHORTEST_SPLIT, keys * lists // (PROGRAMS * multiprocessors))
-    return next_power_of_2(wanted + 1) // 2
+    return 1 << (wanted.bit_length() - 1)
 
 
 @functools.cache
