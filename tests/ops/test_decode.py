@@ -133,7 +133,10 @@ def test_only_requests_of_few_queries_go_to_the_kernel(block_size: int | None, m
 
 
 @pytest.mark.usefixtures("_by_the_kernel")
-def test_the_output_is_written_to_its_rows_alone() -> None:
+@pytest.mark.parametrize("is_split", [False, True])
+def test_the_output_is_written_to_its_rows_alone(is_split: bool, request: pytest.FixtureRequest) -> None:
+    if is_split:
+        request.getfixturevalue("_in_splits")
     arguments = BATCH.arguments(DEVICE)
     want = attention_varlen(**arguments, config=DENSE)
     end = BATCH.rows[-1].stop
