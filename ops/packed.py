@@ -1,12 +1,13 @@
 """Attention of packed requests: each that is worth it runs sparse alone, and all others run dense.
 
-Those that run sparse are gathered and given to ``torch.ops.s2o.attention``. The others run on a GPU in one call of
-FlashAttention, or with what that lacks in a few batches and one by one; on a CPU one by one, which costs little there.
+Those that run sparse are gathered and given to ``torch.ops.s2o.attention``. Of the others, on a GPU, those of few
+queries run in one call of a kernel that reads their keys where they are, and the rest in calls of FlashAttention, or
+with what that lacks one by one; on a CPU all run one by one, which costs little there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from .dense import positive_scale
 from .dispatch import DENSE_AT_ANY_LENGTH, choose_sparse, dense_queries
 from .fused import attend_packed, can_attend_packed
 from .memory import workspace
-from .padded import attend_padded, of_similar_length
 from .paged import gathered, joined, merged
 from .requests import Request, visibility_of
 from .result import AttentionResult
@@ -24,7 +24,7 @@ from .rule.sinks import add_sinks
 from .visibility import Visibility
 
 _FEW_QUERIES = 8
-"""Up to how many queries a request may have to be padded into a batch with others."""
+"""Up to how many queries a request may have for the kernel that reads its keys where they are."""
 
 
 class Packed(NamedTuple):
@@ -76,9 +76,9 @@ class Packed(NamedTuple):
         return groups
 
     @property
-    def pads(self) -> bool:
-        """Whether requests of few queries are padded into a batch, as each call costs the host much of its time."""
-        return self.query.is_cuda
+    def decodes(self) -> bool:
+        """Whether `decode` takes requests of few queries: on a GPU, where there is anything to attend with."""
+        return self.query.is_cuda and 0 not in (*self.query.shape, self.value.shape[-1])
 
     def attend_sparsely(self, request: Request) -> torch.Tensor:
         """The output of the operator for one request, [Lq, Hq, Dv]."""
@@ -89,12 +89,15 @@ class Packed(NamedTuple):
         (request,) = requests
         return self._attend(request, self._dense_config)
 
-    def attend_padded(self, requests: Sequence[Request]) -> torch.Tensor:
-        """The output of the operator for a batch of requests, dense, [sum of their queries, Hq, Dv]."""
-        return attend_padded(
-            *self.operands(requests), requests, self.window_size, scale=self.scale, softcap=self.softcap,
-            sinks=self.sinks, site=self.site, **self._dense_config.arguments(),
-        )  # fmt: skip
+    def decode(self, out: torch.Tensor, requests: Sequence[Request]) -> None:
+        """Fill the rows of requests of few queries in `out` by dense attention, without gathering their keys."""
+        from .kernels.decode import decode
+
+        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        query, scale = positive_scale(self.query, scale)
+        assert scale is not None
+        pools = self.key, self.value, self.table
+        decode(out, query, *pools, requests, self.window_size, scale, self.softcap, self.sinks)
 
     def _attend(self, request: Request, config: S2OConfig) -> torch.Tensor:
         query, key, value = (x.transpose(0, 1)[None] for x in self.operands([request]))
@@ -134,29 +137,25 @@ def attend_requests(out: torch.Tensor, requests: Sequence[Request], call: Packed
 
 def _attend_densely(out: torch.Tensor, requests: Sequence[Request], call: Packed) -> None:
     """Fill the rows of requests that have queries by dense attention, in as few calls as there is a way for."""
-    some = []
-    for request in requests:
-        if request.key_count:
-            some.append(request)
-        else:
-            out[request.rows] = 0
-    if not call.softcap and can_attend_packed(call.query, call.key, call.value):
-        _attend_groups(out, call.that_fit(some), call.attend_together)
-        return
     few: list[Request] = []
-    alone: list[list[Request]] = []
-    for request in some:
-        if call.pads and request.query_count <= _FEW_QUERIES:
+    some: list[Request] = []
+    for request in requests:
+        if not request.key_count:
+            out[request.rows] = 0
+        elif request.query_count <= _FEW_QUERIES and call.decodes:
             few.append(request)
         else:
-            alone.append([request])
-    batches = (batch for group in of_similar_length(few) for batch in call.that_fit(group))
-    _attend_groups(out, batches, call.attend_padded)
-    _attend_groups(out, alone, call.attend_densely)
+            some.append(request)
+    if few:
+        call.decode(out, few)
+    if not call.softcap and can_attend_packed(call.query, call.key, call.value):
+        _attend_groups(out, call.that_fit(some), call.attend_together)
+    else:
+        _attend_groups(out, [[request] for request in some], call.attend_densely)
 
 
 def _attend_groups(
-    out: torch.Tensor, groups: Iterable[Sequence[Request]], attend: Callable[[Sequence[Request]], torch.Tensor]
+    out: torch.Tensor, groups: Sequence[Sequence[Request]], attend: Callable[[Sequence[Request]], torch.Tensor]
 ) -> None:
     """Fill the rows of requests, group by group."""
     for group in groups:

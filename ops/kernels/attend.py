@@ -116,6 +116,17 @@ def add_keys(
         inside = tl.max(seen.to(tl.int32), 0) > 0
     keys = load_rows(key, index, inside, KEY_STRIDE, D, BLOCK_D)
     values = load_rows(value, index, inside, VALUE_STRIDE, DV, BLOCK_DV)
+    return add_loaded(
+        maximum, mass, total, rows, keys, values, seen, bias, limit, unit, softcap, FIXED, SOFTCAP, PRECISION
+    )
+
+
+@triton.jit
+def add_loaded(
+    maximum, mass, total, rows, keys, values, seen, bias, limit, unit, softcap,
+    FIXED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`add_keys` of keys [N, BLOCK_D] and values [N, BLOCK_DV] that are loaded."""
     logits = tl.dot(rows, tl.trans(keys), input_precision=PRECISION)
     if SOFTCAP:
         logits = cap(logits, softcap)

@@ -22,6 +22,18 @@ MERGED_REGISTERS = 168
 """Of a thread there: three programs share a multiprocessor of 65,536."""
 MAX_GUIDE_BYTES = 32 * 1024
 """Bytes of guides that stay with a program while it goes through its keys."""
+DECODED_BLOCKS = 2
+"""Blocks of keys that wait in shared memory there."""
+SHORTEST_SPLIT = 256
+"""Keys of a request that one program attends to, at least: fewer would pay for its start and for the sum of all."""
+PROGRAMS = 6
+"""Of a multiprocessor, when requests decode: some have more to do than others, and two or three run at a time."""
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a device has; 1 for what is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache
@@ -129,6 +141,33 @@ def dense_tiling(channels: int, itemsize: int, shared: int) -> Tiling:
     room = (shared // row_bytes - rows) // (2 * stages)
     keys = next(keys for keys in (64, 32, 16) if keys <= max(16, room))
     return Tiling(rows, keys, 4 if channels <= 64 else 8, stages)
+
+
+def decoded_rows(itemsize: int) -> int:
+    """How many rows of queries, over the query heads of a KV head, `decode_kernel` takes at once at most."""
+    return 64 if itemsize <= 2 else 16
+
+
+@functools.cache
+def decode_tiling(channels: int, itemsize: int, rows: int, paged: bool, shared: int) -> Tiling:
+    """Of `decode_kernel`, for rows of queries, the channels of the wider of a key and a value, and the bytes of each.
+
+    Two blocks are on their way while one program computes; keys are as many as leave room for three such programs in
+    the bytes of `shared` memory. Of the stages, the loads of pages that say where keys are take one for each of theirs.
+    """
+    rows, block_bytes = max(16, next_power_of_2(rows)), 2 * next_power_of_2(channels) * itemsize
+    most = shared // (3 * DECODED_BLOCKS * block_bytes)
+    keys = next((keys for keys in (128, 64, 32) if keys <= most), 16) if itemsize <= 2 else 16
+    return Tiling(rows, keys, 4, 1 + DECODED_BLOCKS * (2 if paged else 1))
+
+
+def keys_per_split(keys: int, lists: int, multiprocessors: int) -> int:
+    """How many keys of a request one program attends to at most, where all requests have so many in so many `lists`.
+
+    A power of two, so that it rarely changes while requests grow.
+    """
+    wanted = max(SHORTEST_SPLIT, keys * lists // (PROGRAMS * multiprocessors))
+    return 1 << (wanted.bit_length() - 1)
 
 
 @functools.cache

@@ -16,8 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from s2o_compile.ops import Ranking, S2OConfig
-from s2o_compile.ops.kernels import attend, dense, pipeline, quantise
+from s2o_compile.ops.kernels import attend, decode, dense, pipeline, quantise
 from s2o_compile.ops.kernels.launch import launching
+from s2o_compile.ops.requests import Request
 from s2o_compile.ops.visibility import Visibility
 
 MERGED = S2OConfig(ranking=Ranking(merge_length=0))
@@ -89,12 +90,25 @@ def build(capability: int, kernel: Any, grid: Any, positional: tuple[Any, ...], 
     print(kernel.__name__)
 
 
+def build_decoding(
+    dtype: torch.dtype, channels: int, group_size: int, queries: int, keys: int, has_terms: bool
+) -> None:
+    """Build the kernels for requests of few queries: of pages with all terms, and of packed keys without."""
+    query = torch.empty(queries, 2 * group_size, channels, dtype=dtype)
+    pages, packed = torch.empty(40, 16, 2, channels, dtype=dtype), torch.empty(keys, 2, channels, dtype=dtype)
+    table, request = torch.zeros(1, 40, dtype=torch.int32), Request(0, slice(0, queries), slice(0, keys))
+    pool, table, window = (pages, table, (290, 0)) if has_terms else (packed, None, (-1, 0))
+    softcap, sinks = (30.0, torch.empty(2 * group_size)) if has_terms else (0.0, None)
+    decode.decode(query, query, pool, pool, table, [request], window, 0.125, softcap, sinks)
+
+
 def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     """The default setting, and other settings where there is float8; all terms at once where there is none.
 
     With `is_all` both, many heads of a group, and each of the other settings.
     """
-    attend.shared_memory = dense.shared_memory = lambda device: CAPABILITIES[capability]
+    attend.shared_memory = dense.shared_memory = decode.shared_memory = lambda device: CAPABILITIES[capability]
+    decode.multiprocessors = lambda device: 132
     query, key = torch.empty(1, 4, 300, 64, dtype=dtype), torch.empty(1, 2, 300, 64, dtype=dtype)
     many = torch.empty(1, 12, 300, 64, dtype=dtype)
     documents, mask = torch.zeros(1, 300, dtype=torch.int64), torch.ones(1, 1, 300, 300, dtype=torch.bool)
@@ -109,6 +123,10 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
         pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, MERGED)
     if dtype != torch.float32:
         dense.attend_densely(query, key, key, terms._replace(mask=None), 0.125, 0.0)
+    build_decoding(dtype, 128, 4, 1, 300, True)
+    for channels, group_size, queries in ((64, 6, 1), (128, 4, 1), (128, 7, 8), (256, 2, 8)) if is_all else ():
+        build_decoding(dtype, channels, group_size, queries, 300, True)
+        build_decoding(dtype, channels, group_size, queries, 200, False)
     for config in (OTHERS if is_all else [ALL_KERNELS]) if has_float8 else ():
         padded = Visibility(True, key_padding=mask[0, 0, :1])
         pipeline.sparse_attention(query, key, key, padded, 0.125, 0.0, config)

@@ -12,13 +12,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from s2o_compile.ops import Ranking, S2OConfig
-from s2o_compile.ops.kernels import attend, dense, pipeline, quantise
+from s2o_compile.ops.kernels import attend, decode, dense, pipeline, quantise
 from s2o_compile.ops.kernels.plan import Launch, layout_of, plan_of
+from s2o_compile.ops.requests import Request
 from s2o_compile.ops.visibility import Visibility
 
 LENGTHS = 16384, 16000, 8193, 32767, 65536
 """Multiples of 16 and others; the first is what kernels are compiled for, where the next lengths rank any keys."""
 MERGED = Ranking(merge_length=0)
+HALF: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
 CALLS: dict[str, Callable[[int], tuple[Visibility, Ranking]]] = {
     "causal": lambda length: (Visibility(True), MERGED),
     "both directions": lambda length: (Visibility(), MERGED),
@@ -41,6 +43,14 @@ def look_up(compute: Any, tensors: Any, device: torch.device, *constants: Any, l
             step.kernel.run(*arguments, grid=step.grid, warmup=True, **step.options)
 
 
+def decode_some(length: int) -> None:
+    """Have requests of about a length decode, of pages in a table that is as wide as they need, beside a prompt."""
+    some = [Request(number, slice(number, number + 1), slice(0, length - number)) for number in range(1 + length % 7)]
+    query, pages = torch.empty(length, 12, 128, **HALF), torch.empty(length // 16 + 9, 16, 2, 128, **HALF)
+    table = torch.empty(len(some), length // 16 + 1, dtype=torch.int32, device="meta")
+    decode.decode(query, query, pages, pages, table, some, (-1, 0), 0.1, 0.0, None)
+
+
 def main() -> None:
     """All calls, of all lengths."""
     driver.set_active(
@@ -50,8 +60,9 @@ def main() -> None:
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
         )
     )
-    pipeline.planned = dense.planned = look_up
-    attend.shared_memory = dense.shared_memory = lambda device: 227 * 1024
+    pipeline.planned = dense.planned = decode.planned = look_up
+    attend.shared_memory = dense.shared_memory = decode.shared_memory = lambda device: 227 * 1024
+    decode.multiprocessors = lambda device: 132
     quantise.ranks_in_float8 = lambda guides, softcap, device: True
     quantise.sums_in_half = lambda operands, takes_mean, device: not takes_mean
     found: set[str] = set()
@@ -66,11 +77,12 @@ def main() -> None:
     knobs.runtime.jit_cache_hook = look
     for name, call in CALLS.items():
         for length in LENGTHS:
-            query, key = (torch.empty(1, heads, length, 128, dtype=torch.bfloat16, device="meta") for heads in (12, 2))
+            query, key = (torch.empty(1, heads, length, 128, **HALF) for heads in (12, 2))
             visibility, ranking = call(length)
             pipeline.sparse_attention(query, key, key, visibility, 0.1, 0.0, S2OConfig(ranking=ranking))
             if ranking == MERGED:
                 dense.attend_densely(query, key, key, visibility, 0.1, 0.0)
+            decode_some(length)
             if length != LENGTHS[0]:
                 print(*(f"{name}, {length}: {kernel}" for kernel in new), sep="\n", end="\n" if new else "")
             new.clear()

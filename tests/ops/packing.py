@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
+
+from .comparison import dense, largest_difference
 
 NOTHING = torch.nan
 LAYOUTS = ("NHD", "HND", "side by side", "every second page", "channels strided")
@@ -172,3 +174,27 @@ def packings(draw: st.DrawFn, longest: int = 200) -> Packing:
         padding=draw(st.sampled_from([0, 3])),
         seed=draw(st.integers(0, 2**16)),
     )
+
+
+def visible(queries: int, keys: int, window_size: tuple[int, int], device: str) -> torch.Tensor:
+    """What flash_attn's documentation says that a window shows, aligned at the bottom right, [Lq, Lk]."""
+    left, right = window_size
+    ahead = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None] - (keys - queries)
+    return (ahead <= (right if right >= 0 else queries + keys)) & (ahead >= (-left if left >= 0 else -(queries + keys)))
+
+
+def dense_of(call: Packing, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Dense attention of each request alone in float64, [Lq, Hq, Dv]."""
+    outputs = []
+    for operands in call.requests(device, dtype):
+        mask = visible(len(operands[0]), len(operands[1]), call.window_size, device)
+        alone = [x.transpose(0, 1)[None] for x in operands]
+        outputs.append(dense(*alone, mask, call.scale, call.softcap, call.sinks(device))[0].transpose(0, 1))
+    return outputs
+
+
+def assert_rows(call: Packing, got: torch.Tensor, want: Sequence[torch.Tensor], tolerance: float) -> None:
+    """Compare all requests, and that what belongs to none of them is zero."""
+    for rows, of_request in zip(call.rows, want, strict=True):
+        assert largest_difference(got[rows], of_request) <= tolerance
+    assert not got[sum(queries for queries, _ in call.lengths) :].any()

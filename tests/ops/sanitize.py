@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from s2o_compile import Ranking, S2OConfig, attention
+from s2o_compile import Ranking, S2OConfig, attention, attention_varlen
 from s2o_compile.ops.kernels.dense import attend_densely
 from s2o_compile.ops.visibility import Visibility
 
@@ -71,8 +71,23 @@ def call_dense(dtype: torch.dtype, arguments: dict[str, Any]) -> int:
     return 1
 
 
+def call_packed(dtype: torch.dtype, queries: int, pages: int, arguments: dict[str, Any]) -> int:
+    """Make one call of requests of few queries, in pages of 7 keys in no order, and check that it gives numbers."""
+    keys = [POSITIONS, 3, pages * 7, 500]
+    query = torch.randn(queries * len(keys), 6, 128, device="cuda", dtype=dtype)
+    key, value = (torch.randn(len(keys) * pages, 7, 2, 128, device="cuda", dtype=dtype) for _ in "kv")
+    table = torch.randperm(len(key), device="cuda").view(len(keys), pages).int()
+    starts = [queries * number for number in range(len(keys) + 1)]
+    named = {"window_size": (-1, 0), **arguments}
+    output = attention_varlen(
+        query, key, value, starts, None, queries, max(keys), seqused_k=keys, block_table=table, **named
+    )
+    assert not output.isnan().any()
+    return 1
+
+
 def main() -> None:
-    """All settings; all terms, also of other numbers of heads; other precisions; dense attention without masks."""
+    """All settings; all terms, also of other numbers of heads; other precisions; dense attention, also of pages."""
     torch.manual_seed(0)
     made = sum(call(config, 4, 1, torch.bfloat16, {}) for config in SETTINGS.values())
     default = SETTINGS["default"]
@@ -82,6 +97,10 @@ def main() -> None:
         made += sum(call(SETTINGS[name], 4, 1, dtype, {}) for name in ("default", "dense", "packed"))
     for dtype in (torch.bfloat16, torch.float16):
         made += sum(call_dense(dtype, term) for term in terms(4).values() if "mask" not in term)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        sinks = torch.randn(6, device="cuda")
+        for named in ({}, {"window_size": (100, 2), "softcap": 30.0, "sinks": sinks}):
+            made += sum(call_packed(dtype, queries, 200, named) for queries in (1, 5))
     torch.cuda.synchronize()
     print(f"{made} calls")
 

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from s2o_compile import S2OConfig, attention, attention_varlen
-from s2o_compile.ops import observe, packed, padded, paged, requests
+from s2o_compile.ops import observe, packed, paged, requests
 from s2o_compile.ops.config import replaced
 from s2o_compile.ops.memory import limited_workspace
 from s2o_compile.ops.reference_variants import reference_attention
@@ -22,8 +22,8 @@ from s2o_compile.ops.reference_varlen import reference_attention_varlen
 from s2o_compile.ops.visibility import Visibility
 
 from ..examples import examples
-from .comparison import dense, largest_difference
-from .packing import BLOCK_SIZES, LAYOUTS, Packing, packings
+from .comparison import largest_difference
+from .packing import BLOCK_SIZES, LAYOUTS, Packing, assert_rows, dense_of, packings, visible
 from .strategies import configs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,23 +48,6 @@ BATCH = Packing(
 """Decoding requests, first chunks, a chunk with a past, requests of nothing."""
 
 
-def visible(queries: int, keys: int, window_size: tuple[int, int], device: str) -> torch.Tensor:
-    """What flash_attn's documentation says that a window shows, aligned at the bottom right, [Lq, Lk]."""
-    left, right = window_size
-    ahead = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None] - (keys - queries)
-    return (ahead <= (right if right >= 0 else queries + keys)) & (ahead >= (-left if left >= 0 else -(queries + keys)))
-
-
-def dense_of(call: Packing, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Dense attention of each request alone in float64, [Lq, Hq, Dv]."""
-    outputs = []
-    for operands in call.requests(device, dtype):
-        mask = visible(len(operands[0]), len(operands[1]), call.window_size, device)
-        alone = [x.transpose(0, 1)[None] for x in operands]
-        outputs.append(dense(*alone, mask, call.scale, call.softcap, call.sinks(device))[0].transpose(0, 1))
-    return outputs
-
-
 def terms_of(call: Packing, query: torch.Tensor, key: torch.Tensor) -> Visibility:
     """What the operator is told of a request alone, of [B, H, L, D]."""
     (left, right), offset = call.window_size, key.shape[2] - query.shape[2]
@@ -78,13 +61,6 @@ def alone(call: Packing, number: int, config: S2OConfig, device: str = "cpu") ->
     terms, extra = terms_of(call, query, key), {"softcap": call.softcap, "sinks": call.sinks(device)}
     output = attention(query, key, value, **terms._asdict(), scale=call.scale, **extra, config=config)
     return output[0].transpose(0, 1)
-
-
-def assert_rows(call: Packing, got: torch.Tensor, want: Sequence[torch.Tensor], tolerance: float) -> None:
-    """Compare all requests, and that what belongs to none of them is zero."""
-    for rows, of_request in zip(call.rows, want, strict=True):
-        assert largest_difference(got[rows], of_request) <= tolerance
-    assert not got[sum(queries for queries, _ in call.lengths) :].any()
 
 
 @settings(max_examples=examples(60))
@@ -261,15 +237,6 @@ def test_what_flash_attention_gets_and_gives(call: Packing, min_length: int) -> 
     assert_rows(call, got, dense_of(call), 2e-5)
 
 
-@settings(max_examples=examples(60))
-@given(packings())
-def test_requests_that_decode_are_padded_into_batches(call: Packing) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed.Packed, "pads", True)
-        got = attention_varlen(**call.arguments(), config=S2OConfig(min_length=10**6))
-    assert_rows(call, got, dense_of(call), 2e-5)
-
-
 @pytest.mark.parametrize("block_size, sizes", [(None, [5]), (1, [1, 2, 1, 1])])
 def test_pages_are_gathered_within_the_workspace(block_size: int | None, sizes: list[int]) -> None:
     call = dataclasses.replace(BATCH, block_size=block_size).arguments()
@@ -278,25 +245,6 @@ def test_pages_are_gathered_within_the_workspace(block_size: int | None, sizes: 
     with limited_workspace(200 * 2 * (16 + 24) * 4):
         assert [len(group) for group in shared.that_fit(some)] == sizes
         assert shared.that_fit([]) == []
-
-
-@pytest.mark.parametrize("softcap", [0.0, 4.0])
-def test_padded_batches_are_few(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-
-    def attend(query: torch.Tensor, key: Any, value: Any, some: Any, *rest: Any, **arguments: Any) -> torch.Tensor:
-        sizes.append(len(some))
-        return padded.attend_padded(query, key, value, some, *rest, **arguments)
-
-    monkeypatch.setattr(packed.Packed, "pads", True)
-    monkeypatch.setattr(packed, "attend_padded", attend)
-    lengths = [(1, 64), (3, 65), (8, 127), (2, 130), (1, 250), (1, 3)]
-    call = dataclasses.replace(BATCH, lengths=(*lengths, (9, 70)), softcap=softcap)
-    assert_rows(call, attention_varlen(**call.arguments()), dense_of(call), 2e-5)
-    assert sizes == [3, 2, 1]
-    with limited_workspace(200 * 2 * (16 + 24) * 4):  # Of 200 keys.
-        attention_varlen(**call.arguments())
-    assert sizes[3:] == [2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("min_length", [0, 10**6])
