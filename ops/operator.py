@@ -23,6 +23,7 @@ from .dispatch import choose_sparse, has_kernels
 from .distributed import is_dtensor, local_shape, refuse_context_parallel, validate_placements
 from .memory import fit_into_memory
 from .observe import SparseInputs, recorded
+from .outcomes import Outcome, call_key, remember, remembered
 from .part import Part
 from .result import AttentionResult
 from .rule.sinks import add_sinks
@@ -103,6 +104,8 @@ class Call(NamedTuple):
     sinks: torch.Tensor | None
     site: str
     config: S2OConfig
+    is_sparse: bool | None = None
+    """What `chooses_sparse` says, where that is known already."""
 
     @classmethod
     def of(
@@ -128,23 +131,34 @@ class Call(NamedTuple):
         `site` is what profiles and traces call it, by default its shapes; `settings` are `S2OConfig.arguments`.
         """
         refuse_context_parallel()
-        config = S2OConfig.from_arguments(**settings)
         query, key, value = autocast(query, key, value)
         terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
+        known_by = call_key(query, key, value, terms, scale, softcap, settings) if sinks is None else None
+        outcome = remembered(known_by)
+        if outcome is not None:
+            return cls(query, key, value, outcome.terms, scale, softcap, sinks, site, outcome.config, outcome.is_sparse)
+        config = S2OConfig.from_arguments(**settings)
         validate(query, key, value, terms, scale, softcap, sinks)
         validate_placements(
             query=query, key=key, value=value, key_padding=key_padding, query_documents=query_documents,
             key_documents=key_documents, mask=mask, sinks=sinks,
         )  # fmt: skip
+        given = query
         query, key = with_channels(query), with_channels(key)
         query, scale = positive_scale(query, scale)
         if terms.mask is not None:
             terms = terms._replace(mask=terms.mask[(None,) * (4 - terms.mask.dim())])
         terms = terms.simplified(query.shape[2], key.shape[2])
-        return cls(query, key, value, terms, scale, softcap, sinks, site, config)
+        call = cls(query, key, value, terms, scale, softcap, sinks, site, config)
+        if known_by is None or query is not given or (is_sparse := call.chooses_sparse()) is None:
+            return call
+        remember(known_by, Outcome(terms, config, is_sparse))
+        return call._replace(is_sparse=is_sparse)
 
     def chooses_sparse(self) -> bool | None:
         """Whether the call is worth the sparse path; None where that is known at run time only."""
+        if self.is_sparse is not None:
+            return self.is_sparse
         shapes = local_shape(self.query), local_shape(self.key), local_shape(self.value)
         return choose_sparse(*shapes, self.visibility, self.query.device, self.query.dtype, self.config)
 
