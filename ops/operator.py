@@ -9,9 +9,10 @@ Where lengths are symbolic and the choice depends on them, they call `attention_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -176,7 +177,7 @@ class Call(NamedTuple):
         query, key, value = self.query, self.key, self.value
         if is_dtensor(query):
             return self.dense_of_dtensors()
-        if 0 in (*query.shape, *key.shape, *value.shape):
+        if 0 in query.shape or 0 in key.shape or 0 in value.shape:
             return query.new_zeros(*query.shape[:3], value.shape[3])
         if not self.softcap and self.sinks is None:
             return dense_attention(query, key, value, self.visibility, self.scale)
@@ -245,8 +246,8 @@ def with_channels(x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether there are no queries, or no keys that they could see."""
-    return 0 in (*query.shape[:3], *key.shape[1:3])
+    """Whether there are no queries, or no keys that they could see; both have channels."""
+    return 0 in query.shape or 0 in key.shape
 
 
 def _sparse_cpu(*arguments: Any) -> AttentionResult:
@@ -259,15 +260,23 @@ def _attend_by_torch(call: SparseInputs, config: S2OConfig) -> AttentionResult:
 
 
 def _sparse_cuda(*arguments: Any) -> AttentionResult:
-    def attend(call: SparseInputs, config: S2OConfig) -> AttentionResult:
-        if not has_kernels(call.visibility, config):
-            return _attend_by_torch(call, config)
-        from .kernels.pipeline import sparse_attention
+    return _dispatched(_attend_by_kernels, *arguments)
 
-        operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
-        return sparse_attention(*operands, config, call.part)
 
-    return _dispatched(attend, *arguments)
+def _attend_by_kernels(call: SparseInputs, config: S2OConfig) -> AttentionResult:
+    if not has_kernels(call.visibility, config):
+        return _attend_by_torch(call, config)
+    operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
+    result: AttentionResult = _kernels().sparse_attention(*operands, config, call.part)
+    return result
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """The implementation in Triton, which is imported where it is first called; a statement would look each time."""
+    from .kernels import pipeline
+
+    return pipeline
 
 
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -291,7 +300,7 @@ def _dispatched(
     if _is_empty(query, key):
         return AttentionResult.of_nothing(query, value, call.config.ranking.tile)
     with without_autocast(query.device.type):
-        return recorded(call, lambda: fit_into_memory(partial(attend, call), call.config))
+        return recorded(call, lambda: fit_into_memory(functools.partial(attend, call), call.config))
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
