@@ -9,9 +9,10 @@ Where lengths are symbolic and the choice depends on them, they call `attention_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +24,12 @@ from .dispatch import choose_sparse, has_kernels
 from .distributed import is_dtensor, local_shape, refuse_context_parallel, validate_placements
 from .memory import fit_into_memory
 from .observe import SparseInputs, recorded
+from .outcomes import Outcome, call_key, remember, remembered
 from .part import Part
 from .result import AttentionResult
 from .rule.sinks import add_sinks
 from .sizes import statically_known_true
-from .surroundings import is_packaging
+from .surroundings import is_packaging, is_watched
 from .validation import validate
 from .visibility import Visibility
 
@@ -103,6 +105,8 @@ class Call(NamedTuple):
     sinks: torch.Tensor | None
     site: str
     config: S2OConfig
+    is_sparse: bool | None = None
+    """What `chooses_sparse` says, where that is known already."""
 
     @classmethod
     def of(
@@ -128,23 +132,34 @@ class Call(NamedTuple):
         `site` is what profiles and traces call it, by default its shapes; `settings` are `S2OConfig.arguments`.
         """
         refuse_context_parallel()
-        config = S2OConfig.from_arguments(**settings)
         query, key, value = autocast(query, key, value)
         terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
+        known_by = call_key(query, key, value, terms, scale, softcap, settings) if sinks is None else None
+        outcome = remembered(known_by)
+        if outcome is not None:
+            return cls(query, key, value, outcome.terms, scale, softcap, sinks, site, outcome.config, outcome.is_sparse)
+        config = S2OConfig.from_arguments(**settings)
         validate(query, key, value, terms, scale, softcap, sinks)
         validate_placements(
             query=query, key=key, value=value, key_padding=key_padding, query_documents=query_documents,
             key_documents=key_documents, mask=mask, sinks=sinks,
         )  # fmt: skip
+        given = query
         query, key = with_channels(query), with_channels(key)
         query, scale = positive_scale(query, scale)
         if terms.mask is not None:
             terms = terms._replace(mask=terms.mask[(None,) * (4 - terms.mask.dim())])
         terms = terms.simplified(query.shape[2], key.shape[2])
-        return cls(query, key, value, terms, scale, softcap, sinks, site, config)
+        call = cls(query, key, value, terms, scale, softcap, sinks, site, config)
+        if known_by is None or query is not given or (is_sparse := call.chooses_sparse()) is None:
+            return call
+        remember(known_by, Outcome(terms, config, is_sparse))
+        return call._replace(is_sparse=is_sparse)
 
     def chooses_sparse(self) -> bool | None:
         """Whether the call is worth the sparse path; None where that is known at run time only."""
+        if self.is_sparse is not None:
+            return self.is_sparse
         shapes = local_shape(self.query), local_shape(self.key), local_shape(self.value)
         return choose_sparse(*shapes, self.visibility, self.query.device, self.query.dtype, self.config)
 
@@ -162,7 +177,7 @@ class Call(NamedTuple):
         query, key, value = self.query, self.key, self.value
         if is_dtensor(query):
             return self.dense_of_dtensors()
-        if 0 in (*query.shape, *key.shape, *value.shape):
+        if 0 in query.shape or 0 in key.shape or 0 in value.shape:
             return query.new_zeros(*query.shape[:3], value.shape[3])
         if not self.softcap and self.sinks is None:
             return dense_attention(query, key, value, self.visibility, self.scale)
@@ -194,7 +209,10 @@ class Call(NamedTuple):
         return self._replace(config=self.config.without_ranking()).sparse()
 
     def sparse(self, part: Part | None = None) -> AttentionResult:
-        """Sparse attention as the configuration says; a `part` of a sequence is computed at once, and never traced."""
+        """Sparse attention as the configuration says; a `part` of a sequence is computed at once, and never traced.
+
+        So is what nothing watches.
+        """
         settings, value = self.config.as_json, with_channels(self.value)
         arguments = (self.query, self.key, value, *self.visibility, self.factor, self.softcap)
         if is_packaging() and self.shows_kernels():
@@ -205,7 +223,7 @@ class Call(NamedTuple):
 
                 register_rule(torch.ops.s2o.sparse_triton.default)
             result = AttentionResult(*sparse_triton(*arguments, settings))
-        elif part is not None:
+        elif part is not None or (self.visibility.is_positional and not is_watched(self.query, self.key, value)):
             attend = _sparse_cuda if self.query.is_cuda else _sparse_cpu
             result = attend(*arguments, self.site, settings, part)
         else:
@@ -228,8 +246,8 @@ def with_channels(x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether there are no queries, or no keys that they could see."""
-    return 0 in (*query.shape[:3], *key.shape[1:3])
+    """Whether there are no queries, or no keys that they could see; both have channels."""
+    return 0 in query.shape or 0 in key.shape
 
 
 def _sparse_cpu(*arguments: Any) -> AttentionResult:
@@ -242,15 +260,23 @@ def _attend_by_torch(call: SparseInputs, config: S2OConfig) -> AttentionResult:
 
 
 def _sparse_cuda(*arguments: Any) -> AttentionResult:
-    def attend(call: SparseInputs, config: S2OConfig) -> AttentionResult:
-        if not has_kernels(call.visibility, config):
-            return _attend_by_torch(call, config)
-        from .kernels.pipeline import sparse_attention
+    return _dispatched(_attend_by_kernels, *arguments)
 
-        operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
-        return sparse_attention(*operands, config, call.part)
 
-    return _dispatched(attend, *arguments)
+def _attend_by_kernels(call: SparseInputs, config: S2OConfig) -> AttentionResult:
+    if not has_kernels(call.visibility, config):
+        return _attend_by_torch(call, config)
+    operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
+    result: AttentionResult = _kernels().sparse_attention(*operands, config, call.part)
+    return result
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    """The implementation in Triton, which is imported where it is first called; a statement would look each time."""
+    from .kernels import pipeline
+
+    return pipeline
 
 
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -274,7 +300,7 @@ def _dispatched(
     if _is_empty(query, key):
         return AttentionResult.of_nothing(query, value, call.config.ranking.tile)
     with without_autocast(query.device.type):
-        return recorded(call, lambda: fit_into_memory(partial(attend, call), call.config))
+        return recorded(call, lambda: fit_into_memory(functools.partial(attend, call), call.config))
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

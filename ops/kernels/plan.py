@@ -14,7 +14,6 @@ alignment is part of a `Layout`.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -28,20 +27,17 @@ from triton.runtime import driver
 
 from ..geometry import round_up
 from .compile import compile_ahead
+from .direct import DirectLaunch, Place, Values
 from .launch import Grid, is_launched_at_once, launching
 
 Tensors: TypeAlias = Sequence[Any]
 """Tensors, and None for those that a call lacks."""
 Computation: TypeAlias = Callable[..., None]
 """A function of `Tensors`, some of which it fills, and of constants."""
-Values: TypeAlias = tuple[Any, ...]
-"""What differs between two runs of a plan: the stream, and the addresses of its operands."""
 
 ALIGNMENT = 256
 """Bytes to multiples of which the workspace and each allocation in it are aligned."""
 _TRITONS_ALIGNMENT = 16
-_STREAM = 3
-"""The place of the stream among what Triton's launchers take."""
 _HAS_BINARIES = torch.version.hip is None and not knobs.runtime.interpret
 """Whether kernels are binaries of CUDA: Triton decides as it reads them."""
 _PLANS = 1024
@@ -154,8 +150,8 @@ class Launch:
         arguments: By parameter, in their order; zeros for `operands`.
         operands: The tensors among the arguments, and their places.
         options: Triton's, as the number of warps.
-        kept: The kernel that the first launch was compiled to, which is loaded as long as this is kept, and what picks
-            the arguments of what launches it out of `Values` and constants.
+        kept: The kernel that the first launch was compiled to, which is loaded as long as this is kept, and how it is
+            launched on `Values`.
     """
 
     kernel: Any
@@ -163,26 +159,24 @@ class Launch:
     arguments: list[Any]
     operands: list[tuple[int, Operand]]
     options: dict[str, Any]
-    kept: tuple[Any, Callable[[Values], Values], Values] | None = field(default=None, init=False)
+    kept: tuple[Any, DirectLaunch] | None = field(default=None, init=False)
 
     def run(self, bases: Tensors, values: Values) -> None:
         """Take the step on a stream; None launches as Triton does, which looks for the kernel each time."""
         if self.kept is not None and values[0] is not None:
-            compiled, pick, constants = self.kept
-            compiled.run(*pick(values + constants))
+            launch, pick, constants = self.kept[1]
+            launch(*pick(values + constants))
             return
         compiled = self.kernel[self.grid](*self._arguments_on(bases), **self.options)
         if compiled is not None:
-            self.kept = compiled, *self._arguments_of(compiled, len(values))
+            self.kept = compiled, DirectLaunch.of(compiled.run, self._arguments_of(compiled), len(values))
 
-    def _arguments_of(self, compiled: Any, values: int) -> tuple[Callable[[Values], Values], Values]:
-        """What picks the arguments of Triton's launcher out of so many `Values` and then constants; the constants."""
-        constants = *self.grid, None, compiled.function, compiled.packed_metadata, None, None, None
-        places = list(range(values, values + len(constants) + len(self.arguments)))
-        places[_STREAM] = 0
+    def _arguments_of(self, compiled: Any) -> list[Any]:
+        """What Triton's launcher takes, with the places among `Values` of what differs between launches."""
+        arguments = self.arguments.copy()
         for place, operand in self.operands:
-            places[len(constants) + place] = 1 + operand.number
-        return operator.itemgetter(*places), (*constants, *self.arguments)
+            arguments[place] = Place(1 + operand.number)
+        return [*self.grid, Place(0), compiled.function, compiled.packed_metadata, None, None, None, *arguments]
 
     def compile(self, bases: Tensors) -> None:
         """Have Triton compile the kernel for what `run` launches it on, without a launch."""

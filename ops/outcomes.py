@@ -1,0 +1,70 @@
+"""What calls without masks of tensors come to: whether they are valid, and sparse, is decided once for equal calls.
+
+That follows from shapes, dtypes, devices, numbers and settings. Only calls of plain tensors that ask for no gradients
+are remembered; of others, and of calls that are refused, everything is checked each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+
+from . import dispatch
+from .config import S2OConfig
+from .validation import DTYPES
+from .visibility import Visibility
+
+_MOST = 4096
+"""Outcomes that are kept; then all are found anew, in about 15 microseconds each."""
+
+
+class Outcome(NamedTuple):
+    """The terms of a call, simplified, its settings, and whether it is sparse."""
+
+    terms: Visibility
+    config: S2OConfig
+    is_sparse: bool
+
+
+_found: dict[Hashable, Outcome] = {}
+
+
+def call_key(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    terms: Visibility,
+    scale: float | None,
+    softcap: float,
+    settings: Mapping[str, Any],
+) -> Hashable | None:
+    """What the outcome of a call depends on; None for calls that are not remembered."""
+    if not (type(query) is type(key) is type(value) is torch.Tensor) or not terms.is_positional:
+        return None
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None
+    device, dtype = query.device, query.dtype
+    if device.type not in ("cuda", "cpu") or dtype not in DTYPES:
+        return None
+    limits = dispatch.break_even(device, dtype) if settings.get("min_length") is None else None
+    of_tensors = query.shape, key.shape, value.shape, dtype, key.dtype, value.dtype, device, key.device, value.device
+    return *of_tensors, *terms, scale, softcap, tuple(settings.items()), limits
+
+
+def remembered(call: Hashable | None) -> Outcome | None:
+    """The outcome of a call that was valid before."""
+    try:
+        return None if call is None else _found.get(call)
+    except TypeError:  # A size is symbolic, which cannot be hashed.
+        return None
+
+
+def remember(call: Hashable, outcome: Outcome) -> None:
+    """Keep the outcome of a valid call."""
+    if len(_found) >= _MOST:
+        _found.clear()
+    with suppress(TypeError):  # As above.
+        _found[call] = outcome
