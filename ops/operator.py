@@ -29,7 +29,7 @@ from .part import Part
 from .result import AttentionResult
 from .rule.sinks import add_sinks
 from .sizes import statically_known_true
-from .surroundings import is_packaging, is_watched
+from .surroundings import is_packaging
 from .validation import validate
 from .visibility import Visibility
 
@@ -209,10 +209,7 @@ class Call(NamedTuple):
         return self._replace(config=self.config.without_ranking()).sparse()
 
     def sparse(self, part: Part | None = None) -> AttentionResult:
-        """Sparse attention as the configuration says; a `part` of a sequence is computed at once, and never traced.
-
-        So is what nothing watches.
-        """
+        """Sparse attention as the configuration says; a `part` of a sequence is computed at once, and never traced."""
         settings, value = self.config.as_json, with_channels(self.value)
         arguments = (self.query, self.key, value, *self.visibility, self.factor, self.softcap)
         if is_packaging() and self.shows_kernels():
@@ -223,7 +220,7 @@ class Call(NamedTuple):
 
                 register_rule(torch.ops.s2o.sparse_triton.default)
             result = AttentionResult(*sparse_triton(*arguments, settings))
-        elif part is not None or (self.visibility.is_positional and not is_watched(self.query, self.key, value)):
+        elif part is not None:
             attend = _sparse_cuda if self.query.is_cuda else _sparse_cpu
             result = attend(*arguments, self.site, settings, part)
         else:
