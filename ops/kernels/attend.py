@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
@@ -34,14 +33,8 @@ MAX_MASS = tl.constexpr(2.0**64)
 """Sums of weights up to which values of 2**63 leave room in float32."""
 MAX_MASS_FLOAT16 = tl.constexpr(2.0**15)
 """Sums of weights each of which float16 has room for."""
-MIN_MASS_FLOAT16 = tl.constexpr(2.0**-6)
-"""Sums of weights below which float16 rounds too many of them to 0."""
 FLOAT16_HEADROOM = tl.constexpr(5)
 """How much larger a fixed maximum is taken in float16, in units of log 2: weights up to 2**15 fit."""
-FLOAT16_MASS = tl.constexpr(8)
-"""What the weights of a row shall sum up to in float16, by its guide's log-sum-exp, in units of log 2."""
-UNREAL_LSE = tl.constexpr(20.0)
-"""The log-sum-exp, in units of log 2, of rows that are not real: weights of any number of zero logits fit."""
 
 
 def attend(arguments: Arguments, lists: Lists, segments: range, result: AttentionResult) -> None:
@@ -78,7 +71,6 @@ def _attend(
     tiling = attend_tiling(widest, key.element_size(), heads * tile, is_fixed, shared)
     per_segment = config.ranking.segment // tile
     tiles = min(segments.stop * per_segment, geometry.tiles) - segments.start * per_segment
-    is_guided = is_fixed and config.has_samples and query.dtype == torch.float16
     launch(
         attend_kernel, (tiles, arguments.lists * parts, arguments.batch_kv_heads),
         query, key, value, *arguments.masks,
@@ -91,7 +83,7 @@ def _attend(
         first_segment=segments.start, segments=len(segments), tiles=geometry.tiles, capacity=lists.capacity,
         first_of_list=first_of_list,
         log2_max_weight=math.log2(MAX_WEIGHT_FACTOR * max(config.threshold, 1e-30)),
-        FIXED=is_fixed, GUIDED=is_guided, BOUNDED=config.bounds_weights(key.shape[-1]), SAMPLED=config.has_samples,
+        FIXED=is_fixed, BOUNDED=config.bounds_weights(key.shape[-1]), SAMPLED=config.has_samples,
         MOST_GUIDES=arguments.guides_of_segment if config.ranking.merges else 0,
         TILE=tile, GROUP_SIZE=arguments.group_size, LISTS_PER_KV_HEAD=arguments.lists, HEADS=heads, PARTS=parts,
         **tiling.arguments,
@@ -160,18 +152,6 @@ def lower_weights(maximum, mass, total, unit, dtype: tl.constexpr):
 
 
 @triton.jit
-def _expect(maximum, mass, total, expected, unit):
-    """The online softmax under a fixed maximum with which weights sum up to 2**FLOAT16_MASS, or to somewhat more.
-
-    `expected` is about the log-sum-exp of each row [M], in steps of `unit`.
-    """
-    lse = tl.maximum(maximum + tl.log2(mass) / unit, tl.where(expected < float("inf"), expected, float("-inf")))
-    fixed = lse - FLOAT16_MASS / unit
-    decay = tl.exp2((maximum - finite_or_zero(fixed)) * unit)
-    return fixed, mass * decay, total * decay[:, None]
-
-
-@triton.jit
 def _masked_prologue(
     rows, places, tensors, lists, terms, limit, low, end, first, listed, unit, softcap,
     KEY_STRIDE: tl.constexpr, VALUE_STRIDE: tl.constexpr, CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr,
@@ -229,11 +209,11 @@ def _load_queries(query, places, stride_h, stride_n, D: tl.constexpr, BLOCK_D: t
 
 
 @triton.jit
-def _lse_of_guides(
-    guide_lse, owner, places, of_list, segment, first_head, queries, guides_per_head, unit,
+def _limits(
+    guide_lse, owner, places, of_list, segment, first_head, queries, guides_per_head, log2_max_weight, unit,
     POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, MOST_GUIDES: tl.constexpr,
 ):  # fmt: skip
-    """The log-sum-exps of the rows' guides [M], in steps of `unit`.
+    """What a weight may raise the logits of rows to [M], in steps of `unit`.
 
     `guide_lse` and `owner` are those of a KV head, whose first head is `first_head`; `of_list` is its list.
     """
@@ -244,7 +224,8 @@ def _lse_of_guides(
         guide = of_list * guides_per_head + segment * MOST_GUIDES + slot
     else:
         guide = (member if GUIDE_HEADS > 1 else member * 0) * guides_per_head + position // POOL
-    return tl.load(guide_lse + guide, mask=real, other=UNREAL_LSE) / unit
+    limit = tl.load(guide_lse + guide, mask=real, other=0.0) + log2_max_weight
+    return tl.where(limit == limit, limit / unit, float("inf"))
 
 
 @triton.jit
@@ -271,12 +252,10 @@ def _write(
 
 
 @triton.jit
-def _misses(maximum, mass, dtype: tl.constexpr, GUIDED: tl.constexpr):
-    """Whether a fixed maximum is so far below or above the logits of a row that the dtype cannot hold its weights."""
+def _outgrew(maximum, mass, dtype: tl.constexpr):
+    """Whether the weights of a row are more than a fixed maximum leaves room for."""
     max_mass: tl.constexpr = MAX_MASS_FLOAT16 if dtype == tl.float16 else MAX_MASS
     lost = (mass > max_mass) | ((maximum == float("-inf")) & (mass > 0))
-    if GUIDED:
-        lost = lost | (mass < MIN_MASS_FLOAT16)
     return tl.max(lost.to(tl.int32), 0) > 0
 
 
@@ -294,7 +273,7 @@ def attend_kernel(
     SEGMENT: tl.constexpr, TILE: tl.constexpr,
     GROUP_SIZE: tl.constexpr, LISTS_PER_KV_HEAD: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
-    SOFTCAP: tl.constexpr, SAMPLED: tl.constexpr, BOUNDED: tl.constexpr, FIXED: tl.constexpr, GUIDED: tl.constexpr,
+    SOFTCAP: tl.constexpr, SAMPLED: tl.constexpr, BOUNDED: tl.constexpr, FIXED: tl.constexpr,
     POOL: tl.constexpr, GUIDE_HEADS: tl.constexpr, MOST_GUIDES: tl.constexpr, KEY_STRIDE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
@@ -305,9 +284,8 @@ def attend_kernel(
     Some keys come first: those that need a mask, at the end of the dense span and of the list. FIXED is for calls in
     which every row sees all other keys. The maximum that each row has by then stays fixed for the rest: any origin of
     the exponents gives the same softmax, so the long loop neither reduces over keys nor rescales the accumulators,
-    which takes about as long as its products and keeps blocks small. float16 holds few magnitudes; with GUIDED the
-    maximum follows what guides know of all keys. Only where far larger logits come later, and weights approach what the
-    dtype can hold, the tile is attended again with a running maximum.
+    which takes about as long as its products and keeps blocks small. Only where far larger logits come later, and
+    weights approach what the dtype can hold, the tile is attended again with a running maximum.
 
     Program (tile, last first; part of the query heads of a KV head; batch entry and KV head).
     """
@@ -338,17 +316,14 @@ def attend_kernel(
         mask, mask_stride_b, mask_stride_h, mask_stride_n, mask_stride_k,
     )  # fmt: skip
 
-    limit, expected = None, None
-    if BOUNDED or GUIDED:
+    limit = None
+    if BOUNDED:
         guide_lse += (batch * kv_heads + kv_head) * GUIDE_HEADS * guides_per_head
         owner += (batch * kv_heads + kv_head) * GROUP_SIZE * queries
-        expected = _lse_of_guides(
-            guide_lse, owner, places, which, segment, of_kv_head, queries, guides_per_head, unit,
+        limit = _limits(
+            guide_lse, owner, places, which, segment, of_kv_head, queries, guides_per_head, log2_max_weight, unit,
             POOL, GUIDE_HEADS, MOST_GUIDES,
         )  # fmt: skip
-    if BOUNDED:
-        # What a weight may raise the logits of a row to.
-        limit = tl.where(expected == expected, expected + log2_max_weight / unit, float("inf"))
     lane = tl.arange(0, BLOCK_N)
     rows_differ: tl.constexpr = WINDOW or DOCUMENTS or MASK
 
@@ -372,9 +347,7 @@ def attend_kernel(
         KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
         D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
     )  # fmt: skip
-    if GUIDED:
-        maximum, mass, total = _expect(maximum, mass, total, expected, unit)
-    elif FIXED:
+    if FIXED:
         maximum, mass, total = lower_weights(maximum, mass, total, unit, rows.dtype)
 
     # 3. Unmasked loop: what is left of the dense span at places below 0, then of the list.
@@ -395,8 +368,8 @@ def attend_kernel(
             unit, softcap, KEY_STRIDE, VALUE_STRIDE, FIXED, rows_differ, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
 
-    # 4. Retry: with a running maximum, where the fixed one missed the logits.
-    if FIXED and _misses(maximum, mass, rows.dtype, GUIDED):
+    # 4. Overflow retry: with a running maximum, where far larger logits came later than the fixed one.
+    if FIXED and _outgrew(maximum, mass, rows.dtype):
         maximum, mass, total = _masked_prologue(
             rows, places, tensors, lists, terms, limit, low, end, 0, listed, unit, softcap,
             KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,

@@ -34,7 +34,7 @@ class Lists:
             at least 0. They alias importance, which `sample_kernel` overwrites in place, and have its dtype. Not read
             where the tail is not sampled.
         guide_lse: [B, Hkv, guide heads, guides] float32, the guides' log-sum-exps to base 2. Read only where
-            weights are bounded (`S2OConfig.bounds_weights`), and in float16 where the tail is sampled.
+            weights are bounded (`S2OConfig.bounds_weights`).
         owner: [B, Hkv, G, Lq] int32, the place of each query's guide in its segment, where queries are merged; else
             not read.
     """
