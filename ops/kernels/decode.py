@@ -113,9 +113,7 @@ def _decode(
     out, query, key, value, table, numbers, sinks = tensors
     (_, heads, channels), kv_heads, wide = query.shape, key.shape[-2], value.shape[-1]
     heads_at_once, parts = _parts(query, key, queries)
-    tiling = decode_tiling(
-        max(channels, wide), key.element_size(), heads_at_once * queries, table is not None, shared_memory(device)
-    )
+    tiling = decode_tiling(max(channels, wide), key.element_size(), heads_at_once * queries, shared_memory(device))
     partial, lse = out, out
     if splits:
         partial = query.new_empty(splits, heads * queries, wide, dtype=torch.float32)

@@ -149,16 +149,16 @@ def decoded_rows(itemsize: int) -> int:
 
 
 @functools.cache
-def decode_tiling(channels: int, itemsize: int, rows: int, paged: bool, shared: int) -> Tiling:
+def decode_tiling(channels: int, itemsize: int, rows: int, shared: int) -> Tiling:
     """Of `decode_kernel`, for rows of queries, the channels of the wider of a key and a value, and the bytes of each.
 
     Two blocks are on their way while one program computes; keys are as many as leave room for three such programs in
-    the bytes of `shared` memory. Of the stages, the loads of pages that say where keys are take one for each of theirs.
+    the bytes of `shared` memory.
     """
     rows, block_bytes = max(16, next_power_of_2(rows)), 2 * next_power_of_2(channels) * itemsize
     most = shared // (3 * DECODED_BLOCKS * block_bytes)
     keys = next((keys for keys in (128, 64, 32) if keys <= most), 16) if itemsize <= 2 else 16
-    return Tiling(rows, keys, 4, 1 + DECODED_BLOCKS * (2 if paged else 1))
+    return Tiling(rows, keys, 4, 1 + DECODED_BLOCKS)
 
 
 def keys_per_split(keys: int, lists: int, multiprocessors: int) -> int:

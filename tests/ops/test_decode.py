@@ -197,10 +197,9 @@ def test_splits_stay_while_requests_grow() -> None:
 @pytest.mark.parametrize("shared", [99 * 1024, 163 * 1024, 227 * 1024])
 @pytest.mark.parametrize("channels", [64, 96, 128, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("paged", [False, True])
-def test_blocks_fit_into_shared_memory(paged: bool, itemsize: int, channels: int, shared: int) -> None:
-    blocks = decode_tiling(channels, itemsize, 1, paged, shared)
-    assert blocks.rows == 16 and blocks.num_stages == (5 if paged else 3)
+def test_blocks_fit_into_shared_memory(itemsize: int, channels: int, shared: int) -> None:
+    blocks = decode_tiling(channels, itemsize, 1, shared)
+    assert blocks.rows == 16 and blocks.num_stages == 1 + DECODED_BLOCKS
     assert DECODED_BLOCKS * 2 * blocks.keys * channels * itemsize <= shared
 
 
