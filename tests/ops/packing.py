@@ -149,6 +149,26 @@ def _starts(lengths: list[int]) -> list[int]:
     return [0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()]
 
 
+BATCH = Packing(
+    lengths=((1, 90), (200, 200), (0, 40), (1, 1), (64, 301), (0, 0), (17, 17)),
+    kv_heads=2,
+    per_kv_head=2,
+    channels=16,
+    value_channels=24,
+    block_size=16,
+    layout="HND",
+    slack=0,
+    shared=True,
+    window_size=(-1, 0),
+    softcap=0.0,
+    sunk=False,
+    scale=None,
+    padding=5,
+    seed=1,
+)
+"""Decoding requests, first chunks, a chunk with a past, requests of nothing."""
+
+
 @st.composite
 def packings(draw: st.DrawFn, longest: int = 200) -> Packing:
     """Calls over ragged requests: decoding, empty, with a past, without one, with more queries than keys."""

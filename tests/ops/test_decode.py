@@ -19,6 +19,7 @@ from s2o_compile.ops.kernels.tiling import DECODED_BLOCKS, PROGRAMS, SHORTEST_SP
 from s2o_compile.ops.requests import read_requests
 
 from ..examples import examples
+from . import packing
 from .comparison import dense, largest_difference
 from .packing import LAYOUTS, Packing, assert_rows, dense_of
 
@@ -27,22 +28,10 @@ DENSE = S2OConfig(min_length=10**6)
 # Triton's interpreter multiplies the bits of bfloat16.
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, **({torch.bfloat16: 0.03} if DEVICE == "cuda" else {})}
 
-BATCH = Packing(
+BATCH = dataclasses.replace(
+    packing.BATCH,
     lengths=((1, 90), (8, 200), (0, 40), (1, 1), (3, 0), (5, 2), (2, 61), (0, 0), (1, 17)),
-    kv_heads=2,
     per_kv_head=3,
-    channels=16,
-    value_channels=24,
-    block_size=16,
-    layout="HND",
-    slack=0,
-    shared=True,
-    window_size=(-1, 0),
-    softcap=0.0,
-    sunk=False,
-    scale=None,
-    padding=5,
-    seed=1,
 )
 """Of 0 to 8 queries; some have no keys, or fewer keys than queries."""
 

@@ -23,29 +23,10 @@ from s2o_compile.ops.visibility import Visibility
 
 from ..examples import examples
 from .comparison import largest_difference
-from .packing import BLOCK_SIZES, LAYOUTS, Packing, assert_rows, dense_of, packings, visible
+from .packing import BATCH, BLOCK_SIZES, LAYOUTS, Packing, assert_rows, dense_of, packings, visible
 from .strategies import configs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-BATCH = Packing(
-    lengths=((1, 90), (200, 200), (0, 40), (1, 1), (64, 301), (0, 0), (17, 17)),
-    kv_heads=2,
-    per_kv_head=2,
-    channels=16,
-    value_channels=24,
-    block_size=16,
-    layout="HND",
-    slack=0,
-    shared=True,
-    window_size=(-1, 0),
-    softcap=0.0,
-    sunk=False,
-    scale=None,
-    padding=5,
-    seed=1,
-)
-"""Decoding requests, first chunks, a chunk with a past, requests of nothing."""
 
 
 def terms_of(call: Packing, query: torch.Tensor, key: torch.Tensor) -> Visibility:
