@@ -578,7 +578,7 @@ def test_a_gpu_that_ends_is_an_error_of_the_other(tmp_path: Path) -> None:
         ranks.call(call_of, [32] * 2)
         ranks.start(attend_on_gpus_until_one_ends)
         for process in ranks.processes:
-            process.join(3 * SECONDS)
+            process.join(6 * SECONDS)
         assert ranks.processes[1].exitcode == 0 and ranks.processes[0].exitcode not in (0, None)
     finally:
         ranks.close()
@@ -616,7 +616,7 @@ def test_a_gpu_whose_length_is_new_is_an_error_of_both(tmp_path: Path) -> None:
     try:
         ranks.start(attend_on_gpus_what_differs_on_one, tmp_path)
         for process in ranks.processes:
-            process.join(3 * SECONDS)
+            process.join(6 * SECONDS)
         assert all(process.exitcode not in (0, None) for process in ranks.processes)
         assert "the length of key must be the same on all ranks" in (tmp_path / "1").read_text()
     finally:
