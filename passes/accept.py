@@ -52,14 +52,20 @@ def check_call(site: AttentionSite) -> None:
         raise Refused("gradients are needed and the operator has no backward; run under torch.no_grad()")
 
 
-def check_length(site: AttentionSite, config: S2OConfig, mask: Mask | None = None) -> None:
-    """Check that a call may be enough work to be sparse, whatever its mask hides if that is not known yet."""
+def check_length(site: AttentionSite, config: S2OConfig, mask: Mask | None = None) -> bool:
+    """Whether a call is enough work to be sparse at all of its lengths, whatever its mask hides if that is not known.
+
+    Raises:
+        Refused: It is not at any.
+    """
     query, key, value = (item.tensor for item in (site.query, site.key, site.value))
     assert query is not None and key is not None and value is not None
     terms = None if mask is None else _known_terms(mask)
     shapes = query.shape, key.shape, value.shape
-    if choose_sparse(*shapes, terms or Visibility(), query.device, query.dtype, config) is False:
+    chosen = choose_sparse(*shapes, terms or Visibility(), query.device, query.dtype, config)
+    if chosen is False:
         raise Refused(why_dense(*shapes, terms, query.device, query.dtype, config))
+    return chosen is True
 
 
 def _known_terms(mask: Mask) -> Visibility:

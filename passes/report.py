@@ -32,6 +32,7 @@ class Decision:
         shapes: The shapes of query, key and value; symbolic sizes are strings.
         rewritten: Whether the site became ``torch.ops.s2o.attention``.
         reason: Why, in one sentence.
+        by_length: Whether a rewritten site chooses sparse or dense at each call, as lengths vary.
         unmasked: Whether a site that stays dense attends what its mask shows without computing the mask.
         mask: What the mask says, as far as it was proven, and what else is done to the logits.
         visited: The (query, key) pairs that each query head visited, over the batch; None if not measured.
@@ -43,19 +44,22 @@ class Decision:
     shapes: dict[str, tuple[int | str, ...]]
     rewritten: bool
     reason: str
+    by_length: bool = False
     unmasked: bool = False
     mask: str = ""
     visited: list[int] | None = None
     dense_pairs: int | None = None
 
     def __str__(self) -> str:
-        outcome = f"sparse; {self.mask}" if self.rewritten else self.kind
+        outcome = f"{self.kind}; {self.mask}" if self.rewritten else self.kind
         return f"{self.name} ({self.location}): {outcome}; {self.reason}"
 
     @property
     def kind(self) -> str:
-        """'sparse', 'dense', or 'dense, no mask'."""
-        return "sparse" if self.rewritten else "dense, no mask" if self.unmasked else "dense"
+        """'sparse', 'sparse if long', 'dense', or 'dense, no mask'."""
+        if self.rewritten:
+            return "sparse if long" if self.by_length else "sparse"
+        return "dense, no mask" if self.unmasked else "dense"
 
     @property
     def density(self) -> list[float] | None:

@@ -136,7 +136,7 @@ class _Rewriter:
             return self.shard(site, self.sharding)
         decision = _undecided(site)
         try:
-            mask = self.accept(site)
+            mask, decision.by_length = self.accept(site)
             node = self.replace(site, mask, decision.name, self.of_site(decision.name))
         except Refused as refused:
             decision.reason = str(refused)
@@ -174,8 +174,8 @@ class _Rewriter:
         except Refused:
             return DENSE
 
-    def accept(self, site: AttentionSite) -> Mask:
-        """The proven mask of a site that can become the operator.
+    def accept(self, site: AttentionSite) -> tuple[Mask, bool]:
+        """The proven mask of a site that can become the operator, and whether that is sparse at some lengths alone.
 
         Raises:
             Refused: It cannot.
@@ -185,8 +185,7 @@ class _Rewriter:
         if not is_large(query, key):  # Else the mask is read in any case.
             check_length(site, self.config)
         mask = proven_mask(site, self.prover)
-        check_length(site, self.config, mask)
-        return mask
+        return mask, not check_length(site, self.config, mask)
 
     def drop_mask(self, site: AttentionSite) -> bool:
         """Let a site that stays dense attend what its mask shows without the mask; whether that is possible."""

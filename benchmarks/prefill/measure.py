@@ -52,7 +52,7 @@ class Row:
         mebibytes: Memory at its peak beside the weights, with the cache; None on a CPU.
         compile_seconds: What the first prefill of this length took longer than the median; None where nothing is
             compiled.
-        sites: What s2o made of the attention sites; where lengths vary, "sparse" are those that may be.
+        sites: What s2o made of the attention sites.
         density: Visited pairs over those that dense kernels visit, over all layers; None where it was not counted.
         threshold: Of the operator; None without it.
         reason: Why it could not run; empty where it did.

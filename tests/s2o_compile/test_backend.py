@@ -180,6 +180,15 @@ def test_calls_that_run_dense_are_sdpa_to_inductor(
     assert "torch.ops.s2o" not in code
 
 
+@pytest.mark.parametrize(("dynamic", "kind"), [(False, "sparse"), (True, "sparse if long")])
+def test_the_report_says_where_lengths_decide(dynamic: bool, kind: str) -> None:
+    backend = s2o.with_config(S2OConfig(min_length=20))
+    with torch.no_grad():
+        torch.compile(causal, backend=backend, dynamic=dynamic)(*inputs(queries=40))
+    assert [decision.kind for decision in backend.report.decisions] == [kind]
+    assert kind in str(backend.report)
+
+
 def test_gradients_still_work() -> None:
     args = [x.requires_grad_() for x in inputs()]
     torch.compile(causal, backend=s2o.with_config(EXACT))(*args).sum().backward()
