@@ -12,10 +12,10 @@ rewrites every table between two comments of this form, in the README and below 
     -->
     <!-- end of table -->
 
-Templates are Python format strings of a row's fields; the result is empty where a row lacks a field, and fields that none of
-them has are refused. Rows are those that `where` chooses (None stands for a missing field), all without it. With
-`across` and `cell`, rows that agree in their columns share a line, whose further cells are headed by what `across` gives
-for each row.
+Templates are Python format strings of a row's fields; the result is empty where a row lacks a field, and a field that
+none of the rows has is refused. Rows are those that `where` chooses (None stands for a missing field), all without it.
+With `across` and `cell`, rows that agree in their columns share a line, whose further cells are headed by what `across`
+gives for each row.
 """
 
 from __future__ import annotations

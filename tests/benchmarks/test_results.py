@@ -178,7 +178,7 @@ class TestTables:
 
     @pytest.mark.parametrize("changes", [{"columns": "time = {seconds:.1f}"}, {"across": "{size}", "cell": "{ms}"}])
     def test_fields_that_no_row_has_are_refused(self, changes: dict[str, str]) -> None:
-        with pytest.raises(UsageError, match="no row has the field '(seconds|size)' of a table; rows have error, "):
+        with pytest.raises(UsageError, match=r"no row has the field '(seconds|size)' of a table; rows have error, "):
             pages.render(self.ROWS, {"columns": "= {method}"} | changes)
 
 
