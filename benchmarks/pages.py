@@ -12,19 +12,21 @@ rewrites every table between two comments of this form, in the README and below 
     -->
     <!-- end of table -->
 
-Templates are Python format strings of a row's fields; the result is empty where a field is missing. Rows are those that
-`where` chooses (None stands for a missing field), all without it. With `across` and `cell`, rows that agree in their
-columns share a line, whose further cells are headed by what `across` gives for each row.
+Templates are Python format strings of a row's fields; the result is empty where a row lacks a field, and a field that
+none of the rows has is refused. Rows are those that `where` chooses (None stands for a missing field), all without it.
+With `across` and `cell`, rows that agree in their columns share a line, whose further cells are headed by what `across`
+gives for each row.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from s2o_compile._console import UsageError
 from s2o_compile.writing import write_text
 
 from .command import run
@@ -58,10 +60,16 @@ def read_spec(text: str) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def render(rows: Iterable[Mapping[str, Any]], spec: Mapping[str, str]) -> str:
-    """A table in Markdown."""
+def render(rows: Sequence[Mapping[str, Any]], spec: Mapping[str, str]) -> str:
+    """A table in Markdown.
+
+    Raises:
+        UsageError: A template has a field that none of the rows that are shown has.
+    """
     wanted = [pair.strip().split("=", 1) for pair in spec.get("where", "").split(";") if pair.strip()]
     chosen = [row for row in rows if all(str(row.get(name)) == value for name, value in wanted)]
+    for template in (spec[name] for name in ("columns", "across", "cell") if name in spec):
+        _check_fields(template, chosen)
     columns = [tuple(map(str.strip, column.split("=", 1))) for column in spec["columns"].split("|")]
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for place, row in enumerate(chosen):
@@ -76,14 +84,24 @@ def render(rows: Iterable[Mapping[str, Any]], spec: Mapping[str, str]) -> str:
     return "\n".join(_line(cells) for cells in (headings, ["---"] * len(headings), *body))
 
 
+def _check_fields(template: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    known = {name for row in rows for name in row}
+    unknown = [name for name in _fields(template) if name not in known]
+    if unknown:
+        raise UsageError(f"no row has the field {unknown[0]!r} of a table; rows have {', '.join(sorted(known))}.")
+
+
+def _fields(template: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+
+
 def _line(cells: Iterable[str]) -> str:
     return "|" + "|".join(cell if cell == "---" else f" {cell} " if cell else " " for cell in cells) + "|"
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
     """A template with a row's values; "" where one is missing."""
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
-    return "" if any(row.get(name) is None for name in names) else template.format_map(row)
+    return "" if any(row.get(name) is None for name in _fields(template)) else template.format_map(row)
 
 
 def main() -> None:

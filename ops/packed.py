@@ -78,7 +78,7 @@ class Packed(NamedTuple):
     @property
     def decodes(self) -> bool:
         """Whether `decode` takes requests of few queries: on a GPU, where there is anything to attend with."""
-        return self.query.is_cuda and 0 not in (*self.query.shape, self.value.shape[-1])
+        return self.query.is_cuda and 0 not in (*self.query.shape, *self.value.shape[-2:])
 
     def attend_sparsely(self, request: Request) -> torch.Tensor:
         """The output of the operator for one request, [Lq, Hq, Dv]."""

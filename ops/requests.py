@@ -10,6 +10,9 @@ import torch
 
 from .visibility import Visibility
 
+NO_BOUND = 2**30
+"""Farther than any key from a query."""
+
 
 class Request(NamedTuple):
     """A request of a packed call.
@@ -121,6 +124,12 @@ def check_room(requests: list[Request], queries: int, keys: int, max_q: int, max
         for name, most, count in (("max_q", max_q, request.query_count), ("max_k", max_k, request.key_count)):
             if count > most:
                 raise ValueError(f"{name} must be at least what request {request.number} has ({count}), not {most}")
+
+
+def bounded(window_size: Sequence[int]) -> tuple[int, int]:
+    """(left, right) that shows the same keys, in the 32 bits that kernels and FlashAttention have for each."""
+    left, right = window_size
+    return min(left, NO_BOUND), min(right, NO_BOUND)
 
 
 def visibility_of(queries: int, keys: int, window_size: Sequence[int]) -> Visibility:

@@ -16,7 +16,7 @@ from .distributed import refuse_context_parallel, refuse_dtensors
 from .operator import autocast, library
 from .packed import Packed, attend_requests
 from .paged import check_pages
-from .requests import check_room, read_requests
+from .requests import bounded, check_room, read_requests
 from .validation import validate_varlen
 
 _ARGUMENTS = (
@@ -88,8 +88,8 @@ def _varlen(out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: to
     check_room(requests, len(query), room, max_q, max_k)
     if table is not None and table.is_cpu:
         check_pages(table, requests, *key.shape[:2])
-    config = S2OConfig.from_json(settings)
-    attend_requests(out, requests, Packed(query, key, value, table, scale, window_size, softcap, sinks, site, config))
+    window, config = bounded(window_size), S2OConfig.from_json(settings)
+    attend_requests(out, requests, Packed(query, key, value, table, scale, window, softcap, sinks, site, config))
 
 
 def _varlen_fake(*_: Any) -> None:

@@ -26,8 +26,6 @@ SPLITS = tl.constexpr(16)
 """Splits that are added up at once."""
 REQUESTS = tl.constexpr(256)
 """Requests whose last splits are compared at once."""
-NO_BOUND = 2**30
-"""Farther than any key from a query."""
 
 
 def decode(
@@ -53,12 +51,12 @@ def decode(
         value: As `key`, of Dv channels, at least 1.
         table: [N, M], the pages of each request.
         requests: At least one, each of a few queries, 1 at least.
-        window_size: (left, right).
+        window_size: (left, right), `bounded`.
         scale: Factor of the logits, above 0.
         softcap: Bound of the logits, 0 for none.
         sinks: [Hq], None for none.
     """
-    left, right = (min(size, NO_BOUND) for size in window_size)
+    left, right = window_size
     queries = [request.query_count for request in requests]
     keys = [request.key_count for request in requests]
     seen = keys if left < 0 else [min(pair[0], left + pair[1]) for pair in zip(keys, queries, strict=True)]

@@ -119,8 +119,11 @@ def see(
 @triton.jit
 def cap(logits, softcap):
     """`softcap` * tanh(logits / `softcap`)."""
-    decay = tl.exp2(tl.abs(logits) / softcap * (-2 * LOG2_E))
-    capped = softcap * (1 - decay) / (1 + decay)
+    size = tl.abs(logits)
+    ratio = size / softcap
+    decay = tl.exp2(ratio * (-2 * LOG2_E))
+    # Of small ratios the difference from 1 would have few digits, and under a large cap none.
+    capped = tl.where(ratio < 0.03125, size - size * ratio * ratio / 3, softcap * (1 - decay) / (1 + decay))
     return tl.where(logits < 0, -capped, capped)
 
 

@@ -150,8 +150,8 @@ class Launch:
         arguments: By parameter, in their order; zeros for `operands`.
         operands: The tensors among the arguments, and their places.
         options: Triton's, as the number of warps.
-        kept: The kernel that the first launch was compiled to, which is loaded as long as this is kept, and how it is
-            launched on `Values`.
+        kept: The kernel that the first launch without hooks was compiled to, which is loaded as long as this is kept,
+            and how it is launched on `Values`.
     """
 
     kernel: Any
@@ -163,12 +163,13 @@ class Launch:
 
     def run(self, bases: Tensors, values: Values) -> None:
         """Take the step on a stream; None launches as Triton does, which looks for the kernel each time."""
-        if self.kept is not None and values[0] is not None:
+        is_direct = values[0] is not None
+        if self.kept is not None and is_direct:
             launch, pick, constants = self.kept[1]
             launch(*pick(values + constants))
             return
         compiled = self.kernel[self.grid](*self._arguments_on(bases), **self.options)
-        if compiled is not None:
+        if compiled is not None and is_direct:  # Under a hook it may be a profiler's own kernel.
             self.kept = compiled, DirectLaunch.of(compiled.run, self._arguments_of(compiled), len(values))
 
     def _arguments_of(self, compiled: Any) -> list[Any]:

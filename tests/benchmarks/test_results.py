@@ -176,6 +176,11 @@ class TestTables:
             "| | 1 tokens | 2 tokens |", "|---|---|---|", "| a | 1.25 ms | 2.5 ms |", "| b | 3 ms | |",
         ]  # fmt: skip
 
+    @pytest.mark.parametrize("changes", [{"columns": "time = {seconds:.1f}"}, {"across": "{size}", "cell": "{ms}"}])
+    def test_fields_that_no_row_has_are_refused(self, changes: dict[str, str]) -> None:
+        with pytest.raises(UsageError, match=r"no row has the field '(seconds|size)' of a table; rows have error, "):
+            pages.render(self.ROWS, {"columns": "= {method}"} | changes)
+
 
 class TestPages:
     """What is committed."""

@@ -136,7 +136,7 @@ def draw_terms(choose: Choose) -> dict[str, Any]:
         "window": choose([1, 7, 40, 100, 1000]) if has("window") else None,
         "documents": choose(range(1, 5)) if has("documents") else 0,
         "mask": tuple(choose(BOOLEANS) for _ in range(4)) if has("mask") else None,
-        "softcap": choose([1.5, 20.0]) if has("softcap") else 0.0,
+        "softcap": choose([1.5, 20.0, 1e30]) if has("softcap") else 0.0,
         "sunk": has("sinks"),
     }
 

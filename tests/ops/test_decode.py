@@ -52,7 +52,7 @@ def decoding(draw: st.DrawFn) -> Packing:
         slack=draw(st.sampled_from([0, 9])),
         shared=draw(st.booleans()),
         window_size=draw(st.sampled_from([(-1, 0), (-1, -1), (0, 0), (20, 0), (70, -1), (5, 9), (2**40, 2**40)])),
-        softcap=draw(st.sampled_from([0.0, 4.0])),
+        softcap=draw(st.sampled_from([0.0, 4.0, 1e30])),
         sunk=draw(st.booleans()),
         scale=draw(st.sampled_from([None, 0.3, -0.2, 0.0])),
         padding=draw(st.sampled_from([0, 3])),

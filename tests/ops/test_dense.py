@@ -111,7 +111,7 @@ def test_pieces_of_any_size(rows: int, call: tuple[Operands, Visibility]) -> Non
 
 
 @settings(max_examples=examples(10))
-@given(calls(longest=130), st.sampled_from(DTYPES), st.sampled_from([0.0, 4.0]))
+@given(calls(longest=130), st.sampled_from(DTYPES), st.sampled_from([0.0, 4.0, 1e30]))
 def test_the_kernel_agrees_with_a_mask(call: tuple[Operands, Visibility], dtype: torch.dtype, softcap: float) -> None:
     operands, terms = moved(*call, dtype)
     mask = seen(*operands[:2], terms)

@@ -251,6 +251,17 @@ def test_where_no_kernel_is_kept_it_is_looked_for_each_time() -> None:
     assert not kernel.run_by
 
 
+def test_kernels_of_launches_that_hooks_watch_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of profilers that instrument kernels cannot be launched once the profiler has gone."""
+    kernel = Kernel(compiles=True)
+    compute = Pair(kernel)
+    for stream in (None, 99, None, 99):
+        monkeypatch.setattr(plan, "_stream", lambda device, stream=stream: stream)
+        planned(compute, (torch.zeros(10),), torch.device("cpu"))
+    assert len(kernel.launched) == 6
+    assert len(kernel.run_by) == 2
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_plan_is_compiled_once_before_it_runs(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On what it is launched on; and it is launched even if that fails."""

@@ -176,6 +176,16 @@ def test_the_output_is_written_to_its_rows_alone(min_length: int) -> None:
     assert (buffer == 7).all()
 
 
+@pytest.mark.parametrize("heads, kv_heads, channels", [(4, 0, 8), (0, 2, 8), (0, 0, 8), (4, 2, 0)])
+def test_the_kernel_of_few_queries_is_not_asked_where_there_is_nothing(
+    heads: int, kv_heads: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    query, key = torch.zeros(1, heads, channels), torch.zeros(5, kv_heads, channels)
+    assert not packed.Packed(query, key, key, *[None] * 7).decodes
+    assert packed.Packed(torch.zeros(1, 4, 8), *[torch.zeros(5, 2, 8)] * 2, *[None] * 7).decodes
+
+
 def test_packed_keys_are_not_copied() -> None:
     pool = torch.randn(20, 2, 8)
     some = [requests.Request(0, slice(0, 3), slice(2, 9)), requests.Request(1, slice(3, 4), slice(9, 12))]
@@ -194,7 +204,7 @@ def test_nothing_to_do() -> None:
 
 def attend_naively(query: Any, key: Any, value: Any, query_lengths: Any, key_lengths: Any, window: Any, scale: Any):
     """`attend_packed` on a CPU, and what it asks for."""
-    assert all(key_lengths) and (scale is None or scale > 0)
+    assert all(key_lengths) and (scale is None or scale > 0) and max(window) < 2**31
     outputs, lses = [], []
     parts = query.split(query_lengths), key.split(key_lengths), value.split(key_lengths)
     for q, k, v in zip(*parts, strict=True):
@@ -215,6 +225,19 @@ def test_what_flash_attention_gets_and_gives(call: Packing, min_length: int) -> 
         patch.setattr(packed, "can_attend_packed", lambda *_: True)
         patch.setattr(packed, "attend_packed", attend_naively)
         got = attention_varlen(**call.arguments(), config=S2OConfig(threshold=0.0, min_length=min_length))
+    assert_rows(call, got, dense_of(call), 2e-5)
+
+
+@pytest.mark.parametrize("by_flash", [False, True])
+@pytest.mark.parametrize("window_size", [(2**40, 2**40), (2**63 - 1, 2**63 - 1), (2**63 - 1, 0), (0, 2**32)])
+def test_windows_of_more_keys_than_32_bits_count(
+    window_size: tuple[int, int], by_flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = dataclasses.replace(BATCH, window_size=window_size)
+    if by_flash:
+        monkeypatch.setattr(packed, "can_attend_packed", lambda *_: True)
+        monkeypatch.setattr(packed, "attend_packed", attend_naively)
+    got = attention_varlen(**call.arguments(), config=S2OConfig(threshold=0.0, min_length=250))
     assert_rows(call, got, dense_of(call), 2e-5)
 
 
@@ -417,7 +440,7 @@ def test_packed_lengths_are_checked() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("sunk", [False, True])
 @pytest.mark.parametrize("block_size", [None, 16, 256])
-@pytest.mark.parametrize("window_size", [(-1, 0), (-1, -1), (40, 0), (5, 9)])
+@pytest.mark.parametrize("window_size", [(-1, 0), (-1, -1), (40, 0), (5, 9), (2**40, 2**40)])
 def test_flash_attention(window_size: tuple[int, int], block_size: int | None, sunk: bool) -> None:
     """All dense requests in one call, without waiting for the GPU."""
     call = dataclasses.replace(BATCH, value_channels=16, block_size=block_size, window_size=window_size, sunk=sunk)
