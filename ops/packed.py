@@ -1,8 +1,8 @@
 """Attention of packed requests: each that is worth it runs sparse alone, and all others run dense.
 
 Those that run sparse are gathered and given to ``torch.ops.s2o.attention``. Of the others, on a GPU, those of few
-queries run in one call of a kernel that reads their keys where they are, and the rest in calls of FlashAttention, or
-with what that lacks one by one; on a CPU all run one by one, which costs little there.
+queries run in a kernel that reads their keys where they are, and the rest in calls of FlashAttention, or with what that
+lacks one by one; on a CPU all run one by one, which costs little there.
 """
 
 from __future__ import annotations
@@ -137,17 +137,17 @@ def attend_requests(out: torch.Tensor, requests: Sequence[Request], call: Packed
 
 def _attend_densely(out: torch.Tensor, requests: Sequence[Request], call: Packed) -> None:
     """Fill the rows of requests that have queries by dense attention, in as few calls as there is a way for."""
-    few: list[Request] = []
+    few: dict[int, list[Request]] = {}  # By queries, up to a factor of 2: all of a call take as many rows.
     some: list[Request] = []
     for request in requests:
         if not request.key_count:
             out[request.rows] = 0
         elif request.query_count <= _FEW_QUERIES and call.decodes:
-            few.append(request)
+            few.setdefault((request.query_count - 1).bit_length(), []).append(request)
         else:
             some.append(request)
-    if few:
-        call.decode(out, few)
+    for group in few.values():
+        call.decode(out, group)
     if not call.softcap and can_attend_packed(call.query, call.key, call.value):
         _attend_groups(out, call.that_fit(some), call.attend_together)
     else:

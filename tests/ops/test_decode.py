@@ -107,7 +107,9 @@ def test_more_splits_than_are_added_up_at_once(window_size: tuple[int, int], sun
 
 @pytest.mark.usefixtures("_by_the_kernel")
 @pytest.mark.parametrize("block_size", [None, 5, 16])
-def test_only_requests_of_few_queries_go_to_the_kernel(block_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_few_queries_go_to_the_kernel_with_their_like(
+    block_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     numbers = []
 
     def decode(out: Any, query: Any, key: Any, value: Any, table: Any, requests: Any, *rest: Any) -> None:
@@ -116,9 +118,9 @@ def test_only_requests_of_few_queries_go_to_the_kernel(block_size: int | None, m
 
     kernel_decode = kernel.decode
     monkeypatch.setattr(kernel, "decode", decode)
-    lengths = ((1, 40), (9, 30), (8, 20), (20, 20), (2, 0), (1, 33))
+    lengths = ((1, 40), (9, 30), (8, 20), (20, 20), (2, 0), (1, 33), (5, 16))
     check(dataclasses.replace(BATCH, lengths=lengths, block_size=block_size, slack=3), torch.float32)
-    assert numbers == [[0, 2, 5]]
+    assert numbers == [[0, 5], [2, 6]]
 
 
 @pytest.mark.usefixtures("_by_the_kernel")
