@@ -373,8 +373,7 @@ class S2OConfig(_Settings):
         Raises:
             ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
         """
-        if self.calibration is not None:  # The check takes as long as the launch of a kernel.
-            self._check_calibration()
+        self._check_calibration()
         return self._as_text
 
     @classmethod

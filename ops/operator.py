@@ -9,10 +9,9 @@ Where lengths are symbolic and the choice depends on them, they call `attention_
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -263,17 +262,10 @@ def _sparse_cuda(*arguments: Any) -> AttentionResult:
 def _attend_by_kernels(call: SparseInputs, config: S2OConfig) -> AttentionResult:
     if not has_kernels(call.visibility, config):
         return _attend_by_torch(call, config)
+    from .kernels.pipeline import sparse_attention
+
     operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
-    result: AttentionResult = _kernels().sparse_attention(*operands, config, call.part)
-    return result
-
-
-@functools.cache
-def _kernels() -> ModuleType:
-    """The implementation in Triton, which is imported where it is first called; a statement would look each time."""
-    from .kernels import pipeline
-
-    return pipeline
+    return sparse_attention(*operands, config, call.part)
 
 
 def _dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -297,7 +289,7 @@ def _dispatched(
     if _is_empty(query, key):
         return AttentionResult.of_nothing(query, value, call.config.ranking.tile)
     with without_autocast(query.device.type):
-        return recorded(call, lambda: fit_into_memory(functools.partial(attend, call), call.config))
+        return recorded(call, lambda: fit_into_memory(partial(attend, call), call.config))
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

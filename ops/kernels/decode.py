@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton import next_power_of_2
 
 from ..requests import Request
 from ..upload import uploaded
@@ -60,11 +61,11 @@ def decode(
     queries = [request.query_count for request in requests]
     keys = [request.key_count for request in requests]
     seen = keys if left < 0 else [min(pair[0], left + pair[1]) for pair in zip(keys, queries, strict=True)]
-    most = _power_of_two(max(queries))
+    most = next_power_of_2(max(queries))
     lists = key.shape[-2] * _parts(query, key, most)[1]
     size = keys_per_split(sum(seen), lists, multiprocessors(query.device))
     ends = list(itertools.accumulate(-(-count // size) for count in seen))
-    splits = _power_of_two(ends[-1]) if max(seen) > size else 0
+    splits = next_power_of_2(ends[-1]) if max(seen) > size else 0
     rows = [request.rows.start for request in requests]
     numbers = uploaded([*rows, *queries, *keys, *_starts_of_keys(table, requests), *ends], query.device)
     # Of how many rows, keys and pages there are the plan knows nothing.
@@ -73,11 +74,6 @@ def decode(
         numbers, None if sinks is None else sinks.contiguous(),
     )  # fmt: skip
     planned(_decode, tensors, query.device, len(requests), most, splits, size, left, right, scale, softcap)
-
-
-def _power_of_two(number: int) -> int:
-    """The least that is not below a number above 0."""
-    return 1 << (number - 1).bit_length()
 
 
 def _starts_of_keys(table: torch.Tensor | None, requests: Sequence[Request]) -> list[int]:

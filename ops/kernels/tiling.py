@@ -23,11 +23,11 @@ MERGED_REGISTERS = 168
 MAX_GUIDE_BYTES = 32 * 1024
 """Bytes of guides that stay with a program while it goes through its keys."""
 DECODED_BLOCKS = 2
-"""Blocks of keys that wait in shared memory there."""
+"""Blocks of keys that wait in shared memory for a program, when requests decode."""
 SHORTEST_SPLIT = 256
 """Keys of a request that one program attends to, at least: fewer would pay for its start and for the sum of all."""
 PROGRAMS = 6
-"""Of a multiprocessor, when requests decode: some have more to do than others, and two or three run at a time."""
+"""Of a multiprocessor then: some have more to do than others, and two or three run at a time."""
 
 
 @functools.cache
