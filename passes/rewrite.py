@@ -136,12 +136,13 @@ class _Rewriter:
             return self.shard(site, self.sharding)
         decision = _undecided(site)
         try:
-            mask, decision.by_length = self.accept(site)
+            mask, by_length = self.accept(site)
             node = self.replace(site, mask, decision.name, self.of_site(decision.name))
         except Refused as refused:
             decision.reason = str(refused)
             return decision
         _note(decision, node, site, mask)
+        decision.by_length = by_length
         proven = "the mask is proven" if mask.rest == sympy.true else "what is not proven of the mask is passed on"
         decision.reason = f"{proven} and the call may be long enough for sparse attention"
         return decision
