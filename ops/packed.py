@@ -8,7 +8,7 @@ lacks one by one; on a CPU all run one by one, which costs little there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +17,9 @@ from .dense import positive_scale
 from .dispatch import DENSE_AT_ANY_LENGTH, choose_sparse, dense_queries
 from .fused import attend_packed, can_attend_packed
 from .memory import workspace
-from .paged import gathered, joined, merged
+from .operator import Call
+from .paged import gathered, joined, merged, start_gathering
+from .part import Part
 from .requests import Request, visibility_of
 from .result import AttentionResult
 from .rule.sinks import add_sinks
@@ -82,7 +84,16 @@ class Packed(NamedTuple):
 
     def attend_sparsely(self, request: Request) -> torch.Tensor:
         """The output of the operator for one request, [Lq, Hq, Dv]."""
-        return self._attend(request, self.config)
+        if self.table is None or not self.query.is_cuda:
+            return self._attend(request, self.config)
+        query, key = self.query[request.rows], gathered(self.key, self.table, [request])
+        value, arrive = start_gathering(self.value, self.table, request)  # The ranking of keys needs none.
+        try:
+            query, key, value = _of_one(query, key, value)
+            call = Call.of(query, key, value, **self._arguments(request), **self.config.arguments())
+            return call.sparse(Part(arrive=arrive)).output[0].transpose(0, 1)
+        finally:
+            arrive()
 
     def attend_densely(self, requests: Sequence[Request]) -> torch.Tensor:
         """The output of the operator for a single request, dense, [Lq, Hq, Dv]."""
@@ -100,12 +111,14 @@ class Packed(NamedTuple):
         decode(out, query, *pools, requests, self.window_size, scale, self.softcap, self.sinks)
 
     def _attend(self, request: Request, config: S2OConfig) -> torch.Tensor:
-        query, key, value = (x.transpose(0, 1)[None] for x in self.operands([request]))
-        output = torch.ops.s2o.attention(
-            query, key, value, **self.terms(request)._asdict(), scale=self.scale, softcap=self.softcap,
-            sinks=self.sinks, site=self.site, **config.arguments(),
-        )  # fmt: skip
+        operands = _of_one(*self.operands([request]))
+        output = torch.ops.s2o.attention(*operands, **self._arguments(request), **config.arguments())
         return output[0].transpose(0, 1)
+
+    def _arguments(self, request: Request) -> dict[str, Any]:
+        """What the operator is called with for a request, besides tensors and settings."""
+        terms = self.terms(request)._asdict()
+        return terms | {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks, "site": self.site}
 
     @property
     def _dense_config(self) -> S2OConfig:
@@ -122,6 +135,11 @@ class Packed(NamedTuple):
             return output
         of_heads = AttentionResult(output.transpose(0, 1)[None], lse[None], lse)
         return add_sinks(of_heads, self.sinks).output[0].transpose(0, 1)
+
+
+def _of_one(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys or values [L, H, D] as a batch of one, [1, H, L, D]."""
+    return tuple(x.transpose(0, 1)[None] for x in tensors)
 
 
 def attend_requests(out: torch.Tensor, requests: Sequence[Request], call: Packed) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -25,12 +27,35 @@ def gathered(pool: torch.Tensor, table: torch.Tensor | None, requests: Sequence[
     size = pool.shape[1]
     counts = [_pages(request, size) for request in requests]
     pages = [table[request.number, :count] for request, count in zip(requests, counts, strict=True)]
-    slots = pool.index_select(0, torch.cat(pages)).flatten(0, 1)
+    slots = pool.index_select(0, pages[0] if len(pages) == 1 else torch.cat(pages)).flatten(0, 1)
     parts, start = [], 0
     for request, count in zip(requests, counts, strict=True):
         parts.append(slice(start, start + request.key_count))
         start += count * size
     return joined(slots, parts)
+
+
+def start_gathering(
+    pool: torch.Tensor, table: torch.Tensor, request: Request
+) -> tuple[torch.Tensor, Callable[[], Any]]:
+    """`gathered` for one request on a GPU, beside what the current stream goes on with.
+
+    What follows a call of the function that is returned with it waits for it. Call it before the memory is free again.
+    """
+    current, beside = torch.cuda.current_stream(pool.device), _beside(pool.device)
+    pages = table[request.number, : _pages(request, pool.shape[1])]
+    slots = pool.new_empty(len(pages), *pool.shape[1:])
+    beside.wait_stream(current)
+    with torch.cuda.stream(beside):
+        torch.index_select(pool, 0, pages, out=slots)
+    done = beside.record_event()
+    return slots.flatten(0, 1)[request.keys], lambda: current.wait_event(done)
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which `start_gathering` gathers."""
+    return torch.cuda.Stream(device)
 
 
 def joined(x: torch.Tensor, parts: Sequence[slice]) -> torch.Tensor:
