@@ -26,7 +26,6 @@ from .helpers import (
 )
 from .launch import launch
 from .lists import Lists
-from .overlap import wait_for_others
 from .tiling import MAX_ROWS, attend_tiling, shared_memory
 from .variants import kernel
 
@@ -290,7 +289,6 @@ def attend_kernel(
 
     Program (tile, last first; part of the query heads of a KV head; batch entry and KV head).
     """
-    wait_for_others()
     # 1. Addresses: the rows of the tile, their keys and values, the list and its limits.
     scale, log2_max_weight = float32(scale), float32(log2_max_weight)
     unit = tl.maximum(scale, 1e-30)

@@ -14,7 +14,6 @@ from ..rule.channels import sampling_step
 from .arguments import padded
 from .helpers import float32
 from .launch import launch
-from .overlap import wait_for_others
 from .variants import kernel
 
 _PART = 1024
@@ -150,7 +149,6 @@ def moments_kernel(
     Rows are every `guide_step`-th guide of each head, and every `key_step`-th key; what is not finite counts as 0.
     Program (part; guides or keys and block of columns; batch entry and KV head).
     """
-    wait_for_others()
     part, of_keys = tl.program_id(0), tl.program_id(1) % 2
     first_column = tl.program_id(1) // 2 * BLOCK_C
     batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
@@ -200,7 +198,6 @@ def choose_kernel(
     padding. `energies` [B * Hkv, BLOCK_D] hands energies and then ranks from rows to columns.
     Program (batch entry and KV head).
     """
-    wait_for_others()
     scale = float32(scale)
     if HAS_PADDING:
         padding += (tl.program_id(0) // kv_heads).to(tl.int64) * padding_stride_b
@@ -253,7 +250,6 @@ def covariance_kernel(
 
     Program (block of columns; batch entry and KV head).
     """
-    wait_for_others()
     scale = float32(scale)
     if HAS_PADDING:
         padding += (tl.program_id(1) // kv_heads).to(tl.int64) * padding_stride_b
@@ -300,7 +296,6 @@ def pick_kernel(
 
     Program (block of rows; head; batch entry and KV head).
     """
-    wait_for_others()
     batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
     x += batch * stride_b + kv_head * stride_kv + tl.program_id(1).to(tl.int64) * stride_h
     row, column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)

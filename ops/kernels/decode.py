@@ -19,7 +19,6 @@ from .arguments import LOG2_E, padded
 from .attend import add_loaded
 from .helpers import LN_2, NO_KEY, finite_or_zero, float32
 from .launch import launch
-from .overlap import wait_for_others
 from .plan import Tensors, planned
 from .tiling import decode_tiling, decoded_rows, keys_per_split, multiprocessors, shared_memory
 from .variants import kernel
@@ -209,7 +208,6 @@ def decode_kernel(
     `out`, and else, normalised and with a log-sum-exp in units of log 2, to `partial` and `lse` by split, head and
     query. Programs past the last split do nothing.
     """
-    wait_for_others()
     # 1. Addresses.
     part, kv_head = tl.program_id(0) % PARTS, (tl.program_id(0) // PARTS % kv_heads).to(tl.int64)
     split = tl.program_id(0) // (PARTS * kv_heads)
@@ -279,7 +277,6 @@ def sum_kernel(
     BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Add up what the splits of a request have found. Program (request, slowest; head; query)."""
-    wait_for_others()
     rows = heads * QUERIES
     request, row = tl.program_id(0) // rows, tl.program_id(0) % rows
     head, position = (row // QUERIES).to(tl.int64), row % QUERIES

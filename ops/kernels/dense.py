@@ -11,7 +11,6 @@ from .arguments import LOG2_E, padded
 from .attend import MAX_MASS, MAX_MASS_FLOAT16, add_keys, lower_weights
 from .helpers import LN_2, NO_KEY, float32, load_padding, mask_terms, see
 from .launch import launch
-from .overlap import wait_for_others
 from .plan import Tensors, planned
 from .tiling import dense_tiling, shared_memory
 from .variants import kernel
@@ -131,7 +130,6 @@ def dense_kernel(
 
     Program (tile, last first; batch entry and head, slowest).
     """
-    wait_for_others()
     # 1. Addresses.
     unit = tl.maximum(float32(scale), 1e-30)
     softcap = float32(softcap) / unit

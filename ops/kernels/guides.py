@@ -9,7 +9,6 @@ from ..config import S2OConfig
 from .arguments import padded
 from .helpers import load_rows
 from .launch import launch
-from .overlap import wait_for_others
 from .variants import kernel
 
 _ROWS = 16
@@ -42,7 +41,6 @@ def pool_kernel(
 
     Program (block of guides; head; batch entry and KV head).
     """
-    wait_for_others()
     batch, kv_head = (tl.program_id(2) // kv_heads).to(tl.int64), (tl.program_id(2) % kv_heads).to(tl.int64)
     query += batch * stride_b + kv_head * stride_kv + tl.program_id(1).to(tl.int64) * TOGETHER * stride_h
     guide = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -30,7 +30,6 @@ from .helpers import (
 from .launch import launch
 from .lists import empty_importance
 from .merged_importance import score_merged
-from .overlap import wait_for_others
 from .products import LANES, by_segment, decided, pack_flags, place_rows, raise_largest
 from .quantise import Operands
 from .scoring import Scoring
@@ -140,7 +139,6 @@ def importance_kernel(
 
     Program (`chunk` keys for SEGMENTS consecutive segments, last first; list of the KV head; batch entry and KV head).
     """
-    wait_for_others()
     correction = 0.0
     if CHOICE_PER_KV_HEAD:
         variance = tl.load(neglected + tl.program_id(2))

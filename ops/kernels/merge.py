@@ -15,7 +15,6 @@ from ..rule import merging
 from .arguments import Arguments, padded
 from .helpers import INTERPRETED, LOG2_E, float32
 from .launch import launch
-from .overlap import wait_for_others
 from .variants import kernel
 
 MERGED = merging.MERGED
@@ -108,7 +107,6 @@ def distance_kernel(
 
     0 where a query is past the end, or the distance NaN. Program (RUNS runs; query head; batch entry).
     """
-    wait_for_others()
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows: tl.constexpr = RUNS * RUN
     row = tl.program_id(0) * rows + tl.arange(0, rows)
@@ -147,7 +145,6 @@ def cluster_kernel(apart, owner, clusters, reach, queries, radius, RUN: tl.const
     The last, `reach` [B, Hq, runs, RUN], is in units of log 2. Program (run; query head; batch entry): a single warp,
     whose steps wait for no other.
     """
-    wait_for_others()
     of_head = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     run = of_head * tl.num_programs(0) + tl.program_id(0)
     apart += run * (RUN * RUN)
@@ -191,7 +188,6 @@ def mean_kernel(
 
     HEADS heads share a list; PARTS are at least their runs of a segment. Program (run; query head; batch entry).
     """
-    wait_for_others()
     runs_of_head: tl.constexpr = SEGMENT // RUN
     heads = tl.num_programs(1)
     run, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)

@@ -26,7 +26,6 @@ from .helpers import (
 )
 from .launch import launch
 from .merge import MergedGuides
-from .overlap import wait_for_others
 from .products import LANES, by_segment, decided, larger, pack_flags, place_rows, raise_largest
 from .quantise import Operands
 from .scoring import Scoring
@@ -200,7 +199,6 @@ def merged_importance_kernel(
 
     Program (`chunk` keys for SEGMENTS consecutive segments, last first; list of the KV head; batch entry and KV head).
     """
-    wait_for_others()
     correction = 0.0
     if CHOICE_PER_KV_HEAD:
         variance = tl.load(neglected + tl.program_id(2))

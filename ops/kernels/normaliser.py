@@ -26,7 +26,6 @@ from .helpers import (
 )
 from .launch import launch
 from .merge import MergedGuides
-from .overlap import wait_for_others
 from .products import LANES
 from .quantise import Operands
 from .tiling import MERGED_ROWS, normaliser_tiling
@@ -109,7 +108,6 @@ def normaliser_kernel(
     Program (SEGMENTS consecutive segments, last first; block of the guides of each over all heads; batch entry and KV
     head).
     """
-    wait_for_others()
     softcap, log2_sample = float32(softcap), float32(log2_sample)
     scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
     batch = (tl.program_id(2) // kv_heads).to(tl.int64)

@@ -29,7 +29,6 @@ from ..geometry import round_up
 from .compile import compile_ahead
 from .direct import DirectLaunch, Place, Values
 from .launch import Grid, is_launched_at_once, launching
-from .overlap import overlapping
 
 Tensors: TypeAlias = Sequence[Any]
 """Tensors, and None for those that a call lacks."""
@@ -97,7 +96,7 @@ def plan_of(
         None if layout is None else torch.empty_strided(*layout[:2], dtype=layout[2], device="meta")
         for layout in layouts
     ]
-    recorder = Recorder(tensors, overlapping(device))
+    recorder = Recorder(tensors)
     try:
         with recorder, launching(recorder.record):
             compute(tensors, device, *constants)
@@ -258,13 +257,11 @@ def _has_hooks() -> bool:
 class Recorder(TorchDispatchMode):
     """Records what a computation launches on tensors without memory, and where its allocations go in the workspace.
 
-    An allocation takes the first gap between those that are still in use, as it does in PyTorch's allocator. All
-    kernels are launched with some `options` of Triton's besides their own.
+    An allocation takes the first gap between those that are still in use, as it does in PyTorch's allocator.
     """
 
-    def __init__(self, tensors: Tensors, options: dict[str, Any]) -> None:
+    def __init__(self, tensors: Tensors) -> None:
         super().__init__()
-        self.options = options
         self.steps: list[Zeroing | Launch] = []
         self.operands: dict[tuple[int, int, torch.dtype], Operand] = {}
         self.size = 0
@@ -295,8 +292,7 @@ class Recorder(TorchDispatchMode):
         ordered = [values.pop(name) for name in kernel.arg_names]
         operands = [(place, self._operand(x)) for place, x in enumerate(ordered) if isinstance(x, torch.Tensor)]
         constants = [0 if isinstance(x, torch.Tensor) else x for x in ordered]
-        options = values | self.options
-        self.steps.append(Launch(kernel, (*grid, 1, 1)[:3], constants, operands, options))
+        self.steps.append(Launch(kernel, (*grid, 1, 1)[:3], constants, operands, values))
 
     def _allocate(self, x: torch.Tensor) -> None:
         used, size, start = self._in_use(), round_up(x.numel() * x.itemsize, ALIGNMENT), 0

@@ -12,7 +12,6 @@ from .arguments import Arguments, padded
 from .channels import pick_channels
 from .helpers import FLOAT8_REACH, load_rows
 from .launch import launch
-from .overlap import wait_for_others
 from .variants import kernel
 
 FLOAT8 = torch.float8_e4m3fn
@@ -150,7 +149,6 @@ def origin_kernel(
 
     Program (batch entry and KV head).
     """
-    wait_for_others()
     place = tl.program_id(0)
     key += (place // kv_heads).to(tl.int64) * key_stride_b + (place % kv_heads).to(tl.int64) * key_stride_h
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -218,7 +216,6 @@ def reach_kernel(
 
     Program (block of guides or of keys; batch entry and KV head).
     """
-    wait_for_others()
     place = _place(count, heads, per_head, keys, OF_SEGMENT, BLOCK_N)
     rows = _load(
         guides, key, origin, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
@@ -244,7 +241,6 @@ def quantise_kernel(
     The same of the channels `picked` [B, Hkv, PICKED]: `of_picked` [B, Hkv, rows, PICKED], where PICKED is not 0.
     Program (block of guides or of keys; batch entry and KV head).
     """
-    wait_for_others()
     place = _place(count, heads, per_head, keys, OF_SEGMENT, BLOCK_N)
     head, row, real = place
     ranges += (head == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)

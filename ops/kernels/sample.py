@@ -11,7 +11,6 @@ from .arguments import Arguments
 from .helpers import KEY_BLOCK, draws, place_list, round_up
 from .launch import launch
 from .lists import Lists
-from .overlap import wait_for_others
 from .scoring import Scoring
 from .variants import kernel
 
@@ -42,7 +41,6 @@ def sample_kernel(
     Log-weights take the place of the first importances: a key stands in the list no later than in the history, so each
     block overwrites only what was read. Program (segment, last first; list of all batch entries and KV heads).
     """
-    wait_for_others()
     segment, place, begin, end = place_list(
         first_segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW
     )

@@ -13,7 +13,6 @@ from .arguments import Arguments
 from .helpers import FLAGS_PER_WORD, place_list
 from .launch import launch
 from .lists import Lists
-from .overlap import wait_for_others
 from .scoring import Scoring
 from .variants import kernel
 
@@ -55,7 +54,6 @@ def select_kernel(
 
     Program (segment, last first; list of all batch entries and KV heads).
     """
-    wait_for_others()
     _, place, begin, end = place_list(
         first_segment, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW
     )
