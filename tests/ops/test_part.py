@@ -16,6 +16,7 @@ from s2o_compile.ops.part import Part, SampledQueries
 from s2o_compile.ops.rule.channels import sampling_step
 from s2o_compile.ops.visibility import Visibility
 
+from .comparison import largest_difference
 from .settings import config_of
 
 LENGTH, CUT = 256, 96
@@ -47,8 +48,12 @@ def test_parts_are_those_of_the_whole(name: str, implementation: Any, monkeypatc
     mask = Visibility(is_causal=True, key_padding=padding)
     of_all = Part(query.unflatten(1, (1, 2)), SampledQueries.of(query, 1, mask))
     whole, rows = attended(slice(None), None).output, [slice(0, CUT), slice(CUT, LENGTH)]
-    assert torch.equal(torch.cat([attended(some, of_all).output for some in rows], 2), whole)
-    assert not torch.equal(torch.cat([attended(some, None).output for some in rows], 2), whole)
+
+    def difference(part: Part | None) -> float:
+        return largest_difference(torch.cat([attended(some, part).output for some in rows], 2), whole)
+
+    # Another choice shows; products round by how many are computed at once on some CPUs.
+    assert difference(of_all) < 1e-6 < 1e-3 < difference(None)
 
 
 @pytest.mark.parametrize(("implementation", "measure"), [(cpu, "mass"), (pipeline, "mass"), (pipeline, "output")])
@@ -69,18 +74,22 @@ def test_values_may_arrive_while_keys_are_ranked(
         steps.append(launch.kernel.__name__)
         run(launch, *arguments)
 
+    def start() -> None:
+        steps.append("start")
+
     def arrive() -> None:
         steps.append("arrive")
         travelling.copy_(value)
 
     monkeypatch.setattr(plan.Launch, "run", noted)
     with limited_workspace(2**11):
-        got = attend(query, key, travelling, Visibility(True), part=Part(arrive=arrive)).output
+        got = attend(query, key, travelling, Visibility(True), part=Part(start=start, arrive=arrive)).output
     assert torch.equal(got, want)
     if implementation is pipeline and measure == "mass":
         before, after = steps[: steps.index("arrive")], steps[steps.index("arrive") + 1 :]
-        assert "importance_kernel" in before and after[0] == "attend_kernel"
-        assert "attend_kernel" not in before and "importance_kernel" in after
+        assert before == ["start", "normaliser_kernel", "importance_kernel", "sample_kernel"]
+        assert after[0] == "attend_kernel"
+        assert "importance_kernel" in after
 
 
 def test_values_that_are_copied_have_arrived() -> None:
@@ -100,7 +109,7 @@ def test_a_plan_of_what_computes_waits_first() -> None:
     def double(tensors: plan.Tensors, device: torch.device) -> None:
         tensors[1].copy_(2 * tensors[0])
 
-    plan.planned(double, (x, result), x.device, late=plan.Late(0, lambda: x.fill_(1)))
+    plan.planned(double, (x, result), x.device, late=plan.Late(0, lambda: None, lambda: x.fill_(1)))
     assert result.tolist() == [2, 2, 2]
 
 
