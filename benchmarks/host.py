@@ -23,6 +23,7 @@ from torch.autograd import DeviceType
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
+from s2o_compile import S2OConfig, attention
 from s2o_compile._console import UsageError
 from s2o_compile.ops.dispatch import DENSE_AT_ANY_LENGTH
 from s2o_compile.testbed.options import Json
@@ -64,18 +65,20 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.T
 def operator(min_length: int) -> Attention:
     """The operator, sparse from a number of keys on."""
 
+    config = S2OConfig(min_length=min_length)
+
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return torch.ops.s2o.attention(query, key, value, is_causal=True, min_length=min_length)
+        return attention(query, key, value, is_causal=True, config=config)
 
     return call
 
 
-def layers(attention: Attention) -> Attention:
+def layers(attend: Attention) -> Attention:
     """Several calls, each of which attends with the output of the one before as its query."""
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         for _ in range(LAYERS):
-            query = attention(query, key, value)
+            query = attend(query, key, value)
         return query
 
     return call
@@ -98,29 +101,29 @@ def contenders() -> dict[str, Attention]:
 
 
 @torch.no_grad()
-def measure(name: str, attention: Attention, inputs: list[torch.Tensor], repetitions: int) -> Row:
+def measure(name: str, attend: Attention, inputs: list[torch.Tensor], repetitions: int) -> Row:
     """Time one way to call attention."""
 
     def call() -> Any:
-        return attention(*inputs)
+        return attend(*inputs)
 
     reason = warm_up(call) or warm_up(call)
     if reason:
         raise RuntimeError(f"{name}: {reason}")
     seconds, spread = median_and_spread([issuing_seconds(call) for _ in range(repetitions)])
-    new = None if "," in name else 1e3 * seconds_of_a_new_length(attention, inputs)
+    new = None if "," in name else 1e3 * seconds_of_a_new_length(attend, inputs)
     calls = LAYERS if "layers" in name else 1
     return Row(name, 1e6 * seconds / calls, spread, new, kernels(call) // calls)
 
 
-def seconds_of_a_new_length(attention: Attention, inputs: list[torch.Tensor]) -> float:
+def seconds_of_a_new_length(attend: Attention, inputs: list[torch.Tensor]) -> float:
     """The first call of a length for which kernels are compiled, but nothing else is known, until it is issued."""
     # Of the same multiple of 16 as the next, for which Triton compiles the same kernels.
     for length in (inputs[0].shape[2] - 32, inputs[0].shape[2] - 64):
         shorter = [x[:, :, :length].contiguous() for x in inputs]
         torch.cuda.synchronize()
         start = time.perf_counter()
-        attention(*shorter)
+        attend(*shorter)
         seconds = time.perf_counter() - start
     return seconds
 

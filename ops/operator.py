@@ -66,11 +66,7 @@ def attention(*arguments: Any, **keywords: Any) -> torch.Tensor:
     would be large (`dense`); or with a soft cap or sinks, which SDPA lacks, by the sparse implementation with every key
     in the dense span, or spelled out for a few queries.
     """
-    call = Call.of(*arguments, **keywords)
-    sparse = call.chooses_sparse()
-    if sparse is None:
-        return call.dynamic()
-    return call.sparse().output if sparse else call.dense()
+    return Call.of(*arguments, **keywords).attend()
 
 
 def attention_stats(*arguments: Any, **keywords: Any) -> AttentionResult:
@@ -134,9 +130,8 @@ class Call(NamedTuple):
         query, key, value = autocast(query, key, value)
         terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
         known_by = call_key(query, key, value, terms, scale, softcap, settings) if sinks is None else None
-        outcome = remembered(known_by)
-        if outcome is not None:
-            return cls(query, key, value, outcome.terms, scale, softcap, sinks, site, outcome.config, outcome.is_sparse)
+        if (known := remembered(known_by)) is not None:
+            return cls(query, key, value, known.terms, scale, softcap, None, site, known.config, known.is_sparse)
         config = S2OConfig.from_arguments(**settings)
         validate(query, key, value, terms, scale, softcap, sinks)
         validate_placements(
@@ -154,6 +149,33 @@ class Call(NamedTuple):
             return call
         remember(known_by, Outcome(terms, config, is_sparse))
         return call._replace(is_sparse=is_sparse)
+
+    @classmethod
+    def known(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        terms: Visibility,
+        scale: float | None,
+        softcap: float,
+        settings: dict[str, Any],
+    ) -> Call | None:
+        """The call that an operator, called with the same, would `attend`; None where it would have to find out."""
+        if is_cast(query.device.type):
+            return None
+        known = remembered(call_key(query, key, value, terms, scale, softcap, settings))
+        if known is None:
+            return None
+        refuse_context_parallel()
+        return cls(query, key, value, known.terms, scale, softcap, None, "", known.config, known.is_sparse)
+
+    def attend(self) -> torch.Tensor:
+        """The output, sparse or dense."""
+        is_sparse = self.chooses_sparse()
+        if is_sparse is None:
+            return self.dynamic()
+        return self.sparse().output if is_sparse else self.dense()
 
     def chooses_sparse(self) -> bool | None:
         """Whether the call is worth the sparse path; None where that is known at run time only."""
@@ -297,9 +319,14 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def is_cast(device: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not is_cast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

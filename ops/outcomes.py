@@ -17,6 +17,7 @@ from .config import S2OConfig
 from .validation import DTYPES
 from .visibility import Visibility
 
+_THRESHOLD = S2OConfig().threshold
 _MOST = 4096
 """Outcomes that are kept; then all are found anew, in about 15 microseconds each."""
 
@@ -49,9 +50,12 @@ def call_key(
     device, dtype = query.device, query.dtype
     if device.type not in ("cuda", "cpu") or dtype not in DTYPES:
         return None
-    limits = dispatch.break_even(device, dtype) if settings.get("min_length") is None else None
+    given, min_length = settings.get, settings.get("min_length")
+    limits = dispatch.break_even(device, dtype) if min_length is None else None
     of_tensors = query.shape, key.shape, value.shape, dtype, key.dtype, value.dtype, device, key.device, value.device
-    return *of_tensors, *terms, scale, softcap, tuple(settings.items()), limits
+    # The dispatcher leaves out what is as in the schema.
+    of_settings = given("threshold", _THRESHOLD), min_length, given("last_queries", 0), given("settings", "")
+    return *of_tensors, *terms, scale, softcap, *of_settings, limits
 
 
 def remembered(call: Hashable | None) -> Outcome | None:

@@ -18,7 +18,7 @@ from .dispatch import DENSE_AT_ANY_LENGTH, choose_sparse, dense_queries
 from .fused import attend_packed, can_attend_packed
 from .memory import workspace
 from .operator import Call
-from .paged import Travelling, gathered, joined, merged
+from .paged import gathered, joined, merged, start_gathering
 from .part import Part
 from .requests import Request, visibility_of
 from .result import AttentionResult
@@ -87,13 +87,13 @@ class Packed(NamedTuple):
         if self.table is None or not self.query.is_cuda:
             return self._attend(request, self.config)
         query, key = self.query[request.rows], gathered(self.key, self.table, [request])
-        values = Travelling(self.value, self.table, request)  # The ranking of keys needs none.
+        value, arrive = start_gathering(self.value, self.table, request)  # The ranking of keys needs none.
         try:
-            query, key, value = _of_one(query, key, values.rows)
+            query, key, value = _of_one(query, key, value)
             call = Call.of(query, key, value, **self._arguments(request), **self.config.arguments())
-            return call.sparse(Part(start=values.start, arrive=values.arrive)).output[0].transpose(0, 1)
+            return call.sparse(Part(arrive=arrive)).output[0].transpose(0, 1)
         finally:
-            values.arrive()
+            arrive()
 
     def attend_densely(self, requests: Sequence[Request]) -> torch.Tensor:
         """The output of the operator for a single request, dense, [Lq, Hq, Dv]."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -34,37 +35,26 @@ def gathered(pool: torch.Tensor, table: torch.Tensor | None, requests: Sequence[
     return joined(slots, parts)
 
 
-class Travelling:
-    """Keys or values of a request [its keys, Hkv, D] that are gathered from pages beside what a GPU does meanwhile.
+def start_gathering(
+    pool: torch.Tensor, table: torch.Tensor, request: Request
+) -> tuple[torch.Tensor, Callable[[], Any]]:
+    """`gathered` for one request on a GPU, beside what the current stream goes on with.
 
-    What follows `arrive` on the current stream waits for them. It must have been called before they are free again.
+    What follows a call of the function that is returned with it waits for it. Call it before the memory is free again.
     """
-
-    def __init__(self, pool: torch.Tensor, table: torch.Tensor, request: Request) -> None:
-        self._pool, self._pages = pool, table[request.number, : _pages(request, pool.shape[1])]
-        self._slots = pool.new_empty(len(self._pages), *pool.shape[1:])
-        self._done: torch.cuda.Event | None = None
-        self.rows = self._slots.flatten(0, 1)[request.keys]
-
-    def start(self) -> None:
-        """Gather them, once."""
-        if self._done is None:
-            beside = _beside(self._pool.device)
-            beside.wait_stream(torch.cuda.current_stream(self._pool.device))
-            with torch.cuda.stream(beside):
-                torch.index_select(self._pool, 0, self._pages, out=self._slots)
-            self._done = beside.record_event()
-
-    def arrive(self) -> None:
-        """Have the current stream wait for them."""
-        self.start()
-        assert self._done is not None
-        torch.cuda.current_stream(self._pool.device).wait_event(self._done)
+    current, beside = torch.cuda.current_stream(pool.device), _beside(pool.device)
+    pages = table[request.number, : _pages(request, pool.shape[1])]
+    slots = pool.new_empty(len(pages), *pool.shape[1:])
+    beside.wait_stream(current)
+    with torch.cuda.stream(beside):
+        torch.index_select(pool, 0, pages, out=slots)
+    done = beside.record_event()
+    return slots.flatten(0, 1)[request.keys], lambda: current.wait_event(done)
 
 
 @functools.cache
 def _beside(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which `Travelling` rows are gathered."""
+    """The stream on which `start_gathering` gathers."""
     return torch.cuda.Stream(device)
 
 

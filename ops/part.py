@@ -42,18 +42,16 @@ class Part(NamedTuple):
         guides: Every so many of the pooled queries of the sequence, as `rule.channels.sampling_step` says
             [B, Hkv, G or 1, n, D]. Of so few, a step of 1 takes all.
         outputs: Its queries that say how large outputs are.
-        start: Has the values begin to travel, where they have not.
         arrive: Lets what the device does from then on wait for the values, which may still travel; as often as called.
     """
 
     guides: torch.Tensor | None = None
     outputs: SampledQueries | None = None
-    start: Callable[[], Any] = lambda: None
     arrive: Callable[[], Any] = lambda: None
 
     def of(self, batch: slice) -> Part:
         """The same of some batch entries."""
-        guides, outputs, *travel = self
+        guides, outputs, arrive = self
         if outputs is not None:
             outputs = outputs._replace(query=outputs.query[batch], visibility=outputs.visibility.of(batch))
-        return Part(None if guides is None else guides[batch], outputs, *travel)
+        return Part(None if guides is None else guides[batch], outputs, arrive)

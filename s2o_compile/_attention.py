@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from .ops import AttentionResult, S2OConfig
+from .ops.operator import Call
 from .ops.process_group import sharding_of
+from .ops.visibility import Visibility
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -118,6 +120,11 @@ def attention(
             gradient is asked for; with a `mesh` also where ranks hold parts of other lengths, or there is a `mask`.
     """
     options: dict[str, Any] = S2OConfig.of(config).arguments()
+    if mesh is None and sinks is None and not return_stats and not torch.compiler.is_compiling():
+        # What the operator comes to, without the dispatcher's arguments: these take longer than all else.
+        terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
+        if (call := Call.known(query, key, value, terms, scale, softcap, options)) is not None:
+            return call.attend()
     operator = torch.ops.s2o.attention_stats if return_stats else torch.ops.s2o.attention
     if mesh is not None:
         operator = torch.ops.s2o.attention_context_stats if return_stats else torch.ops.s2o.attention_context

@@ -101,7 +101,7 @@ def attend_batch(
     if not visibility.is_positional:
         masks = *[None if x is None else _with_rows(x) for x in masks[:3]], visibility.mask
         terms = visibility.with_tensors(None, None, None, None)
-    late = None if part is None else Late(_VALUE, part.start, part.arrive)
+    late = None if part is None else Late(_VALUE, part.arrive)
     part, distances = part or Part(), None
     if config.ranking.measure == "output" and Geometry.of(query, key, visibility, config).ranked_segments:
         part.arrive()

@@ -40,9 +40,6 @@ ALIGNMENT = 256
 _TRITONS_ALIGNMENT = 16
 _HAS_BINARIES = torch.version.hip is None and not knobs.runtime.interpret
 """Whether kernels are binaries of CUDA: Triton decides as it reads them."""
-_AHEAD = 3
-"""How many steps before a late tensor is read others start to fill it: these are products, which leave the memory to
-others; steps before them read as much as it has time for."""
 _PLANS = 1024
 """Plans that are kept; a call of another layout is recorded anew, in about two milliseconds."""
 
@@ -58,10 +55,9 @@ def layout_of(x: torch.Tensor) -> Layout:
 
 
 class Late(NamedTuple):
-    """Which of the `Tensors` others may still fill; what has them start, and what lets the next steps wait for them."""
+    """Which of the `Tensors` may still be filled by others, and what lets the steps that follow wait for that."""
 
     place: int
-    start: Callable[[], Any]
     arrive: Callable[[], Any]
 
 
@@ -210,7 +206,6 @@ class Plan:
     def run(self, tensors: Tensors, late: Late | None = None) -> None:
         """Take all steps, on tensors of the layouts that the plan was recorded for, one of which may be late."""
         before = 0 if late is None else self.steps_without(late.place)
-        ahead = max(0, before - _AHEAD)
         with _on(self.device):
             workspace = torch.empty(self.size + ALIGNMENT, dtype=torch.uint8, device=self.device)
             if (misaligned := workspace.data_ptr() % ALIGNMENT) != 0:
@@ -223,11 +218,7 @@ class Plan:
                 compile_ahead([functools.partial(step.compile, bases) for step in launches])
                 self.is_compiled = True
             values = stream, *[addresses[base] + offset for base, offset in self.places]
-            for step in self.steps[:ahead]:
-                step.run(bases, values)
-            if late is not None:
-                late.start()
-            for step in self.steps[ahead:before]:
+            for step in self.steps[:before]:
                 step.run(bases, values)
             if late is not None:
                 late.arrive()

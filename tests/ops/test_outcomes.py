@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2o_compile import S2OConfig, attention
 from s2o_compile.ops import dispatch, outcomes
 from s2o_compile.ops.break_even import BreakEven
 from s2o_compile.ops.operator import Call
@@ -87,6 +88,56 @@ def test_remembered_calls_come_to_what_fresh_ones_do(calls: list[tuple[dict[str,
         assert [outcome(*call) for call in calls] == fresh
 
 
+def result(attend: Callable[..., torch.Tensor], call: dict[str, Any], grad: bool, autocast: bool) -> Any:
+    """What a function returns for a call, or raises."""
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        try:
+            output = attend(**call)
+        except (TypeError, ValueError) as error:
+            return type(error), str(error)
+        return output.shape, output.stride(), output.dtype, output.device
+
+
+def by_operator(config: S2OConfig | None = None, **call: Any) -> torch.Tensor:
+    return torch.ops.s2o.attention(**call, **S2OConfig.of(config).arguments())
+
+
+@given(st.lists(st.tuples(arguments, st.booleans(), st.booleans()), min_size=1, max_size=6))
+def test_the_function_comes_to_what_the_operator_does(calls: list[tuple[dict[str, Any], bool, bool]]) -> None:
+    names = ("threshold", "min_length", "settings", "site")
+    given = [({name: x for name, x in call.items() if name not in names}, *others) for call, *others in calls]
+    outcomes._found.clear()
+    wanted = [result(by_operator, *call) for call in given]
+    for _ in range(2):
+        assert [result(attention, *call) for call in given] == wanted
+
+
+@pytest.mark.parametrize("config", [None, S2OConfig(min_length=0, threshold=0.1), S2OConfig(min_length=10**6)])
+def test_a_known_call_of_the_function_goes_past_the_dispatcher(
+    config: S2OConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 300, 16) for heads in (4, 2, 2))
+    want = by_operator(config, query=query, key=key, value=value, is_causal=True)
+    monkeypatch.delattr("s2o_compile.ops.operator.validate")
+    monkeypatch.setattr(Call, "of", None)
+    assert torch.equal(attention(query, key, value, True, config=config), want)
+
+
+def test_the_function_is_the_operator_where_it_is_traced() -> None:
+    """What it remembers from eager calls says nothing of a graph."""
+    x, targets = torch.randn(1, 2, 40, 8), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        targets.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    want = attention(x, x, x, is_causal=True)
+    compiled = torch.compile(lambda x: attention(x, x, x, is_causal=True), backend=backend, fullgraph=True)
+    assert torch.equal(compiled(x), want)
+    assert targets == [torch.ops.s2o.attention]
+
+
 def call(length: int = 40, **changes: Any) -> Call:
     query, key = torch.zeros(1, 4, length, 8), torch.zeros(1, 2, length, 8)
     return Call.of(**{"query": query, "key": key, "value": key, "is_causal": True} | changes)
@@ -131,6 +182,7 @@ def test_symbolic_sizes_are_not_remembered() -> None:
 def test_calls_under_vmap() -> None:
     """Tensors look plain there, by the shapes that a call has there."""
     x = torch.randn(3, 1, 2, 40, 8)
-    got = torch.func.vmap(lambda x: torch.ops.s2o.attention(x, x, x, is_causal=True))(x)
     want = torch.stack([torch.ops.s2o.attention(x, x, x, is_causal=True) for x in x])
-    torch.testing.assert_close(got, want)
+    for attend in (torch.ops.s2o.attention, attention):
+        got = torch.func.vmap(lambda x, attend=attend: attend(x, x, x, is_causal=True))(x)
+        torch.testing.assert_close(got, want)
