@@ -12,6 +12,8 @@ from .visibility import Visibility
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+LARGEST_SOFTCAP = 1e30
+"""Quotients of logits by more than that lose digits in float32."""
 
 
 def validate(
@@ -61,8 +63,8 @@ def validate(
     _validate_visibility(query, key, visibility)
     if isinstance(scale, (int, float)) and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, not {scale}")
-    if isinstance(softcap, (int, float)) and not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be a finite number, at least 0 (0 for none), not {softcap}")
+    if isinstance(softcap, (int, float)) and not 0 <= softcap <= LARGEST_SOFTCAP:
+        raise ValueError(f"softcap must be between 0 (for none) and {LARGEST_SOFTCAP:g}, not {softcap}")
     if sinks is not None:
         _validate_sinks(sinks, query)
         tensors["sinks"] = sinks

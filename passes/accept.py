@@ -13,14 +13,14 @@ from torch.fx import Node
 
 from ..ops.config import S2OConfig
 from ..ops.dispatch import choose_sparse, why_dense
-from ..ops.validation import DTYPES, MAX_HEAD_DIM, dtype_name
+from ..ops.validation import DTYPES, LARGEST_SOFTCAP, MAX_HEAD_DIM, dtype_name
 from ..ops.visibility import Visibility
 from .graph.autocast import autocast_at
 from .graph.node_values import constant, fake_tensor, needs_gradients, why_unknown
 from .graph.operations import Cleaned
 from .graph.read_operations import read_operation
 from .graph.torch_internals import guard_or_false
-from .logit_terms import are_known
+from .logit_terms import are_known, softcap_of
 from .mask.empty_rows import EmptyRows
 from .mask.prover import Prover
 from .mask.refused import Refused
@@ -46,6 +46,8 @@ def check_call(site: AttentionSite) -> None:
         raise Refused("dropout is active; call model.eval() or set dropout_p to 0")
     if site.softcap is not None and not are_known(site.softcap):
         raise Refused("the soft-cap is computed while the model runs; use a number")
+    if site.softcap is not None and not 0 < softcap_of(site.softcap) <= LARGEST_SOFTCAP:
+        raise Refused(f"a soft-cap of {softcap_of(site.softcap):g} caps nothing; leave it out")
     if isinstance(site.is_causal, Node):
         raise Refused("is_causal is computed in the graph; pass True or False")
     if fake_tensor(site.node) is None or needs_gradients(site.node):

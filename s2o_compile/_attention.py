@@ -98,7 +98,8 @@ def attention(
         query_documents: [B, Lq] int32 or int64, with `key_documents`: a query sees the keys of equal id only.
         key_documents: [B, Lk] int32 or int64.
         mask: Boolean, broadcastable to [B, Hq, Lq, Lk], True for pairs that may attend.
-        softcap: The scaled logits become `softcap` * tanh(logits / `softcap`) (Gemma 2, arXiv 2408.00118); 0 for none.
+        softcap: The scaled logits become `softcap` * tanh(logits / `softcap`) (Gemma 2, arXiv 2408.00118), up to 1e30;
+            0 for none.
         sinks: [Hq], a logit per head that enters the softmax's denominator without a value (gpt-oss).
         config: The settings, by default ``S2OConfig()``.
         return_stats: Whether to return the log-sum-exp and the visited work as well.

@@ -117,13 +117,25 @@ def see(
 
 
 @triton.jit
+def _reciprocal(x):
+    """1 / x of numbers between 1 and 2, for which a division would first choose a scale."""
+    if INTERPRETED:
+        result = 1 / x
+    else:
+        result = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    return result
+
+
+@triton.jit
 def cap(logits, softcap):
     """`softcap` * tanh(logits / `softcap`)."""
     size = tl.abs(logits)
-    ratio = size / softcap
+    # A cap of less than that of which this is the inverse caps everything to nothing as well.
+    ratio = size * (1 / tl.maximum(softcap, 1e-37))
     decay = tl.exp2(ratio * (-2 * LOG2_E))
     # Of small ratios the difference from 1 would have few digits, and under a large cap none.
-    capped = tl.where(ratio < 0.03125, size - size * ratio * ratio / 3, softcap * (1 - decay) / (1 + decay))
+    series = size - size * (ratio * ratio * (1 / 3))
+    capped = tl.where(ratio < 0.03125, series, (softcap - softcap * decay) * _reciprocal(1 + decay))
     return tl.where(logits < 0, -capped, capped)
 
 

@@ -387,7 +387,7 @@ def changed(name: str, place: int, number: int) -> Any:
             r"window_size must be \(left, right\), each at least 0 or -1 .*, not \(-2, 0\)",
         ),
         ({"window_size": (1, 2, 3)}, ValueError, r"window_size must be .*, not \(1, 2, 3\)"),
-        ({"softcap": -1.0}, ValueError, "softcap must be a finite number"),
+        ({"softcap": -1.0}, ValueError, "softcap must be between 0"),
         ({"sinks": torch.zeros(3)}, ValueError, r"sinks must be \[heads of query\] \(4,\), not \(3,\)"),
         ({"cu_seq_q": torch.zeros(8)}, TypeError, "cu_seq_q must be int32 or int64, not float32"),
         ({"cu_seq_q": torch.zeros(2, 4).int()}, ValueError, r"cu_seq_q must be \[requests \+ 1\], not \(2, 4\)"),

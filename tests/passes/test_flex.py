@@ -220,6 +220,7 @@ REFUSED_SCORE_MODS: dict[str, tuple[ScoreMod, str]] = {
     "masked, then capped": (tanh_of_masked, "mask them afterwards"),
     "shifted, then capped": (lambda s, b, h, i, j: torch.tanh(s + 1), "mask them afterwards"),
     "zero": (lambda s, b, h, i, j: s * 0, "use another number"),
+    "capped far above": (lambda s, b, h, i, j: 1e32 * torch.tanh(s / 1e32), "a soft-cap of 1e+32 caps nothing"),
 }
 
 
