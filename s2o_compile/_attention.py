@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+from torch.overrides import has_torch_function
 
 from .ops import AttentionResult, S2OConfig
 from .ops.operator import Call
@@ -121,7 +122,8 @@ def attention(
             gradient is asked for; with a `mesh` also where ranks hold parts of other lengths, or there is a `mask`.
     """
     options: dict[str, Any] = S2OConfig.of(config).arguments()
-    if mesh is None and sinks is None and not return_stats and not torch.compiler.is_compiling():
+    is_watched = torch.compiler.is_compiling() or has_torch_function((query, key, value))
+    if mesh is None and sinks is None and not return_stats and not is_watched:
         # What the operator comes to, without the dispatcher's arguments: these take longer than all else.
         terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
         if (call := Call.known(query, key, value, terms, scale, softcap, options)) is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from s2o_compile import S2OConfig, attention
 from s2o_compile.ops import dispatch, outcomes
@@ -135,7 +136,27 @@ def test_the_function_is_the_operator_where_it_is_traced() -> None:
     want = attention(x, x, x, is_causal=True)
     compiled = torch.compile(lambda x: attention(x, x, x, is_causal=True), backend=backend, fullgraph=True)
     assert torch.equal(compiled(x), want)
-    assert targets == [torch.ops.s2o.attention]
+    assert [str(target).removesuffix(".default") for target in targets] == ["s2o.attention"]
+
+
+class Noting(TorchFunctionMode):
+    """Notes the functions that are called inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[Any] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.noted.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_operator_each_time() -> None:
+    x, mode = torch.randn(1, 2, 40, 8), Noting()
+    with mode:
+        for _ in range(3):
+            attention(x, x, x, is_causal=True)
+    assert [str(function).removesuffix(".default") for function in mode.noted] == 3 * ["s2o.attention"]
 
 
 def call(length: int = 40, **changes: Any) -> Call:
