@@ -162,10 +162,10 @@ class Call(NamedTuple):
         settings: dict[str, Any],
     ) -> Call | None:
         """The call that an operator, called with the same, would `attend`; None where it would have to find out."""
-        if is_cast(query.device.type):
+        if not _are_of_the_schema(terms, scale, softcap):
             return None
         known = remembered(call_key(query, key, value, terms, scale, softcap, settings))
-        if known is None:
+        if known is None or torch.is_autocast_enabled(query.device.type):
             return None
         refuse_context_parallel()
         return cls(query, key, value, known.terms, scale, softcap, None, "", known.config, known.is_sparse)
@@ -258,6 +258,17 @@ class Call(NamedTuple):
         return self.query.is_cuda and not is_empty and not symbolic and has_kernels(self.visibility, self.config)
 
 
+def _are_of_the_schema(terms: Visibility, scale: float | None, softcap: float) -> bool:
+    """Whether numbers have the types of the schema: the dispatcher converts some others that equal them, not all."""
+    return (
+        type(softcap) is float
+        and (scale is None or type(scale) is float)
+        and type(terms.is_causal) is bool
+        and type(terms.causal_offset) is int
+        and (terms.window is None or type(terms.window) is int)
+    )
+
+
 def with_channels(x: torch.Tensor) -> torch.Tensor:
     """A query, key or value; one channel of zeros where it has none, which says as much."""
     return x.new_zeros(*x.shape[:-1], 1) if statically_known_true(x.shape[-1] == 0) else x
@@ -319,14 +330,9 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def is_cast(device: str) -> bool:
-    """Whether autocast is on for a type of device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     device = tensors[0].device.type
-    if not is_cast(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

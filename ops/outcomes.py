@@ -14,6 +14,7 @@ import torch
 
 from . import dispatch
 from .config import S2OConfig
+from .surroundings import is_transformed
 from .validation import DTYPES
 from .visibility import Visibility
 
@@ -43,7 +44,7 @@ def call_key(
     settings: Mapping[str, Any],
 ) -> Hashable | None:
     """What the outcome of a call depends on; None for calls that are not remembered."""
-    if not (type(query) is type(key) is type(value) is torch.Tensor) or not terms.is_positional:
+    if not (type(query) is type(key) is type(value) is torch.Tensor) or not terms.is_positional or is_transformed():
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
@@ -55,7 +56,7 @@ def call_key(
     of_tensors = query.shape, key.shape, value.shape, dtype, key.dtype, value.dtype, device, key.device, value.device
     # The dispatcher leaves out what is as in the schema.
     of_settings = given("threshold", _THRESHOLD), min_length, given("last_queries", 0), given("settings", "")
-    return *of_tensors, *terms, scale, softcap, *of_settings, limits
+    return *of_tensors, terms, scale, softcap, *of_settings, limits
 
 
 def remembered(call: Hashable | None) -> Outcome | None:

@@ -42,7 +42,8 @@ def start_gathering(
 
     What follows a call of the function that is returned with it waits for it. Call it before the memory is free again.
     """
-    current, beside = torch.cuda.current_stream(pool.device), _beside(pool.device)
+    current = torch.cuda.current_stream(pool.device)
+    beside = _beside(pool.device, current.cuda_stream)
     pages = table[request.number, : _pages(request, pool.shape[1])]
     slots = pool.new_empty(len(pages), *pool.shape[1:])
     beside.wait_stream(current)
@@ -52,9 +53,9 @@ def start_gathering(
     return slots.flatten(0, 1)[request.keys], lambda: current.wait_event(done)
 
 
-@functools.cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which `start_gathering` gathers."""
+@functools.lru_cache(maxsize=16)
+def _beside(device: torch.device, stream: int) -> torch.cuda.Stream:
+    """The stream on which `start_gathering` gathers for a current one, which may be captured while others go on."""
     return torch.cuda.Stream(device)
 
 

@@ -1,10 +1,11 @@
-"""What surrounds a call: whether it is traced for a package, or inside a transform of torch.func."""
+"""What surrounds a call: whether it is traced for a package, transformed by torch.func, or watched by a user."""
 
 from __future__ import annotations
 
 import sys
 
 import torch
+from torch.overrides import has_torch_function
 
 
 def is_packaging() -> bool:
@@ -16,3 +17,10 @@ def is_packaging() -> bool:
 def is_transformed() -> bool:
     """Whether a transform of torch.func runs, such as vmap: operators that are opaque to it have no rule for it."""
     return torch._C._are_functorch_transforms_active()
+
+
+def is_watched(*tensors: torch.Tensor) -> bool:
+    """Whether something may look at the operators that are called on tensors: a mode, a subclass, a profiler."""
+    if torch.compiler.is_compiling() or has_torch_function(tensors):
+        return True
+    return torch.autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack() > 0

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from .sizes import statically_known_true
+from .surroundings import is_transformed
 from .visibility import Visibility
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -72,6 +74,11 @@ def validate(
         raise ValueError(
             "query, key, value and sinks must not require gradients: s2o.attention has no backward; "
             "call it under torch.no_grad() or torch.inference_mode(), or detach its inputs"
+        )
+    if is_transformed() and any(unpack_dual(tensor).tangent is not None for tensor in tensors.values()):
+        raise ValueError(
+            "query, key, value and sinks must not have tangents, as torch.func.jvp gives them: s2o.attention has no "
+            "derivative"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from .config import S2OConfig
 from .distributed import refuse_context_parallel, refuse_dtensors
-from .operator import autocast, library
+from .operator import autocast, library, without_autocast
 from .packed import Packed, attend_requests
 from .paged import check_pages
 from .requests import bounded, check_room, read_requests
@@ -89,7 +89,8 @@ def _varlen(out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: to
     if table is not None and table.is_cpu:
         check_pages(table, requests, *key.shape[:2])
     window, config = bounded(window_size), S2OConfig.from_json(settings)
-    attend_requests(out, requests, Packed(query, key, value, table, scale, window, softcap, sinks, site, config))
+    with without_autocast(query.device.type):
+        attend_requests(out, requests, Packed(query, key, value, table, scale, window, softcap, sinks, site, config))
 
 
 def _varlen_fake(*_: Any) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from torch.overrides import has_torch_function
 
 from .ops import AttentionResult, S2OConfig
 from .ops.operator import Call
 from .ops.process_group import sharding_of
+from .ops.surroundings import is_watched
 from .ops.visibility import Visibility
 
 if TYPE_CHECKING:
@@ -122,8 +122,7 @@ def attention(
             gradient is asked for; with a `mesh` also where ranks hold parts of other lengths, or there is a `mask`.
     """
     options: dict[str, Any] = S2OConfig.of(config).arguments()
-    is_watched = torch.compiler.is_compiling() or has_torch_function((query, key, value))
-    if mesh is None and sinks is None and not return_stats and not is_watched:
+    if mesh is None and sinks is None and not return_stats and not is_watched(query, key, value):
         # What the operator comes to, without the dispatcher's arguments: these take longer than all else.
         terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
         if (call := Call.known(query, key, value, terms, scale, softcap, options)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2o_compile import S2OConfig, attention
 from s2o_compile.ops import dispatch, outcomes
@@ -139,24 +142,67 @@ def test_the_function_is_the_operator_where_it_is_traced() -> None:
     assert [str(target).removesuffix(".default") for target in targets] == ["s2o.attention"]
 
 
-class Noting(TorchFunctionMode):
+class FunctionsNoted(TorchFunctionMode):
     """Notes the functions that are called inside it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.noted: list[Any] = []
+        self.noted: list[str] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.noted.append(function)
+        self.noted.append(str(function).removesuffix(".default"))
         return function(*args, **(kwargs or {}))
 
 
-def test_a_mode_sees_the_operator_each_time() -> None:
-    x, mode = torch.randn(1, 2, 40, 8), Noting()
-    with mode:
+class OperatorsNoted(TorchDispatchMode):
+    """Notes the operators that are called inside it; in inference mode those that are compositions too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.noted.append(str(function).removesuffix(".default"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watching", [FunctionsNoted, OperatorsNoted])
+@torch.inference_mode()
+def test_a_mode_sees_the_operator_each_time(watching: type[FunctionsNoted | OperatorsNoted]) -> None:
+    x = torch.randn(1, 2, 40, 8)
+    attention(x, x, x, is_causal=True)
+    with watching() as mode:
         for _ in range(3):
             attention(x, x, x, is_causal=True)
-    assert [str(function).removesuffix(".default") for function in mode.noted] == 3 * ["s2o.attention"]
+    assert mode.noted == 3 * ["s2o.attention"]
+
+
+def test_a_profiler_sees_the_operator_each_time() -> None:
+    x = torch.randn(1, 2, 40, 8)
+    for _ in range(2):
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            attention(x, x, x, is_causal=True)
+        assert "s2o::attention" in [event.key for event in profiled.key_averages()]
+
+
+def test_numbers_of_other_types_are_the_operators_each_time() -> None:
+    """What equals a number that is remembered need not be taken for it."""
+    x = torch.randn(1, 2, 40, 8)
+    want = attention(x, x, x, is_causal=True, scale=0.25, window=8)
+    for _ in range(2):
+        assert torch.equal(attention(x, x, x, is_causal=True, scale=Fraction(1, 4), window=8), want)
+        with pytest.raises(RuntimeError, match="window"):
+            attention(x, x, x, is_causal=True, scale=0.25, window=8.0)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("attend", [attention, torch.ops.s2o.attention])
+def test_tangents_are_refused(attend: Callable[..., torch.Tensor]) -> None:
+    """Forward derivatives, which are asked for where gradients are off too: they would be zero."""
+    x = torch.randn(1, 2, 40, 8)
+    attend(x, x, x)
+    for config in ({}, {"sinks": torch.zeros(2)}):
+        with pytest.raises(ValueError, match="query, key, value and sinks must not have tangents"), torch.no_grad():
+            torch.func.jvp(lambda key, config=config: attend(x, key, x, **config), (x,), (x,))
 
 
 def call(length: int = 40, **changes: Any) -> Call:

@@ -437,6 +437,22 @@ def test_packed_lengths_are_checked() -> None:
             attention_varlen(**{**arguments, **change, "max_k": 10**6})
 
 
+@pytest.mark.parametrize("min_length", [0, 10**6])
+def test_autocast_around_an_exported_program_casts_nothing(min_length: int) -> None:
+    """The operator that such a program calls is opaque: autocast took its part when it was traced."""
+
+    class Model(torch.nn.Module):
+        def forward(self, query: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+            config = S2OConfig(min_length=min_length)
+            return attention_varlen(query, query, query, starts, starts, 256, 256, window_size=(-1, 0), config=config)
+
+    inputs = torch.randn(256, 2, 16), torch.tensor([0, 256], dtype=torch.int32)
+    program = torch.export.export(Model(), inputs).run_decompositions().module()
+    want = program(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(program(*inputs), want)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sunk", [False, True])
 @pytest.mark.parametrize("block_size", [None, 16, 256])
@@ -472,6 +488,7 @@ def test_values_that_are_gathered_late_are_waited_for(ranking: Ranking, block_si
     call, config = dataclasses.replace(BATCH, block_size=block_size), S2OConfig(min_length=0, ranking=ranking)
     arguments = call.arguments("cuda", torch.bfloat16)
     want = attention_varlen(**arguments, config=config)
-    with torch.cuda.stream(paged._beside(arguments["value"].device)):
+    device = arguments["value"].device
+    with torch.cuda.stream(paged._beside(device, torch.cuda.current_stream(device).cuda_stream)):
         torch.cuda._sleep(500_000_000)  # A quarter of a second.
     assert torch.equal(attention_varlen(**arguments, config=config), want)
