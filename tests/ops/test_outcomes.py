@@ -142,33 +142,33 @@ def test_the_function_is_the_operator_where_it_is_traced() -> None:
     assert [str(target).removesuffix(".default") for target in targets] == ["s2o.attention"]
 
 
-class FunctionsNoted(TorchFunctionMode):
-    """Notes the functions that are called inside it."""
+class Noting:
+    """A mode that notes what is called inside it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.noted: list[str] = []
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def note(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.noted.append(str(function).removesuffix(".default"))
         return function(*args, **(kwargs or {}))
 
 
-class OperatorsNoted(TorchDispatchMode):
-    """Notes the operators that are called inside it; in inference mode those that are compositions too."""
+class FunctionsNoted(Noting, TorchFunctionMode):
+    """Of functions."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.noted: list[str] = []
+    __torch_function__ = Noting.note
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.noted.append(str(function).removesuffix(".default"))
-        return function(*args, **(kwargs or {}))
+
+class OperatorsNoted(Noting, TorchDispatchMode):
+    """Of operators; in inference mode of those that are compositions too."""
+
+    __torch_dispatch__ = Noting.note
 
 
 @pytest.mark.parametrize("watching", [FunctionsNoted, OperatorsNoted])
 @torch.inference_mode()
-def test_a_mode_sees_the_operator_each_time(watching: type[FunctionsNoted | OperatorsNoted]) -> None:
+def test_a_mode_sees_the_operator_each_time(watching: type[FunctionsNoted] | type[OperatorsNoted]) -> None:
     x = torch.randn(1, 2, 40, 8)
     attention(x, x, x, is_causal=True)
     with watching() as mode:
