@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU: an operator made by torch.library.custom_op without a derivative, which multiplies by 2, has a zero
-# derivative in forward mode: torch.func.jvp and jacfwd give zeros without an error. Reverse mode of the same
-# operator, torch.func.grad, raises a RuntimeError.
+# derivative in forward mode: torch.func.jvp and jacfwd give zeros without an error. Reverse mode of the same operator,
+# torch.func.grad, raises a RuntimeError.
 # Seen: "jvp [0.0, 0.0, 0.0], jacfwd sum 0.0, grad RuntimeError". Exit code 0 as long as that is so.
 set -euo pipefail
 folder=$(mktemp -d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -45,7 +46,8 @@ def _work(
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
-    # On its way out Python has been seen to abort a process (SIGABRT) over a thread of PyTorch's that still ran.
+    # After these, Python has been seen to abort a process (SIGABRT) over a thread of PyTorch's that still ran.
+    atexit._run_exitfuncs()
     os._exit(0)
 
 
