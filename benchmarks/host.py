@@ -63,8 +63,7 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.T
 
 
 def operator(min_length: int) -> Attention:
-    """The operator, sparse from a number of keys on."""
-
+    """`s2o_compile.attention`, sparse from a number of keys on."""
     config = S2OConfig(min_length=min_length)
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -162,8 +162,6 @@ class Call(NamedTuple):
         settings: dict[str, Any],
     ) -> Call | None:
         """The call that an operator, called with the same, would `attend`; None where it would have to find out."""
-        if not _are_of_the_schema(terms, scale, softcap):
-            return None
         known = remembered(call_key(query, key, value, terms, scale, softcap, settings))
         if known is None or torch.is_autocast_enabled(query.device.type):
             return None
@@ -256,17 +254,6 @@ class Call(NamedTuple):
         symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
         is_empty = _is_empty(self.query, self.key)
         return self.query.is_cuda and not is_empty and not symbolic and has_kernels(self.visibility, self.config)
-
-
-def _are_of_the_schema(terms: Visibility, scale: float | None, softcap: float) -> bool:
-    """Whether numbers have the types of the schema: the dispatcher converts some others that equal them, not all."""
-    return (
-        type(softcap) is float
-        and (scale is None or type(scale) is float)
-        and type(terms.is_causal) is bool
-        and type(terms.causal_offset) is int
-        and (terms.window is None or type(terms.window) is int)
-    )
 
 
 def with_channels(x: torch.Tensor) -> torch.Tensor:

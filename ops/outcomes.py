@@ -1,7 +1,7 @@
 """What calls without masks of tensors come to: whether they are valid, and sparse, is decided once for equal calls.
 
-That follows from shapes, dtypes, devices, numbers and settings. Only calls of plain tensors that ask for no gradients
-are remembered; of others, and of calls that are refused, everything is checked each time.
+That follows from shapes, dtypes, devices, numbers and settings. Only calls of plain tensors and numbers that ask for no
+derivatives are remembered; of others, and of calls that are refused, everything is checked each time.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def call_key(
     """What the outcome of a call depends on; None for calls that are not remembered."""
     if not (type(query) is type(key) is type(value) is torch.Tensor) or not terms.is_positional or is_transformed():
         return None
+    if not _are_of_the_schema(terms, scale, softcap):
+        return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
     device, dtype = query.device, query.dtype
@@ -57,6 +59,17 @@ def call_key(
     # The dispatcher leaves out what is as in the schema.
     of_settings = given("threshold", _THRESHOLD), min_length, given("last_queries", 0), given("settings", "")
     return *of_tensors, terms, scale, softcap, *of_settings, limits
+
+
+def _are_of_the_schema(terms: Visibility, scale: float | None, softcap: float) -> bool:
+    """Whether numbers have the types of the schema: the dispatcher converts some others that equal them, not all."""
+    return (
+        type(softcap) is float
+        and (scale is None or type(scale) is float)
+        and type(terms.is_causal) is bool
+        and type(terms.causal_offset) is int
+        and (terms.window is None or type(terms.window) is int)
+    )
 
 
 def remembered(call: Hashable | None) -> Outcome | None:

@@ -31,7 +31,7 @@ def validate(
 
     Raises:
         TypeError: A tensor has a dtype that is not supported.
-        ValueError: Ranks, shapes, devices or a number do not fit, or a gradient is asked for.
+        ValueError: Ranks, shapes, devices or a number do not fit, or a derivative is asked for.
     """
     tensors = {"query": query, "key": key, "value": value}
     dtype, device, query_shape = query.dtype, query.device, query.shape

@@ -46,7 +46,8 @@ def _work(
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
-    # After these, Python has been seen to abort a process (SIGABRT) over a thread of PyTorch's that still ran.
+    # What libraries clear on the way out, such as semaphores, is cleared. After that, Python has been seen to abort a
+    # process (SIGABRT) over a thread of PyTorch's that still ran.
     atexit._run_exitfuncs()
     os._exit(0)
 

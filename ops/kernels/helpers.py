@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..rule import sampling
+from ..rule import sampling, softmax
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -19,6 +19,7 @@ FLAGS_PER_WORD = tl.constexpr(16)
 """Keys whose flags are the bits of one int16."""
 NO_KEY = tl.constexpr(2**31 - 1)
 """A position past all keys."""
+LEAST_SOFTCAP = tl.constexpr(softmax.LEAST_SOFTCAP)
 KEY_STEP = tl.constexpr(sampling.KEY_STEP)
 SEGMENT_STEP = tl.constexpr(sampling.SEGMENT_STEP)
 
@@ -130,8 +131,7 @@ def _reciprocal(x):
 def cap(logits, softcap):
     """`softcap` * tanh(logits / `softcap`)."""
     size = tl.abs(logits)
-    # A cap of less than that of which this is the inverse caps everything to nothing as well.
-    ratio = size * (1 / tl.maximum(softcap, 1e-37))
+    ratio = size * (1 / tl.maximum(softcap, LEAST_SOFTCAP))
     decay = tl.exp2(ratio * (-2 * LOG2_E))
     # Of small ratios the difference from 1 would have few digits, and under a large cap none.
     series = size - size * (ratio * ratio * (1 / 3))

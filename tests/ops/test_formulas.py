@@ -196,6 +196,13 @@ def test_sinks_and_soft_caps_are_those_of_one_softmax(seed: int, keys: int, soft
     assert torch.equal(specified.lse == -math.inf, want == -math.inf)
 
 
+@pytest.mark.parametrize("softcap", [1e-46, 1e-40, 1e-37])
+def test_logits_of_zero_stay_zero_under_the_smallest_caps(softcap: float) -> None:
+    """Which are 0 in float32, or lose digits there."""
+    logits = torch.tensor([0.0, 1.0, -1e30])
+    assert largest_difference(soft_cap(logits, softcap), torch.zeros(3)) <= 2 * softcap
+
+
 @given(st.integers(1, 200), st.booleans(), st.integers(0, 2**31))
 def test_block_means(keys: int, padded: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

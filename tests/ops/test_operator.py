@@ -508,6 +508,7 @@ def test_autocast_reaches_no_step_of_the_computation(extra: dict[str, Any]) -> N
         ({"mask": torch.zeros(1, 1, 1, 1, 1, dtype=torch.bool)}, ValueError, "mask must have 1 to 4 dimensions"),
         ({"mask": torch.zeros(10, dtype=torch.bool, device="meta")}, ValueError, "mask must be on the device of query"),
         ({"softcap": -1.0}, ValueError, r"softcap must be between 0 \(for none\) and 1e\+30, not -1.0"),
+        ({"softcap": float("inf")}, ValueError, "softcap must be between 0 .* not inf"),
         ({"softcap": 2e30}, ValueError, "softcap must be between 0 .* not 2e[+]30"),
         ({"sinks": torch.zeros(3)}, ValueError, r"sinks must be \[heads of query\] \(4,\), not \(3,\)"),
         ({"sinks": torch.zeros(4).int()}, TypeError, "sinks must be floating, not int32"),
