@@ -30,6 +30,7 @@ class _Settings:
 
     _as_text: str
     _arguments: dict[str, Any]
+    _values: tuple[Any, ...]
 
     def __new__(cls, *_: Any, **fields: Any) -> Any:
         sentence = sentence_on_old_name(fields, _names(cls))
@@ -206,6 +207,7 @@ class S2OConfig(_Settings):
                 "settings": config.ranking.as_json,
             }
             object.__setattr__(self, "_arguments", arguments)
+            object.__setattr__(self, "_values", tuple(arguments.values()))
             object.__setattr__(self, "_as_text", json.dumps(arguments))
 
     def _check_budget(self) -> None:
@@ -333,7 +335,8 @@ class S2OConfig(_Settings):
         return changed.with_ranking(measure="output")
 
     def _check_calibration(self) -> None:
-        _check(self, "calibration", self.calibration is None, "None where no attention site of a model is known")
+        if self.calibration is not None:
+            _check(self, "calibration", False, "None where no attention site of a model is known")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of the `resolved` configuration, in types that JSON has and `from_options` takes.
@@ -352,6 +355,16 @@ class S2OConfig(_Settings):
         """
         self._check_calibration()
         return dict(self._arguments)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The values of `arguments`, in the order of the schema.
+
+        Raises:
+            ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
+        """
+        self._check_calibration()
+        return self._values
 
     @classmethod
     @functools.cache

@@ -27,16 +27,27 @@ def dense_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visibility: Visibility, scale: float | None
 ) -> torch.Tensor:
     """SDPA with a scale above 0; shapes as in `ops.operator`. Rows with nothing to attend to give zeros."""
-    grouped = query.shape[1] != key.shape[1]
-    is_causal, offset = visibility.is_causal, visibility.causal_offset
-    if visibility.is_plain and (not is_causal or statically_known_true(offset == 0)):
-        return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    if is_plain(visibility):
+        return plain_attention(query, key, value, visibility.is_causal, scale)
     if _avoids_mask(query, key, visibility):
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         return torch.ops.s2o.dense(query, key, value, *visibility[:-1], factor, 0.0, None)
-    mask = _mask(visibility, query, key)
+    mask, grouped = _mask(visibility, query, key), query.shape[1] != key.shape[1]
     output = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return output.masked_fill(~mask.any(-1, keepdim=True), 0)
+
+
+def is_plain(visibility: Visibility) -> bool:
+    """Whether SDPA knows such a mask by name: none, or a causal one from the first key on."""
+    return visibility.is_plain and (not visibility.is_causal or statically_known_true(visibility.causal_offset == 0))
+
+
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float | None
+) -> torch.Tensor:
+    """SDPA without a mask, of grouped heads too."""
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
 def attend_without_mask(

@@ -23,7 +23,8 @@ def in_context_parallel() -> bool:
 
     It says so nowhere. It puts a function of its own in the place of SDPA, for all threads.
     """
-    return str(getattr(functional.scaled_dot_product_attention, "__module__", None)).startswith(_EXPERIMENTAL)
+    module = getattr(functional.scaled_dot_product_attention, "__module__", None)
+    return isinstance(module, str) and module.startswith(_EXPERIMENTAL)
 
 
 def is_dtensor(tensor: Any) -> bool:

@@ -18,7 +18,15 @@ import torch
 
 from . import cpu
 from .config import S2OConfig
-from .dense import attend_without_mask, attends_by_kernel, decode_attention, dense_attention, positive_scale
+from .dense import (
+    attend_without_mask,
+    attends_by_kernel,
+    decode_attention,
+    dense_attention,
+    is_plain,
+    plain_attention,
+    positive_scale,
+)
 from .dispatch import choose_sparse, has_kernels
 from .distributed import is_dtensor, local_shape, refuse_context_parallel, validate_placements
 from .memory import fit_into_memory
@@ -32,6 +40,7 @@ from .surroundings import is_packaging
 from .validation import validate
 from .visibility import Visibility
 
+_DEFAULT = S2OConfig()
 _FEW_QUERIES = 8
 """How many queries are shaped like decoding, where what SDPA lacks is cheapest spelled out."""
 
@@ -39,7 +48,7 @@ SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, bool is_causal=False, SymInt causal_offset=0, "
     "Tensor? key_padding=None, float? scale=None, SymInt? window=None, Tensor? query_documents=None, "
     'Tensor? key_documents=None, Tensor? mask=None, float softcap=0.0, Tensor? sinks=None, str site="", '
-    f'*, float threshold={S2OConfig().threshold}, int? min_length=None, int last_queries=0, str settings="")'
+    f'*, float threshold={_DEFAULT.threshold}, int? min_length=None, int last_queries=0, str settings="")'
 )
 _RESULT = "(Tensor output, Tensor lse, Tensor visited)"
 
@@ -88,6 +97,38 @@ def attention_dynamic(query: torch.Tensor, *arguments: Any, **keywords: Any) -> 
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def attend_as_before(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool,
+    causal_offset: int,
+    window: int | None,
+    scale: float | None,
+    softcap: float,
+    config: S2OConfig,
+) -> torch.Tensor | None:
+    """What `attention` gives for a call like an earlier one, which nothing watches; None where there was none.
+
+    The host needs less for it than for the operator's arguments in the dispatcher.
+    """
+    known = remembered(call_key(query, key, value, is_causal, causal_offset, window, scale, softcap, config.values))
+    if known is None:
+        return None
+    refuse_context_parallel()
+    if known.is_plain:
+        return plain_attention(query, key, value, known.terms.is_causal, scale)
+    call = Call(query, key, value, known.terms, scale, softcap, None, "", known.config, known.is_sparse)
+    return call.attend()
+
+
+def _values(
+    threshold: float = _DEFAULT.threshold, min_length: int | None = None, last_queries: int = 0, settings: str = ""
+) -> tuple[Any, ...]:
+    """`S2OConfig.values` of arguments, of which the dispatcher leaves out those that are as in the schema."""
+    return threshold, min_length, last_queries, settings
+
+
 class Call(NamedTuple):
     """The arguments of a call, validated and in the form in which the implementations take them."""
 
@@ -129,7 +170,10 @@ class Call(NamedTuple):
         refuse_context_parallel()
         query, key, value = autocast(query, key, value)
         terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
-        known_by = call_key(query, key, value, terms, scale, softcap, settings) if sinks is None else None
+        known_by = None
+        if sinks is None and terms.is_positional:
+            of_settings = _values(**settings)
+            known_by = call_key(query, key, value, is_causal, causal_offset, window, scale, softcap, of_settings)
         if (known := remembered(known_by)) is not None:
             return cls(query, key, value, known.terms, scale, softcap, None, site, known.config, known.is_sparse)
         config = S2OConfig.from_arguments(**settings)
@@ -147,26 +191,9 @@ class Call(NamedTuple):
         call = cls(query, key, value, terms, scale, softcap, sinks, site, config)
         if known_by is None or query is not given or (is_sparse := call.chooses_sparse()) is None:
             return call
-        remember(known_by, Outcome(terms, config, is_sparse))
-        return call._replace(is_sparse=is_sparse)
-
-    @classmethod
-    def known(
-        cls,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        terms: Visibility,
-        scale: float | None,
-        softcap: float,
-        settings: dict[str, Any],
-    ) -> Call | None:
-        """The call that an operator, called with the same, would `attend`; None where it would have to find out."""
-        known = remembered(call_key(query, key, value, terms, scale, softcap, settings))
-        if known is None or torch.is_autocast_enabled(query.device.type):
-            return None
-        refuse_context_parallel()
-        return cls(query, key, value, known.terms, scale, softcap, None, "", known.config, known.is_sparse)
+        call = call._replace(is_sparse=is_sparse)
+        remember(known_by, Outcome(terms, config, is_sparse, call.is_plain))
+        return call
 
     def attend(self) -> torch.Tensor:
         """The output, sparse or dense."""
@@ -191,12 +218,23 @@ class Call(NamedTuple):
             **self.config.arguments(),
         )  # fmt: skip
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether SDPA answers the call, without a mask."""
+        if self.is_sparse is not False or self.softcap or self.sinks is not None or is_dtensor(self.query):
+            return False
+        return self._has_elements and is_plain(self.visibility)
+
+    @property
+    def _has_elements(self) -> bool:
+        return not any(0 in x.shape for x in (self.query, self.key, self.value))
+
     def dense(self) -> torch.Tensor:
         """The output of dense attention, in whichever way is fastest."""
         query, key, value = self.query, self.key, self.value
         if is_dtensor(query):
             return self.dense_of_dtensors()
-        if 0 in query.shape or 0 in key.shape or 0 in value.shape:
+        if not self._has_elements:
             return query.new_zeros(*query.shape[:3], value.shape[3])
         if not self.softcap and self.sinks is None:
             return dense_attention(query, key, value, self.visibility, self.scale)

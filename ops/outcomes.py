@@ -6,7 +6,7 @@ derivatives are remembered; of others, and of calls that are refused, everything
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -18,17 +18,17 @@ from .surroundings import is_transformed
 from .validation import DTYPES
 from .visibility import Visibility
 
-_THRESHOLD = S2OConfig().threshold
 _MOST = 4096
 """Outcomes that are kept; then all are found anew, in about 15 microseconds each."""
 
 
 class Outcome(NamedTuple):
-    """The terms of a call, simplified, its settings, and whether it is sparse."""
+    """The terms of a call, simplified, its settings, whether it is sparse, and whether SDPA answers it as it is."""
 
     terms: Visibility
     config: S2OConfig
     is_sparse: bool
+    is_plain: bool
 
 
 _found: dict[Hashable, Outcome] = {}
@@ -38,38 +38,37 @@ def call_key(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    terms: Visibility,
+    is_causal: bool,
+    causal_offset: int,
+    window: int | None,
     scale: float | None,
     softcap: float,
-    settings: Mapping[str, Any],
+    settings: tuple[Any, ...],
 ) -> Hashable | None:
-    """What the outcome of a call depends on; None for calls that are not remembered."""
-    if not (type(query) is type(key) is type(value) is torch.Tensor) or not terms.is_positional or is_transformed():
+    """What the outcome of a call without tensors of terms depends on; None for calls that are not remembered.
+
+    `settings` are `S2OConfig.values`.
+    """
+    if not (type(query) is type(key) is type(value) is torch.Tensor) or is_transformed():
         return None
-    if not _are_of_the_schema(terms, scale, softcap):
+    # The dispatcher converts some numbers of other types that equal these, not all.
+    are_of_the_schema = (
+        type(softcap) is float
+        and (scale is None or type(scale) is float)
+        and type(is_causal) is bool
+        and type(causal_offset) is int
+        and (window is None or type(window) is int)
+    )
+    if not are_of_the_schema or not (query.is_cuda or query.is_cpu):
         return None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
     device, dtype = query.device, query.dtype
-    if device.type not in ("cuda", "cpu") or dtype not in DTYPES:
+    if dtype not in DTYPES:
         return None
-    given, min_length = settings.get, settings.get("min_length")
-    limits = dispatch.break_even(device, dtype) if min_length is None else None
+    limits = dispatch.break_even(device, dtype) if settings[1] is None else None
     of_tensors = query.shape, key.shape, value.shape, dtype, key.dtype, value.dtype, device, key.device, value.device
-    # The dispatcher leaves out what is as in the schema.
-    of_settings = given("threshold", _THRESHOLD), min_length, given("last_queries", 0), given("settings", "")
-    return *of_tensors, terms, scale, softcap, *of_settings, limits
-
-
-def _are_of_the_schema(terms: Visibility, scale: float | None, softcap: float) -> bool:
-    """Whether numbers have the types of the schema: the dispatcher converts some others that equal them, not all."""
-    return (
-        type(softcap) is float
-        and (scale is None or type(scale) is float)
-        and type(terms.is_causal) is bool
-        and type(terms.causal_offset) is int
-        and (terms.window is None or type(terms.window) is int)
-    )
+    return *of_tensors, is_causal, causal_offset, window, scale, softcap, settings, limits
 
 
 def remembered(call: Hashable | None) -> Outcome | None:

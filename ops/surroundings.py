@@ -20,7 +20,10 @@ def is_transformed() -> bool:
 
 
 def is_watched(*tensors: torch.Tensor) -> bool:
-    """Whether something may look at the operators that are called on tensors: a mode, a subclass, a profiler."""
-    if torch.compiler.is_compiling() or has_torch_function(tensors):
+    """Whether something looks at the operators that are called on tensors, or casts what they are given.
+
+    That is a graph, a mode, a subclass, a profiler, or autocast.
+    """
+    if torch.compiler.is_compiling() or has_torch_function(tensors) or torch._C._is_any_autocast_enabled():
         return True
     return torch.autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack() > 0

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 
 from .ops import AttentionResult, S2OConfig
-from .ops.operator import Call
+from .ops.operator import attend_as_before
 from .ops.process_group import sharding_of
 from .ops.surroundings import is_watched
-from .ops.visibility import Visibility
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -121,12 +120,13 @@ def attention(
         ValueError: Shapes, devices or a number do not fit, DTensors are sharded over the sequence or the channels, or a
             gradient is asked for; with a `mesh` also where ranks hold parts of other lengths, or there is a `mask`.
     """
-    options: dict[str, Any] = S2OConfig.of(config).arguments()
-    if mesh is None and sinks is None and not return_stats and not is_watched(query, key, value):
-        # What the operator comes to, without the dispatcher's arguments: these take longer than all else.
-        terms = Visibility(is_causal, causal_offset, key_padding, window, query_documents, key_documents, mask)
-        if (call := Call.known(query, key, value, terms, scale, softcap, options)) is not None:
-            return call.attend()
+    config = S2OConfig.of(config)
+    has_tensors = key_padding is not None or query_documents is not None or key_documents is not None
+    if not has_tensors and mask is sinks is mesh is None and not return_stats and not is_watched(query, key, value):
+        output = attend_as_before(query, key, value, is_causal, causal_offset, window, scale, softcap, config)
+        if output is not None:
+            return output
+    options: dict[str, Any] = config.arguments()
     operator = torch.ops.s2o.attention_stats if return_stats else torch.ops.s2o.attention
     if mesh is not None:
         operator = torch.ops.s2o.attention_context_stats if return_stats else torch.ops.s2o.attention_context
