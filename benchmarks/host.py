@@ -11,9 +11,12 @@ plan; it is timed too.
 from __future__ import annotations
 
 import dataclasses
+import operator
+import statistics
 import time
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Annotated
 
 import torch
 import typer
@@ -27,7 +30,7 @@ from s2o_compile import S2OConfig, attention
 from s2o_compile._console import UsageError
 from s2o_compile.ops.dispatch import DENSE_AT_ANY_LENGTH
 from s2o_compile.testbed.options import Json
-from s2o_compile.timing import Run, issuing_seconds, median_and_spread, warm_up
+from s2o_compile.timing import Run, interleaved, issuing_seconds, median_and_spread, warm_up
 
 from .command import run
 from .results import as_text, record
@@ -46,6 +49,7 @@ class Row:
         name: Of the way.
         host: Microseconds that the host needs to issue a call, the median.
         spread: Range of the repetitions over their median.
+        over: Microseconds more than SDPA needs in the same turn, the median; SDPA in layers for what is in layers.
         new: Milliseconds for the first call of another length, with kernels that are compiled, until it is issued.
         kernels: Kernels and fills that a call runs on the GPU.
     """
@@ -53,6 +57,7 @@ class Row:
     name: str
     host: float
     spread: float
+    over: float
     new: float | None
     kernels: int
 
@@ -62,7 +67,7 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.T
     return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def operator(min_length: int) -> Attention:
+def s2o(min_length: int) -> Attention:
     """`s2o_compile.attention`, sparse from a number of keys on."""
     config = S2OConfig(min_length=min_length)
 
@@ -85,7 +90,7 @@ def layers(attend: Attention) -> Attention:
 
 def contenders() -> dict[str, Attention]:
     """All ways, by name."""
-    sparse, dense = operator(0), operator(DENSE_AT_ANY_LENGTH)
+    sparse, dense = s2o(0), s2o(DENSE_AT_ANY_LENGTH)
     return {
         "SDPA": sdpa,
         "dense": dense,
@@ -100,19 +105,21 @@ def contenders() -> dict[str, Attention]:
 
 
 @torch.no_grad()
-def measure(name: str, attend: Attention, inputs: list[torch.Tensor], repetitions: int) -> Row:
-    """Time one way to call attention."""
-
-    def call() -> Any:
-        return attend(*inputs)
-
-    reason = warm_up(call) or warm_up(call)
-    if reason:
-        raise RuntimeError(f"{name}: {reason}")
-    seconds, spread = median_and_spread([issuing_seconds(call) for _ in range(repetitions)])
-    new = None if "," in name else 1e3 * seconds_of_a_new_length(attend, inputs)
-    calls = LAYERS if "layers" in name else 1
-    return Row(name, 1e6 * seconds / calls, spread, new, kernels(call) // calls)
+def measure(attentions: dict[str, Attention], inputs: list[torch.Tensor], repetitions: int) -> Iterator[Row]:
+    """Time the ways to call attention, which take turns, as the host is now faster and now slower."""
+    runs: dict[str, Run] = {name: partial(attend, *inputs) for name, attend in attentions.items()}
+    for name, call in runs.items():
+        reason = warm_up(call) or warm_up(call)
+        if reason:
+            raise RuntimeError(f"{name}: {reason}")
+    times = interleaved(runs, repetitions, issuing_seconds)
+    for name, attend in attentions.items():
+        calls = LAYERS if "layers" in name else 1
+        beside = times["SDPA, layers compiled" if "layers" in name else "SDPA"]
+        seconds, spread = median_and_spread(times[name])
+        over = statistics.median(map(operator.sub, times[name], beside))
+        new = None if "," in name else 1e3 * seconds_of_a_new_length(attend, inputs)
+        yield Row(name, 1e6 * seconds / calls, spread, 1e6 * over / calls, new, kernels(runs[name]) // calls)
 
 
 def seconds_of_a_new_length(attend: Attention, inputs: list[torch.Tensor]) -> float:
@@ -139,11 +146,11 @@ def kernels(call: Run) -> int:
 def render(rows: list[Row]) -> Table:
     """The rows as a table."""
     table = Table(title="The host's part of a call")
-    for column in ("attention", "host µs", "spread", "new length ms", "kernels"):
+    for column in ("attention", "host µs", "spread", "over SDPA", "new length ms", "kernels"):
         table.add_column(column, justify="right")
     for row in rows:
         new = "" if row.new is None else f"{row.new:.2f}"
-        table.add_row(row.name, f"{row.host:.0f}", f"{row.spread:.0%}", new, str(row.kernels))
+        table.add_row(row.name, f"{row.host:.0f}", f"{row.spread:.0%}", f"{row.over:+.0f}", new, str(row.kernels))
     return table
 
 
@@ -152,7 +159,7 @@ def main(
     heads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 12,
     kv_heads: Annotated[int, typer.Option(min=1, help="KV heads.")] = 2,
     channels: Annotated[int, typer.Option(min=16, max=256, help="Head dimension.")] = 128,
-    repetitions: Annotated[int, typer.Option(min=1, help="Batches of calls, whose median is taken.")] = 20,
+    repetitions: Annotated[int, typer.Option(min=1, help="Batches of calls, whose median is taken.")] = 50,
     as_json: Json = False,
 ) -> None:
     """Time the host's part of a call of attention; the default shapes are those of Qwen2.5-1.5B."""
@@ -162,9 +169,9 @@ def main(
     inputs = [
         torch.randn(1, n, length, channels, device=device, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads)
     ]
-    rows = [measure(name, attention, inputs, repetitions) for name, attention in contenders().items()]
+    rows = list(measure(contenders(), inputs, repetitions))
     if as_json:
-        measures = {"host": ("µs", "spread"), "new": ("ms", None), "kernels": ("kernels", None)}
+        measures = {"host": ("µs", "spread"), "over": ("µs", None), "new": ("ms", None), "kernels": ("kernels", None)}
         settings = {"length": length, "heads": heads, "kv_heads": kv_heads, "channels": channels}
         print(as_text(record("host", list(map(dataclasses.asdict, rows)), ("name",), measures, device, settings)))
     else:

@@ -15,21 +15,24 @@ from ..rule import merging
 from .arguments import Arguments, padded
 from .helpers import INTERPRETED, LOG2_E, float32
 from .launch import launch
+from .quantise import FLOAT8, Units, float8_unit, raise_range
 from .variants import kernel
 
 MERGED = merging.MERGED
 LARGEST = tl.constexpr(60000.0)
 """Of squared distances: what float16 has room for."""
-_ROWS = 128
+_ROWS = 64
 _COLUMNS = 64
 """Queries and channels of a block."""
+_BLOCKS = 8
+"""Of queries that one program goes through, where it holds the whole covariance."""
 
 
 class MergedGuides(NamedTuple):
     """The guides of `most` queries of each list and segment, in as many places; those from `counts` on are undefined.
 
     Attributes:
-        rows: [B, Hkv, lists, segments * most, D], in the dtype of queries.
+        rows: [B, Hkv, lists, segments * most, D], in the dtype of queries or in float8.
         counts: [B, Hkv, lists, segments] int32, how many there are.
         reach: [B, Hkv, lists, segments * most] float32, how far their logits reach, in units of log 2.
         first: [B, Hkv, lists, segments * most] int32, the position of the first query of each.
@@ -43,20 +46,26 @@ class MergedGuides(NamedTuple):
     owner: torch.Tensor
 
 
-def merge(arguments: Arguments, covariance: torch.Tensor) -> MergedGuides:
-    """The queries merged, given the `covariance` of keys [B, Hkv, BLOCK_D, BLOCK_D], float32, times scale squared."""
+def merge(arguments: Arguments, covariance: torch.Tensor, units: Units | None = None) -> MergedGuides:
+    """The queries merged, given the `covariance` of keys [B, Hkv, BLOCK_D, BLOCK_D], float32, times scale squared.
+
+    With `units` they are in float8 (`quantise`), in units of the reach of queries, to which the ranges are raised.
+    """
     query, ranking, size = arguments.query, arguments.config.ranking, arguments.query.shape[-1]
     batch, heads, queries, _ = query.shape
     run, segments = min(MERGED, ranking.segment), arguments.geometry.segments
     runs = segments * (ranking.segment // run)
     is_exact, width = query.dtype == torch.float32, padded(size)
     apart = query.new_empty(batch, heads, runs, run, run, dtype=torch.float32 if is_exact else torch.float16)
-    together = (_ROWS if width <= _ROWS else _ROWS // 2) // run
+    is_whole = not is_exact and width <= 2 * _COLUMNS
+    together, blocks = _ROWS // run, _BLOCKS if is_whole else 1
     launch(
-        distance_kernel, (-(-runs // together), heads, batch),
-        query, covariance, apart, *query.stride()[:3], heads // arguments.kv_heads, queries, runs,
-        RUN=run, RUNS=together, EXACT=is_exact, PRECISION="ieee" if is_exact else "tf32",
-        D=size, BLOCK_D=width, BLOCK_C=min(width, _COLUMNS), num_warps=8, num_stages=1,
+        distance_kernel, (-(-runs // (together * blocks)), heads, batch),
+        query, covariance, apart, covariance if units is None else units.ranges,
+        *query.stride()[:3], heads // arguments.kv_heads, queries, runs,
+        RUN=run, RUNS=together, BLOCKS=blocks, EXACT=is_exact, PRECISION="ieee" if is_exact else "tf32",
+        FLOAT8=units is not None, D=size, BLOCK_D=width, BLOCK_C=width if is_whole else min(width, _COLUMNS),
+        num_warps=4 if width <= 2 * _COLUMNS else 8, num_stages=1,
     )  # fmt: skip
     of_run = query.new_empty(batch, heads, queries, dtype=torch.int32)
     clusters = query.new_empty(batch, heads, runs, dtype=torch.int32)
@@ -66,9 +75,9 @@ def merge(arguments: Arguments, covariance: torch.Tensor) -> MergedGuides:
         RUN=run, num_warps=1, num_stages=1,
     )  # fmt: skip
     lists, most = arguments.lists, arguments.guides_of_segment
-    shape = batch, arguments.kv_heads, lists
+    shape, dtype = (batch, arguments.kv_heads, lists), query.dtype if units is None else FLOAT8
     found = MergedGuides(
-        query.new_empty(*shape, segments * most, size),
+        query.new_empty(*shape, segments * most, size, dtype=dtype),
         query.new_empty(*shape, segments, dtype=torch.int32),
         query.new_empty(*shape, segments * most, dtype=torch.float32),
         query.new_empty(*shape, segments * most, dtype=torch.int32),
@@ -76,54 +85,77 @@ def merge(arguments: Arguments, covariance: torch.Tensor) -> MergedGuides:
     )
     launch(
         mean_kernel, (runs, heads, batch),
-        query, of_run, clusters, reach, *found, *query.stride()[:3], queries, segments,
+        query, of_run, clusters, reach, covariance if units is None else units.ranges, *found,
+        *query.stride()[:3], heads // arguments.kv_heads, queries, segments,
         HEADS=heads // (arguments.kv_heads * lists), SEGMENT=ranking.segment, RUN=run,
-        PARTS=triton.next_power_of_2(most // run), D=size, BLOCK_D=width, num_warps=2, num_stages=1,
+        PARTS=triton.next_power_of_2(most // run), FLOAT8=units is not None, D=size, BLOCK_D=width,
+        num_warps=2, num_stages=1,
     )  # fmt: skip
     return found
 
 
 @triton.jit
-def _from_first(query, run, real, stride_n, first, D: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The channels from `first` on of the queries of runs [n * RUN, BLOCK_C], less those of the first of each run.
-
-    Far smaller than the queries, so that differences of their products are exact enough.
-    """
+def _load_runs(query, run, real, stride_n, first, D: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The channels from `first` on of the queries of runs [n * RUN, BLOCK_C], and of the first of the run of each."""
     channel = first + tl.arange(0, BLOCK_C)
     position = run * RUN + tl.arange(0, real.shape[0]) % RUN
     mask = real[:, None] & (channel < D)[None, :]
     rows = tl.load(query + position.to(tl.int64)[:, None] * stride_n + channel[None, :], mask=mask, other=0.0)
     origin = tl.load(query + (run * RUN).to(tl.int64)[:, None] * stride_n + channel[None, :], mask=mask, other=0.0)
-    return rows.to(tl.float32) - origin.to(tl.float32)
+    return rows.to(tl.float32), origin.to(tl.float32)
 
 
 @kernel
 def distance_kernel(
-    query, covariance, apart, stride_b, stride_h, stride_n, group_size, queries, runs,
-    RUN: tl.constexpr, RUNS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    query, covariance, apart, ranges, stride_b, stride_h, stride_n, group_size, queries, runs,
+    RUN: tl.constexpr, RUNS: tl.constexpr, BLOCKS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    FLOAT8: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write the squared distances of the queries of each run, `apart` [B, Hq, runs, RUN, RUN].
 
-    0 where a query is past the end, or the distance NaN. Program (RUNS runs; query head; batch entry).
+    0 where a query is past the end, or the distance NaN. With FLOAT8, `ranges` [B, Hkv] are raised to the reach of
+    queries. Program (BLOCKS times RUNS runs; query head; batch entry).
     """
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    kv_head = batch * (tl.num_programs(1) // group_size) + head // group_size
     rows: tl.constexpr = RUNS * RUN
-    row = tl.program_id(0) * rows + tl.arange(0, rows)
-    real = row < queries
     query += batch * stride_b + head * stride_h
-    covariance += (batch * (tl.num_programs(1) // group_size) + head // group_size) * BLOCK_D * BLOCK_D
+    covariance += kv_head * BLOCK_D * BLOCK_D
+    apart += (batch * tl.num_programs(1) + head) * runs * (RUN * RUN)
     channel, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     # The interpreter multiplies the bits of bfloat16.
     dtype: tl.constexpr = tl.float32 if EXACT or INTERPRETED else tl.bfloat16
-    whole = _from_first(query, row // RUN, real, stride_n, 0, D, RUN, BLOCK_D).to(dtype)
-    # Products of all rows with all, of which those of a run are kept: large ones are fast.
-    gram = tl.zeros([rows, rows], tl.float32)
-    for first in tl.static_range(0, BLOCK_D, BLOCK_C):
-        block = tl.load(covariance + channel[:, None] * BLOCK_D + (first + lane)[None, :]).to(dtype)
-        product = tl.dot(whole, block, input_precision=PRECISION).to(dtype)
-        part = _from_first(query, row // RUN, real, stride_n, first, D, RUN, BLOCK_C).to(dtype)
-        gram = tl.dot(product, tl.trans(part), gram, input_precision=PRECISION)
+    if BLOCK_C == BLOCK_D:
+        block = tl.load(covariance + channel[:, None] * BLOCK_D + channel[None, :]).to(dtype)
+    furthest = tl.zeros([rows], tl.int32)
+    for turn in range(BLOCKS):
+        first_run = (tl.program_id(0) * BLOCKS + turn) * RUNS
+        row = first_run * RUN + tl.arange(0, rows)
+        real = row < queries
+        # From the first of their run, queries are small, so that differences of their products are exact enough.
+        x, origin = _load_runs(query, row // RUN, real, stride_n, 0, D, RUN, BLOCK_D)
+        if FLOAT8:
+            furthest = tl.maximum(furthest, tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1))
+        whole = (x - origin).to(dtype)
+        # Products of all rows with all, of which those of a run are kept: large ones are fast.
+        if BLOCK_C == BLOCK_D:
+            gram = tl.dot(tl.dot(whole, block, input_precision=PRECISION).to(dtype), tl.trans(whole))
+        else:
+            gram = tl.zeros([rows, rows], tl.float32)
+            for first in tl.static_range(0, BLOCK_D, BLOCK_C):
+                columns = tl.load(covariance + channel[:, None] * BLOCK_D + (first + lane)[None, :]).to(dtype)
+                product = tl.dot(whole, columns, input_precision=PRECISION).to(dtype)
+                x, origin = _load_runs(query, row // RUN, real, stride_n, first, D, RUN, BLOCK_C)
+                gram = tl.dot(product, tl.trans((x - origin).to(dtype)), gram, input_precision=PRECISION)
+        _store_distances(apart, gram, first_run, runs, real, RUN, RUNS)
+    if FLOAT8:
+        raise_range(ranges + kv_head, tl.max(furthest, 0))
+
+
+@triton.jit
+def _store_distances(apart, gram, first_run, runs, real, RUN: tl.constexpr, RUNS: tl.constexpr):
+    """Write the squared distances of the `real` queries of each of RUNS runs, by all their products."""
+    rows: tl.constexpr = RUNS * RUN
     number, place = tl.arange(0, RUNS), tl.arange(0, RUN)
     of_row = tl.arange(0, rows) // RUN
     gram = tl.sum(tl.where(of_row[:, None, None] == number[None, :, None], tl.reshape(gram, [rows, RUNS, RUN]), 0.0), 1)
@@ -133,8 +165,8 @@ def distance_kernel(
     distance = tl.minimum(square[:, :, None] + square[:, None, :] - 2 * gram, LARGEST)
     counts = tl.reshape(real, [RUNS, RUN])
     distance = tl.where(counts[:, :, None] & counts[:, None, :] & (distance > 0), distance, 0.0)
-    run = tl.program_id(0) * RUNS + number
-    first_row = ((batch * tl.num_programs(1) + head) * runs + run)[:, None, None] * RUN + place[None, :, None]
+    run = first_run + number
+    first_row = run.to(tl.int64)[:, None, None] * RUN + place[None, :, None]
     tl.store(apart + first_row * RUN + place[None, None, :], distance, mask=(run < runs)[:, None, None])
 
 
@@ -179,14 +211,15 @@ def cluster_kernel(apart, owner, clusters, reach, queries, radius, RUN: tl.const
 
 @kernel
 def mean_kernel(
-    query, of_run, clusters, reach_of_run, rows, count, reach, first, owner, stride_b, stride_h, stride_n, queries,
-    segments,
-    HEADS: tl.constexpr, SEGMENT: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    query, of_run, clusters, reach_of_run, ranges, rows, count, reach, first, owner,
+    stride_b, stride_h, stride_n, group_size, queries, segments,
+    HEADS: tl.constexpr, SEGMENT: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, FLOAT8: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the guides of a run, the means of its clusters, behind those of other runs of its segment and list.
 
-    HEADS heads share a list; PARTS are at least their runs of a segment. Program (run; query head; batch entry).
+    With FLOAT8 in units of `ranges` [B, Hkv]. HEADS heads share a list; PARTS are at least their runs of a segment.
+    Program (run; query head; batch entry).
     """
     runs_of_head: tl.constexpr = SEGMENT // RUN
     heads = tl.num_programs(1)
@@ -218,5 +251,7 @@ def mean_kernel(
     x = tl.load(pointers, mask=real[:, None] & (channel < D)[None, :], other=0.0)
     mean = tl.dot(is_member.to(x.dtype), x, input_precision="ieee")
     mean /= tl.maximum(tl.sum(is_member.to(tl.float32), 1), 1.0)[:, None]
+    if FLOAT8:
+        mean *= float8_unit(ranges + batch * (heads // group_size) + head // group_size)
     pointers = rows + target[:, None] * D + channel[None, :]
-    tl.store(pointers, mean.to(x.dtype), mask=is_guide[:, None] & (channel < D)[None, :])
+    tl.store(pointers, mean.to(rows.dtype.element_ty), mask=is_guide[:, None] & (channel < D)[None, :])

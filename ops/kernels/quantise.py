@@ -25,6 +25,32 @@ _SAMPLE = 256
 """The keys whose mean is the origin of all, about."""
 
 
+class Units(NamedTuple):
+    """What numbers in float8 are counted from, and how far they reach.
+
+    Attributes:
+        origin: [B, Hkv, D], about the mean of keys, in their dtype.
+        ranges: [2, B, Hkv] float32, how far guides, and keys from the origin, reach at most; zeros at first, which
+            kernels raise (`raise_range`).
+    """
+
+    origin: torch.Tensor
+    ranges: torch.Tensor
+
+    @classmethod
+    def of(cls, key: torch.Tensor) -> Units:
+        """Those of keys [B, Hkv, Lk, D], by a sample of these."""
+        batch, kv_heads, keys, size = key.shape
+        origin = key.new_empty(batch, kv_heads, size)
+        ranges = torch.empty(2, batch, kv_heads, dtype=torch.float32, device=key.device)
+        launch(
+            origin_kernel, (batch * kv_heads,),
+            origin, ranges, key, *key.stride()[:3], kv_heads, keys, -(-keys // _SAMPLE),
+            D=size, BLOCK_D=padded(size), BLOCK_N=16, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        return cls(origin, ranges)
+
+
 class Operands(NamedTuple):
     """The factors of the products that rank keys.
 
@@ -73,6 +99,16 @@ def operands_of_channels(
     return ranking_operands(arguments, guides, key, count), subset
 
 
+def merges_in_float8(arguments: Arguments, channels: torch.Tensor | None) -> bool:
+    """Whether queries can be merged straight to float8, given the channels [B, Hkv, picked] that are picked, if any.
+
+    Not where they are projected to other directions, or the picked channels are too few.
+    """
+    size, wanted = arguments.query.shape[-1], arguments.config.ranking.channels
+    is_enough = (wanted is None or wanted >= size) if channels is None else channels.shape[-1] >= _LEAST_CHANNELS
+    return is_enough and ranks_in_float8(arguments.query, arguments.softcap, arguments.device)
+
+
 def ranks_in_float8(guides: torch.Tensor, softcap: float, device: torch.device) -> bool:
     """Whether such guides [..., D] rank in float8: half precision, no soft cap, sm_89 or later."""
     if device.type != "cuda" or guides.dtype == torch.float32 or softcap or guides.shape[-1] < _LEAST_CHANNELS:
@@ -107,37 +143,84 @@ def quantise(
         channels: [B, Hkv, picked] int32, of which there are operands too; None for none of these.
         count: [B, Hkv, guide heads, segments] int32, how many guides of each segment are defined; None where all are.
     """
-    batch, kv_heads, heads, per_head, size = guides.shape
-    total, keys = heads * per_head, key.shape[2]
-    origin = key.new_empty(batch, kv_heads, size)
-    ranges = torch.empty(2, batch, kv_heads, dtype=torch.float32, device=key.device)
+    units = Units.of(key)
+    _raise_ranges(guides, key, units, count)
+    return tuple(_split(x, guides, units) for x in _rounded(guides, key, units, channels, count))
+
+
+def operands_of_merged(
+    guides: torch.Tensor, key: torch.Tensor, units: Units, channels: torch.Tensor | None, count: torch.Tensor
+) -> tuple[Operands, Operands | None]:
+    """The operands of guides that are in float8 already, whose range the units have; arguments as of `quantise`."""
+    _raise_ranges(None, key, units, None)
+    if channels is None:
+        (keys,) = _rounded(None, key, units, None, None)
+        return Operands(guides, keys, units.ranges), None
+    keys, subset = _rounded(guides, key, units, channels, count)
+    return Operands(guides, keys, units.ranges), _split(subset, guides, units)
+
+
+def _split(rows: torch.Tensor, guides: torch.Tensor, units: Units) -> Operands:
+    """Rows of guides and then of keys [B, Hkv, rows, D] as operands."""
+    heads, per_head = guides.shape[2:4]
+    total = heads * per_head
+    return Operands(rows[:, :, :total].unflatten(2, (heads, per_head)), rows[:, :, total:], units.ranges)
+
+
+def _raise_ranges(guides: torch.Tensor | None, key: torch.Tensor, units: Units, count: torch.Tensor | None) -> None:
+    """Raise the ranges of units to the reach of guides, if there are some, and keys."""
+    grid, operands, options = _blocks(guides, key, units, count)
+    launch(reach_kernel, grid, units.ranges, *operands, **options)
+
+
+def _rounded(
+    guides: torch.Tensor | None,
+    key: torch.Tensor,
+    units: Units,
+    channels: torch.Tensor | None,
+    count: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Guides, if there are some, and then keys [B, Hkv, rows, D]; and the same of picked `channels`, if there are some.
+
+    Guides that are in float8 already are not among the first.
+    """
+    grid, operands, options = _blocks(guides, key, units, count)
+    batch, kv_heads, keys, size = key.shape
+    are_ready = guides is not None and guides.dtype == FLOAT8
+    total = 0 if guides is None else guides.shape[2] * guides.shape[3]
+    results = [key.new_empty(batch, kv_heads, keys if are_ready else total + keys, size, dtype=FLOAT8)]
+    picked = 0 if channels is None else channels.shape[-1]
+    if picked:
+        results.append(key.new_empty(batch, kv_heads, total + keys, picked, dtype=FLOAT8))
     launch(
-        origin_kernel, (batch * kv_heads,), origin, ranges, key, *key.stride()[:3], kv_heads, keys, -(-keys // _SAMPLE),
-        D=size, BLOCK_D=padded(size), BLOCK_N=16, num_warps=4, num_stages=3,
+        quantise_kernel, grid,
+        units.ranges, results[0], results[-1], units.ranges if channels is None else channels, *operands,
+        PICKED=picked, BLOCK_P=padded(picked), ARE_READY=are_ready, **options,
     )  # fmt: skip
-    sizes = (size,) if channels is None else (size, channels.shape[-1])
-    results = [torch.empty(batch, kv_heads, total + keys, width, dtype=FLOAT8, device=key.device) for width in sizes]
-    grid = (heads * -(-per_head // _ROWS) + -(-keys // _ROWS), batch * kv_heads)
+    return results
+
+
+def _blocks(
+    guides: torch.Tensor | None, key: torch.Tensor, units: Units, count: torch.Tensor | None
+) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """The grid, operands and options of a launch over guides, if there are some, and keys."""
+    (batch, kv_heads, keys, size), heads, per_head = key.shape, 0, 1
+    strides: tuple[int, ...] = (0,) * 4
+    if guides is not None:
+        (heads, per_head), strides = guides.shape[2:4], guides.stride()[:4]
     operands = (
-        guides, key, origin, ranges if count is None else count,
-        *guides.stride()[:4], *key.stride()[:3], kv_heads, heads, per_head, keys,
+        key if guides is None else guides, key, units.origin, units.ranges if count is None else count,
+        *strides, *key.stride()[:3], kv_heads, heads, per_head, keys,
     )  # fmt: skip
-    of_segment = 0 if count is None else per_head // count.shape[-1]
     options = {
-        "OF_SEGMENT": of_segment,
+        "OF_SEGMENT": 0 if count is None else per_head // count.shape[-1],
         "D": size,
         "BLOCK_D": padded(size),
         "BLOCK_N": _ROWS,
         "num_warps": 4,
         "num_stages": 1,
     }
-    launch(reach_kernel, grid, ranges, *operands, **options)
-    launch(
-        quantise_kernel, grid,
-        ranges, results[0], results[-1], ranges if channels is None else channels, *operands,
-        PICKED=0 if channels is None else sizes[-1], BLOCK_P=padded(sizes[-1]), **options,
-    )  # fmt: skip
-    return tuple(Operands(x[:, :, :total].unflatten(2, (heads, per_head)), x[:, :, total:], ranges) for x in results)
+    return (heads * -(-per_head // _ROWS) + -(-keys // _ROWS), batch * kv_heads), operands, options
 
 
 @kernel
@@ -205,6 +288,22 @@ def _round_up(reach):
     return ((reach + 0x1FFFFF) & 0x7F800000) | 0x600000
 
 
+@triton.jit
+def raise_range(reach, furthest):
+    """Raise a range to the magnitude whose bits are `furthest`, rounded up; NaN for infinity.
+
+    Magnitudes have the order of their bits, with infinity and NaN above all.
+    """
+    furthest = tl.where(furthest < INFINITY, _round_up(furthest), NAN)
+    tl.atomic_max(reach.to(tl.pointer_type(tl.int32), bitcast=True), furthest, sem="relaxed")
+
+
+@triton.jit
+def float8_unit(reach):
+    """The factor of what reaches up to `reach`, in float8."""
+    return FLOAT8_REACH / tl.maximum(tl.load(reach), 1e-30)
+
+
 @kernel
 def reach_kernel(
     ranges, guides, key, origin, count,
@@ -221,11 +320,8 @@ def reach_kernel(
         guides, key, origin, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
         key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, D, BLOCK_D,
     )  # fmt: skip
-    # Magnitudes have the order of their bits, with infinity and NaN above all.
     furthest = tl.max(tl.max(tl.abs(rows).to(tl.int32, bitcast=True), 1), 0)
-    furthest = tl.where(furthest < INFINITY, _round_up(furthest), NAN)
-    ranges += (place[0] == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)
-    tl.atomic_max(ranges.to(tl.pointer_type(tl.int32), bitcast=True), furthest, sem="relaxed")
+    raise_range(ranges + (place[0] == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1), furthest)
 
 
 @kernel
@@ -233,27 +329,33 @@ def quantise_kernel(
     ranges, result, of_picked, picked, guides, key, origin, count,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
     kv_heads, heads, per_head, keys,
-    PICKED: tl.constexpr, OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PICKED: tl.constexpr, ARE_READY: tl.constexpr, OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write guides of all heads, then keys from `origin`, in units of range / FLOAT8_REACH: [B, Hkv, rows, D].
 
-    The same of the channels `picked` [B, Hkv, PICKED]: `of_picked` [B, Hkv, rows, PICKED], where PICKED is not 0.
+    The same of the channels `picked` [B, Hkv, PICKED]: `of_picked` [B, Hkv, rows, PICKED], where PICKED is not 0. If
+    ARE_READY, guides are in float8 already, and only their picked channels are written.
     Program (block of guides or of keys; batch entry and KV head).
     """
     place = _place(count, heads, per_head, keys, OF_SEGMENT, BLOCK_N)
     head, row, real = place
+    if OF_SEGMENT > 0 and tl.max(real.to(tl.int32), 0) == 0:
+        return
     ranges += (head == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)
-    unit = FLOAT8_REACH / tl.maximum(tl.load(ranges), 1e-30)
     first = tl.program_id(1).to(tl.int64) * (heads * per_head + keys) + head * per_head
+    first_of_all = tl.program_id(1).to(tl.int64) * keys if ARE_READY else first
     channel = tl.arange(0, BLOCK_D)
     rows = _load(
         guides, key, origin, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
         key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, D, BLOCK_D,
     )  # fmt: skip
+    unit, is_new = float8_unit(ranges), real
+    if ARE_READY:
+        unit, is_new = tl.where(head < heads, 1.0, unit), row < tl.where(head < heads, 0, keys)
     rows = (rows * unit).to(tl.float8e4nv)
-    pointers = result + (first + row)[:, None] * D + channel[None, :]
-    tl.store(pointers, rows, mask=real[:, None] & (channel < D)[None, :])
+    pointers = result + (first_of_all + row)[:, None] * D + channel[None, :]
+    tl.store(pointers, rows, mask=is_new[:, None] & (channel < D)[None, :])
     if PICKED > 0:
         # A product with ones copies numbers as they are, much faster than loads from scattered places.
         column = tl.arange(0, BLOCK_P)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 
 from ..rule.channels import picks_channels, project
 from .arguments import Arguments
-from .channels import key_covariance, sample_moments, select_channels
+from .channels import ChannelSubset, key_covariance, sample_moments, select_channels
 from .importance import score
 from .lists import Lists
-from .merge import merge
+from .merge import MergedGuides, merge
 from .normaliser import normalisers
-from .quantise import Operands, operands_of_channels, ranking_operands
+from .quantise import (
+    Operands,
+    Units,
+    merges_in_float8,
+    operands_of_channels,
+    operands_of_merged,
+    ranking_operands,
+)
 from .sample import sample
 from .scoring import Scoring
 from .select import select
+
+Corrected: TypeAlias = tuple[Operands, Operands | None, torch.Tensor | None]
+"""Operands in all channels, in fewer, and what these neglect: fields of `Scoring`."""
 
 
 def scoring_of(arguments: Arguments, query: torch.Tensor, sample: torch.Tensor) -> Scoring:
@@ -22,25 +34,54 @@ def scoring_of(arguments: Arguments, query: torch.Tensor, sample: torch.Tensor) 
 
     Channels are chosen by the `sample` of them, of any n.
     """
-    key, channels, scale = arguments.key, arguments.config.ranking.channels, arguments.scale
-    few, merges = channels if picks_channels(channels, key.shape[-1]) else None, arguments.config.ranking.merges
+    key, scale, ranking = arguments.key, arguments.scale, arguments.config.ranking
     padding = arguments.visibility.key_padding
-    moments = sample_moments(sample, key, padding) if few is not None or merges else None
-    merged = merge(arguments, key_covariance(moments, key, padding, scale)) if moments and merges else None
-    guides, count = (query, None) if merged is None else (merged.rows, merged.counts)
-    subset: Operands | None = None
-    neglected: torch.Tensor | None
-    if moments and few is not None:
-        picked, neglected = select_channels(moments, key, padding, few, scale)
-        all_channels, subset = operands_of_channels(arguments, guides, picked, count)
+    few = ranking.channels if picks_channels(ranking.channels, key.shape[-1]) else None
+    moments = sample_moments(sample, key, padding) if few is not None or ranking.merges else None
+    picked = select_channels(moments, key, padding, few, scale) if moments and few is not None else None
+    if not (moments and ranking.merges):
+        merged, operands = None, _operands(arguments, query, sample, picked, None)
     else:
-        projected = project(sample, key, channels, scale, arguments.valid, guides)
-        neglected = None if projected.neglected is None else projected.neglected.float()
-        all_channels = ranking_operands(arguments, guides, key, count)
-        if neglected is not None:
-            subset = ranking_operands(arguments, projected.guides, projected.key, count)
+        covariance = key_covariance(moments, key, padding, scale)
+        merged, operands = _merged(arguments, covariance, sample, picked)
+    all_channels, subset, neglected = operands
     guide_lse = normalisers(arguments, all_channels, merged)
     return Scoring(all_channels, subset, guide_lse, neglected, arguments.distances, merged)
+
+
+def _merged(
+    arguments: Arguments, covariance: torch.Tensor, sample: torch.Tensor, picked: ChannelSubset | None
+) -> tuple[MergedGuides, Corrected]:
+    """Merged queries, straight to float8 where that can be, and their `_operands`."""
+    channels, neglected = picked or (None, None)
+    if merges_in_float8(arguments, channels):
+        units = Units.of(arguments.key)
+        merged = merge(arguments, covariance, units)
+        return merged, (*operands_of_merged(merged.rows, arguments.key, units, channels, merged.counts), neglected)
+    merged = merge(arguments, covariance)
+    return merged, _operands(arguments, merged.rows, sample, picked, merged.counts)
+
+
+def _operands(
+    arguments: Arguments,
+    guides: torch.Tensor,
+    sample: torch.Tensor,
+    picked: ChannelSubset | None,
+    count: torch.Tensor | None,
+) -> Corrected:
+    """The operands of guides [B, Hkv, G or 1, n, D], those in fewer channels, and `Scoring.neglected`.
+
+    Of guides that are merged queries, `count` [B, Hkv, lists, segments] says how many each segment has.
+    """
+    key, channels = arguments.key, arguments.config.ranking.channels
+    if picked is not None:
+        return *operands_of_channels(arguments, guides, picked.channels, count), picked.neglected
+    projected = project(sample, key, channels, arguments.scale, arguments.valid, guides)
+    all_channels = ranking_operands(arguments, guides, key, count)
+    if projected.neglected is None:
+        return all_channels, None, None
+    subset = ranking_operands(arguments, projected.guides, projected.key, count)
+    return all_channels, subset, projected.neglected.float()
 
 
 def rank(arguments: Arguments, scoring: Scoring, segments: range) -> Lists:

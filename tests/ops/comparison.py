@@ -10,6 +10,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from s2o_compile.ops import AttentionResult
 from s2o_compile.ops.visibility import Visibility
 
+COARSEST = 0.13 if torch.cuda.is_available() else 0.51
+"""Largest share of a number that float8 loses; the interpreter forgets to carry where rounding reaches a power of 2."""
+
 
 def seen(query: torch.Tensor, key: torch.Tensor, terms: Visibility) -> torch.Tensor:
     """What each row may see [B or 1, Hq or 1, Lq, Lk], spelled out."""

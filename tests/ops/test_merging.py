@@ -15,13 +15,15 @@ from s2o_compile.ops.density import share_of_guides
 from s2o_compile.ops.kernels import merge, pipeline
 from s2o_compile.ops.kernels.arguments import Arguments
 from s2o_compile.ops.kernels.channels import key_covariance, sample_moments
+from s2o_compile.ops.kernels.helpers import FLOAT8_REACH
+from s2o_compile.ops.kernels.quantise import Units, operands_of_merged, quantise
 from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.rule import channels
 from s2o_compile.ops.rule.merging import find_clusters
 from s2o_compile.ops.visibility import Visibility
 
 from ..examples import examples
-from .comparison import largest_difference
+from .comparison import COARSEST, largest_difference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 90), st.integers(2, 200))
@@ -127,6 +129,42 @@ def test_the_kernels_merge_as_specified(
         earliest = got.first[:, :, :, places].repeat_interleave(per_list, 2).gather(-1, owner)
         alike = guides.owner[..., :, None] == guides.owner[..., None, :]
         assert torch.equal(earliest, (first + alike.int().argmax(-1)).int())
+
+
+@pytest.mark.hypothesis
+@settings(max_examples=examples(8))
+@given(SIZES, st.sampled_from([1.0, 2.5]), st.sampled_from([(40, 33), (128, 64), (32, None)]), st.integers(0, 2**31))
+def test_queries_merged_in_float8_are_the_same_but_for_rounding(
+    sizes: tuple[int, ...], radius: float, width_and_picked: tuple[int, int | None], seed: int
+) -> None:
+    width, few = width_and_picked
+    query, key = (x.half().to(DEVICE) for x in inputs(sizes, width, seed))
+    batch, kv_heads = sizes[:2]
+    config = S2OConfig(ranking=Ranking(radius=radius, merge_length=0))
+    arguments = Arguments(query.flatten(1, 2), key, key, Visibility(), None, 0.5, 0.0, config, query.device)
+    covariance = key_covariance(sample_moments(query, key, None), key, None, 0.5)
+    order = [torch.randperm(width)[:few].sort().values for _ in range(batch * kv_heads)]
+    channels = None if few is None else torch.stack(order).view(batch, kv_heads, few).int().to(DEVICE)
+    want, units = merge.merge(arguments, covariance), Units.of(key)
+    got = merge.merge(arguments, covariance, units)
+    for name in ("counts", "owner"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    most = arguments.guides_of_segment
+    is_guide = (torch.arange(most, device=DEVICE) < want.counts[..., None]).flatten(-2)[..., None]
+    reach = units.ranges[0, :, :, None, None, None]
+    assert (query.abs().amax((2, 3, 4)) <= units.ranges[0]).all()
+    restored, smallest = got.rows.float() * reach / FLOAT8_REACH.value, 2**-9 / FLOAT8_REACH.value * reach
+    error = (restored - want.rows.float()).abs()
+    assert (~is_guide | (error <= COARSEST * want.rows.float().abs() + smallest)).all()
+    all_channels, subset = operands_of_merged(got.rows, key, units, channels, got.counts)
+    itself = quantise(got.rows[:, :, :, :1].half(), key, channels)
+    assert torch.equal(all_channels.key.float(), itself[0].key.float())
+    if channels is not None and subset is not None:
+        of_subset = got.rows.float().take_along_dim(channels.long()[:, :, None, None], -1)
+        assert (~is_guide | (subset.guides.float() == of_subset)).all()
+        assert torch.equal(subset.key.float(), itself[1].key.float())
+    else:
+        assert channels is subset is None
 
 
 @pytest.mark.parametrize("implementation", [cpu, pipeline], ids=["cpu", "kernels"])

@@ -16,11 +16,9 @@ from s2o_compile.ops.rule.channels import project
 from s2o_compile.ops.rule.guides import pool_guides
 
 from ..examples import examples
-from .comparison import largest_difference
+from .comparison import COARSEST, largest_difference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COARSEST = 0.13 if DEVICE == "cuda" else 0.51
-"""Largest share of a number that float8 loses; the interpreter forgets to carry where rounding reaches a power of 2."""
 
 
 def random(*shape: int) -> torch.Tensor:
