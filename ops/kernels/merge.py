@@ -15,7 +15,7 @@ from ..rule import merging
 from .arguments import Arguments, padded
 from .helpers import INTERPRETED, LOG2_E, float32
 from .launch import launch
-from .quantise import FLOAT8, Units, float8_unit, raise_range
+from .quantise import FLOAT8, Units, float8_unit, picking, raise_range, store_rows
 from .variants import kernel
 
 MERGED = merging.MERGED
@@ -25,7 +25,9 @@ _ROWS = 64
 _COLUMNS = 64
 """Queries and channels of a block."""
 _BLOCKS = 8
-"""Of queries that one program goes through, where it holds the whole covariance."""
+"""Of queries whose distances one program finds, where it holds the whole covariance."""
+_RUNS = 4
+"""Of which one program writes the means in float8."""
 
 
 class MergedGuides(NamedTuple):
@@ -33,6 +35,7 @@ class MergedGuides(NamedTuple):
 
     Attributes:
         rows: [B, Hkv, lists, segments * most, D], in the dtype of queries or in float8.
+        subset: Their picked channels [B, Hkv, lists, segments * most, picked]; `rows` where none are picked.
         counts: [B, Hkv, lists, segments] int32, how many there are.
         reach: [B, Hkv, lists, segments * most] float32, how far their logits reach, in units of log 2.
         first: [B, Hkv, lists, segments * most] int32, the position of the first query of each.
@@ -40,16 +43,20 @@ class MergedGuides(NamedTuple):
     """
 
     rows: torch.Tensor
+    subset: torch.Tensor
     counts: torch.Tensor
     reach: torch.Tensor
     first: torch.Tensor
     owner: torch.Tensor
 
 
-def merge(arguments: Arguments, covariance: torch.Tensor, units: Units | None = None) -> MergedGuides:
+def merge(
+    arguments: Arguments, covariance: torch.Tensor, units: Units | None = None, channels: torch.Tensor | None = None
+) -> MergedGuides:
     """The queries merged, given the `covariance` of keys [B, Hkv, BLOCK_D, BLOCK_D], float32, times scale squared.
 
-    With `units` they are in float8 (`quantise`), in units of the reach of queries, to which the ranges are raised.
+    With `units` they are in float8 (`quantise`), of the reach of queries, to which the ranges are raised; and so are
+    their picked `channels` [B, Hkv, picked] int32, if there are some.
     """
     query, ranking, size = arguments.query, arguments.config.ranking, arguments.query.shape[-1]
     batch, heads, queries, _ = query.shape
@@ -76,20 +83,25 @@ def merge(arguments: Arguments, covariance: torch.Tensor, units: Units | None = 
     )  # fmt: skip
     lists, most = arguments.lists, arguments.guides_of_segment
     shape, dtype = (batch, arguments.kv_heads, lists), query.dtype if units is None else FLOAT8
+    rows = query.new_empty(*shape, segments * most, size, dtype=dtype)
+    picked = 0 if channels is None else channels.shape[-1]
     found = MergedGuides(
-        query.new_empty(*shape, segments * most, size, dtype=dtype),
+        rows,
+        query.new_empty(*shape, segments * most, picked, dtype=dtype) if picked else rows,
         query.new_empty(*shape, segments, dtype=torch.int32),
         query.new_empty(*shape, segments * most, dtype=torch.float32),
         query.new_empty(*shape, segments * most, dtype=torch.int32),
         query.new_empty(batch, arguments.kv_heads, heads // arguments.kv_heads, queries, dtype=torch.int32),
     )
+    turns = 1 if units is None else _RUNS
     launch(
-        mean_kernel, (runs, heads, batch),
-        query, of_run, clusters, reach, covariance if units is None else units.ranges, *found,
-        *query.stride()[:3], heads // arguments.kv_heads, queries, segments,
-        HEADS=heads // (arguments.kv_heads * lists), SEGMENT=ranking.segment, RUN=run,
-        PARTS=triton.next_power_of_2(most // run), FLOAT8=units is not None, D=size, BLOCK_D=width,
-        num_warps=2, num_stages=1,
+        mean_kernel, (-(-runs // turns), heads, batch),
+        query, of_run, clusters, reach, covariance if units is None else units.ranges,
+        clusters if channels is None else channels, *found,
+        *query.stride()[:3], heads // arguments.kv_heads, queries, runs, segments,
+        HEADS=heads // (arguments.kv_heads * lists), SEGMENT=ranking.segment, RUN=run, TURNS=turns,
+        PARTS=triton.next_power_of_2(most // run), FLOAT8=units is not None, PICKED=picked, BLOCK_P=padded(picked),
+        D=size, BLOCK_D=width, num_warps=2 if units is None or width > 2 * _COLUMNS else 1, num_stages=1,
     )  # fmt: skip
     return found
 
@@ -211,47 +223,50 @@ def cluster_kernel(apart, owner, clusters, reach, queries, radius, RUN: tl.const
 
 @kernel
 def mean_kernel(
-    query, of_run, clusters, reach_of_run, ranges, rows, count, reach, first, owner,
-    stride_b, stride_h, stride_n, group_size, queries, segments,
-    HEADS: tl.constexpr, SEGMENT: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, FLOAT8: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    query, of_run, clusters, reach_of_run, ranges, picked, rows, subset, count, reach, first, owner,
+    stride_b, stride_h, stride_n, group_size, queries, runs, segments,
+    HEADS: tl.constexpr, SEGMENT: tl.constexpr, RUN: tl.constexpr, TURNS: tl.constexpr, PARTS: tl.constexpr,
+    FLOAT8: tl.constexpr, PICKED: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the guides of a run, the means of its clusters, behind those of other runs of its segment and list.
 
-    With FLOAT8 in units of `ranges` [B, Hkv]. HEADS heads share a list; PARTS are at least their runs of a segment.
-    Program (run; query head; batch entry).
+    With FLOAT8 in units of `ranges` [B, Hkv], and of them the channels `picked` [B, Hkv, PICKED], if PICKED is not 0.
+    HEADS heads share a list; PARTS are at least their runs of a segment. Program (TURNS runs; query head; batch entry).
     """
     runs_of_head: tl.constexpr = SEGMENT // RUN
-    heads = tl.num_programs(1)
-    run, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    segment, part = run // runs_of_head, (head % HEADS) * runs_of_head + run % runs_of_head
-    other = tl.arange(0, PARTS)
-    of_other = (batch * heads + head // HEADS * HEADS + other // runs_of_head) * tl.num_programs(0)
-    of_other += segment * runs_of_head + other % runs_of_head
-    counts = tl.load(clusters + of_other, mask=other < HEADS * runs_of_head, other=0)
-    before = tl.sum(tl.where(other < part, counts, 0), 0)
-    here = tl.sum(tl.where(other == part, counts, 0), 0)
-    of_list = (batch * (heads // HEADS) + head // HEADS) * segments + segment
-    tl.store(count + of_list, before + here, mask=part == HEADS * runs_of_head - 1)
+    heads, head, batch = tl.num_programs(1), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    of_head, kv_head = batch * heads + head, batch * (heads // group_size) + head // group_size
+    query += batch * stride_b + head.to(tl.int64) * stride_h
+    place, channel, other = tl.arange(0, RUN), tl.arange(0, BLOCK_D), tl.arange(0, PARTS)
+    unit = float8_unit(ranges + kv_head) if FLOAT8 else 1.0
+    if PICKED > 0:
+        ones = picking(picked + kv_head * PICKED, tl.float16, BLOCK_D, PICKED, BLOCK_P)
+    for turn in range(TURNS):
+        run = tl.program_id(0) * TURNS + turn
+        segment, part = run // runs_of_head, (head % HEADS) * runs_of_head + run % runs_of_head
+        of_other = (batch * heads + head // HEADS * HEADS + other // runs_of_head) * runs
+        of_other += segment * runs_of_head + other % runs_of_head
+        parts = tl.where(run < runs, HEADS * runs_of_head, 0)
+        counts = tl.load(clusters + of_other, mask=other < parts, other=0)
+        before = tl.sum(tl.where(other < part, counts, 0), 0)
+        here = tl.sum(tl.where(other == part, counts, 0), 0)
+        of_list = (batch * (heads // HEADS) + head // HEADS) * segments + segment
+        tl.store(count + of_list, before + here, mask=part == parts - 1)
 
-    place, channel = tl.arange(0, RUN), tl.arange(0, BLOCK_D)
-    position = run * RUN + place
-    real = position < queries
-    of_head = batch * heads + head
-    cluster = tl.load(of_run + of_head * queries + position, mask=real, other=RUN)
-    tl.store(owner + of_head * queries + position, before + cluster, mask=real)
-    is_member = cluster[None, :] == place[:, None]
-    is_guide, target = place < here, of_list * (HEADS * SEGMENT) + before + place
-    far = tl.load(reach_of_run + (of_head * tl.num_programs(0) + run) * RUN + place)
-    tl.store(reach + target, far, mask=is_guide)
-    earliest = tl.min(tl.where(is_member, place[None, :], RUN), 1)
-    tl.store(first + target, run * RUN + earliest, mask=is_guide)
-    pointers = query + batch * stride_b + head.to(tl.int64) * stride_h
-    pointers += position.to(tl.int64)[:, None] * stride_n + channel[None, :]
-    x = tl.load(pointers, mask=real[:, None] & (channel < D)[None, :], other=0.0)
-    mean = tl.dot(is_member.to(x.dtype), x, input_precision="ieee")
-    mean /= tl.maximum(tl.sum(is_member.to(tl.float32), 1), 1.0)[:, None]
-    if FLOAT8:
-        mean *= float8_unit(ranges + batch * (heads // group_size) + head // group_size)
-    pointers = rows + target[:, None] * D + channel[None, :]
-    tl.store(pointers, mean.to(rows.dtype.element_ty), mask=is_guide[:, None] & (channel < D)[None, :])
+        position = run * RUN + place
+        real = position < queries
+        cluster = tl.load(of_run + of_head * queries + position, mask=real, other=RUN)
+        tl.store(owner + of_head * queries + position, before + cluster, mask=real)
+        is_member = cluster[None, :] == place[:, None]
+        is_guide, target = place < here, of_list * (HEADS * SEGMENT) + before + place
+        far = tl.load(reach_of_run + (of_head * runs + run) * RUN + place, mask=is_guide, other=0.0)
+        tl.store(reach + target, far, mask=is_guide)
+        earliest = tl.min(tl.where(is_member, place[None, :], RUN), 1)
+        tl.store(first + target, run * RUN + earliest, mask=is_guide)
+        pointers = query + position.to(tl.int64)[:, None] * stride_n + channel[None, :]
+        x = tl.load(pointers, mask=real[:, None] & (channel < D)[None, :], other=0.0)
+        mean = tl.dot(is_member.to(x.dtype), x, input_precision="ieee")
+        mean = (mean * (unit / tl.maximum(tl.sum(is_member.to(tl.float32), 1), 1.0))[:, None]).to(rows.dtype.element_ty)
+        store_rows(mean, rows, target, is_guide, D, BLOCK_D)
+        if PICKED > 0:
+            store_rows(tl.dot(mean.to(tl.float16), ones), subset, target, is_guide, PICKED, BLOCK_P)

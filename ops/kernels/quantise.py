@@ -148,16 +148,10 @@ def quantise(
     return tuple(_split(x, guides, units) for x in _rounded(guides, key, units, channels, count))
 
 
-def operands_of_merged(
-    guides: torch.Tensor, key: torch.Tensor, units: Units, channels: torch.Tensor | None, count: torch.Tensor
-) -> tuple[Operands, Operands | None]:
-    """The operands of guides that are in float8 already, whose range the units have; arguments as of `quantise`."""
+def quantise_keys(key: torch.Tensor, units: Units, channels: torch.Tensor | None) -> list[torch.Tensor]:
+    """The keys of `quantise` alone: in all channels, and in those that are picked, if there are `channels`."""
     _raise_ranges(None, key, units, None)
-    if channels is None:
-        (keys,) = _rounded(None, key, units, None, None)
-        return Operands(guides, keys, units.ranges), None
-    keys, subset = _rounded(guides, key, units, channels, count)
-    return Operands(guides, keys, units.ranges), _split(subset, guides, units)
+    return _rounded(None, key, units, channels, None)
 
 
 def _split(rows: torch.Tensor, guides: torch.Tensor, units: Units) -> Operands:
@@ -180,22 +174,16 @@ def _rounded(
     channels: torch.Tensor | None,
     count: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """Guides, if there are some, and then keys [B, Hkv, rows, D]; and the same of picked `channels`, if there are some.
-
-    Guides that are in float8 already are not among the first.
-    """
+    """Guides, if there are some, and then keys [B, Hkv, rows, D]; and their picked `channels`, if there are some."""
     grid, operands, options = _blocks(guides, key, units, count)
     batch, kv_heads, keys, size = key.shape
-    are_ready = guides is not None and guides.dtype == FLOAT8
-    total = 0 if guides is None else guides.shape[2] * guides.shape[3]
-    results = [key.new_empty(batch, kv_heads, keys if are_ready else total + keys, size, dtype=FLOAT8)]
+    rows = keys if guides is None else guides.shape[2] * guides.shape[3] + keys
     picked = 0 if channels is None else channels.shape[-1]
-    if picked:
-        results.append(key.new_empty(batch, kv_heads, total + keys, picked, dtype=FLOAT8))
+    results = [key.new_empty(batch, kv_heads, rows, n, dtype=FLOAT8) for n in (size, picked) if n]
     launch(
         quantise_kernel, grid,
         units.ranges, results[0], results[-1], units.ranges if channels is None else channels, *operands,
-        PICKED=picked, BLOCK_P=padded(picked), ARE_READY=are_ready, **options,
+        PICKED=picked, BLOCK_P=padded(picked), **options,
     )  # fmt: skip
     return results
 
@@ -304,6 +292,25 @@ def float8_unit(reach):
     return FLOAT8_REACH / tl.maximum(tl.load(reach), 1e-30)
 
 
+@triton.jit
+def picking(picked, dtype: tl.constexpr, BLOCK_D: tl.constexpr, PICKED: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Ones [BLOCK_D, BLOCK_P] by which a product picks channels `picked` [PICKED].
+
+    It copies numbers as they are, much faster than loads from scattered places.
+    """
+    column = tl.arange(0, BLOCK_P)
+    wanted = tl.load(picked + column, mask=column < PICKED, other=-1)
+    return (tl.arange(0, BLOCK_D)[:, None] == wanted[None, :]).to(tl.float32).to(dtype)
+
+
+@triton.jit
+def store_rows(rows, result, place, real, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write rows [N, BLOCK_D] to the `real` places [N] of `result` [..., D]."""
+    channel = tl.arange(0, BLOCK_D)
+    pointers = result + place[:, None] * D + channel[None, :]
+    tl.store(pointers, rows.to(result.dtype.element_ty), mask=real[:, None] & (channel < D)[None, :])
+
+
 @kernel
 def reach_kernel(
     ranges, guides, key, origin, count,
@@ -329,38 +336,24 @@ def quantise_kernel(
     ranges, result, of_picked, picked, guides, key, origin, count,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
     kv_heads, heads, per_head, keys,
-    PICKED: tl.constexpr, ARE_READY: tl.constexpr, OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PICKED: tl.constexpr, OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write guides of all heads, then keys from `origin`, in units of range / FLOAT8_REACH: [B, Hkv, rows, D].
 
-    The same of the channels `picked` [B, Hkv, PICKED]: `of_picked` [B, Hkv, rows, PICKED], where PICKED is not 0. If
-    ARE_READY, guides are in float8 already, and only their picked channels are written.
+    The same of the channels `picked` [B, Hkv, PICKED]: `of_picked` [B, Hkv, rows, PICKED], where PICKED is not 0.
     Program (block of guides or of keys; batch entry and KV head).
     """
     place = _place(count, heads, per_head, keys, OF_SEGMENT, BLOCK_N)
     head, row, real = place
-    if OF_SEGMENT > 0 and tl.max(real.to(tl.int32), 0) == 0:
-        return
     ranges += (head == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)
-    first = tl.program_id(1).to(tl.int64) * (heads * per_head + keys) + head * per_head
-    first_of_all = tl.program_id(1).to(tl.int64) * keys if ARE_READY else first
-    channel = tl.arange(0, BLOCK_D)
+    row += tl.program_id(1).to(tl.int64) * (heads * per_head + keys) + head * per_head
     rows = _load(
         guides, key, origin, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
         key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, D, BLOCK_D,
     )  # fmt: skip
-    unit, is_new = float8_unit(ranges), real
-    if ARE_READY:
-        unit, is_new = tl.where(head < heads, 1.0, unit), row < tl.where(head < heads, 0, keys)
-    rows = (rows * unit).to(tl.float8e4nv)
-    pointers = result + (first_of_all + row)[:, None] * D + channel[None, :]
-    tl.store(pointers, rows, mask=is_new[:, None] & (channel < D)[None, :])
+    rows = (rows * float8_unit(ranges)).to(tl.float8e4nv)
+    store_rows(rows, result, row, real, D, BLOCK_D)
     if PICKED > 0:
-        # A product with ones copies numbers as they are, much faster than loads from scattered places.
-        column = tl.arange(0, BLOCK_P)
-        wanted = tl.load(picked + tl.program_id(1) * PICKED + column, mask=column < PICKED, other=-1)
-        ones = (channel[:, None] == wanted[None, :]).to(tl.float32).to(tl.float8e4nv)
-        pointers = of_picked + (first + row)[:, None] * PICKED + column[None, :]
-        mask = real[:, None] & (column < PICKED)[None, :]
-        tl.store(pointers, tl.dot(rows, ones).to(tl.float8e4nv), mask=mask)
+        ones = picking(picked + tl.program_id(1) * PICKED, tl.float8e4nv, BLOCK_D, PICKED, BLOCK_P)
+        store_rows(tl.dot(rows, ones), of_picked, row, real, PICKED, BLOCK_P)

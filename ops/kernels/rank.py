@@ -18,7 +18,7 @@ from .quantise import (
     Units,
     merges_in_float8,
     operands_of_channels,
-    operands_of_merged,
+    quantise_keys,
     ranking_operands,
 )
 from .sample import sample
@@ -56,8 +56,9 @@ def _merged(
     channels, neglected = picked or (None, None)
     if merges_in_float8(arguments, channels):
         units = Units.of(arguments.key)
-        merged = merge(arguments, covariance, units)
-        return merged, (*operands_of_merged(merged.rows, arguments.key, units, channels, merged.counts), neglected)
+        merged, keys = merge(arguments, covariance, units, channels), quantise_keys(arguments.key, units, channels)
+        subset = None if picked is None else Operands(merged.subset, keys[1], units.ranges)
+        return merged, (Operands(merged.rows, keys[0], units.ranges), subset, neglected)
     merged = merge(arguments, covariance)
     return merged, _operands(arguments, merged.rows, sample, picked, merged.counts)
 

@@ -16,7 +16,7 @@ from s2o_compile.ops.kernels import merge, pipeline
 from s2o_compile.ops.kernels.arguments import Arguments
 from s2o_compile.ops.kernels.channels import key_covariance, sample_moments
 from s2o_compile.ops.kernels.helpers import FLOAT8_REACH
-from s2o_compile.ops.kernels.quantise import Units, operands_of_merged, quantise
+from s2o_compile.ops.kernels.quantise import Units, quantise, quantise_keys
 from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.rule import channels
 from s2o_compile.ops.rule.merging import find_clusters
@@ -146,7 +146,7 @@ def test_queries_merged_in_float8_are_the_same_but_for_rounding(
     order = [torch.randperm(width)[:few].sort().values for _ in range(batch * kv_heads)]
     channels = None if few is None else torch.stack(order).view(batch, kv_heads, few).int().to(DEVICE)
     want, units = merge.merge(arguments, covariance), Units.of(key)
-    got = merge.merge(arguments, covariance, units)
+    got = merge.merge(arguments, covariance, units, channels)
     for name in ("counts", "owner"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
     most = arguments.guides_of_segment
@@ -156,15 +156,13 @@ def test_queries_merged_in_float8_are_the_same_but_for_rounding(
     restored, smallest = got.rows.float() * reach / FLOAT8_REACH.value, 2**-9 / FLOAT8_REACH.value * reach
     error = (restored - want.rows.float()).abs()
     assert (~is_guide | (error <= COARSEST * want.rows.float().abs() + smallest)).all()
-    all_channels, subset = operands_of_merged(got.rows, key, units, channels, got.counts)
-    itself = quantise(got.rows[:, :, :, :1].half(), key, channels)
-    assert torch.equal(all_channels.key.float(), itself[0].key.float())
-    if channels is not None and subset is not None:
-        of_subset = got.rows.float().take_along_dim(channels.long()[:, :, None, None], -1)
-        assert (~is_guide | (subset.guides.float() == of_subset)).all()
-        assert torch.equal(subset.key.float(), itself[1].key.float())
+    keys, both = quantise_keys(key, units, channels), quantise(got.rows[:, :, :, :1].half(), key, channels)
+    assert all(torch.equal(x.float(), y.key.float()) for x, y in zip(keys, both, strict=True))
+    if channels is None:
+        assert got.subset is got.rows
     else:
-        assert channels is subset is None
+        of_subset = got.rows.float().take_along_dim(channels.long()[:, :, None, None], -1)
+        assert (~is_guide | (got.subset.float() == of_subset)).all()
 
 
 @pytest.mark.parametrize("implementation", [cpu, pipeline], ids=["cpu", "kernels"])
