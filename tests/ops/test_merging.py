@@ -10,20 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2o_compile.ops import Ranking, S2OConfig, cpu, reference
+from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, cpu, reference
 from s2o_compile.ops.density import share_of_guides
-from s2o_compile.ops.kernels import merge, pipeline
+from s2o_compile.ops.kernels import merge, pipeline, quantise
 from s2o_compile.ops.kernels.arguments import Arguments
 from s2o_compile.ops.kernels.channels import key_covariance, sample_moments
 from s2o_compile.ops.kernels.helpers import FLOAT8_REACH
-from s2o_compile.ops.kernels.quantise import Units, quantise, quantise_keys
+from s2o_compile.ops.kernels.plan import plan_of
 from s2o_compile.ops.reference_variants import reference_attention
 from s2o_compile.ops.rule import channels
 from s2o_compile.ops.rule.merging import find_clusters
 from s2o_compile.ops.visibility import Visibility
 
 from ..examples import examples
-from .comparison import COARSEST, largest_difference
+from .comparison import COARSEST, dense, largest_difference, seen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 90), st.integers(2, 200))
@@ -145,7 +145,7 @@ def test_queries_merged_in_float8_are_the_same_but_for_rounding(
     covariance = key_covariance(sample_moments(query, key, None), key, None, 0.5)
     order = [torch.randperm(width)[:few].sort().values for _ in range(batch * kv_heads)]
     channels = None if few is None else torch.stack(order).view(batch, kv_heads, few).int().to(DEVICE)
-    want, units = merge.merge(arguments, covariance), Units.of(key)
+    want, units = merge.merge(arguments, covariance), quantise.Units.of(key)
     got = merge.merge(arguments, covariance, units, channels)
     for name in ("counts", "owner"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
@@ -156,13 +156,41 @@ def test_queries_merged_in_float8_are_the_same_but_for_rounding(
     restored, smallest = got.rows.float() * reach / FLOAT8_REACH.value, 2**-9 / FLOAT8_REACH.value * reach
     error = (restored - want.rows.float()).abs()
     assert (~is_guide | (error <= COARSEST * want.rows.float().abs() + smallest)).all()
-    keys, both = quantise_keys(key, units, channels), quantise(got.rows[:, :, :, :1].half(), key, channels)
+    keys, both = (
+        quantise.quantise_keys(key, units, channels),
+        quantise.quantise(got.rows[:, :, :, :1].half(), key, channels),
+    )
     assert all(torch.equal(x.float(), y.key.float()) for x, y in zip(keys, both, strict=True))
     if channels is None:
         assert got.subset is got.rows
     else:
         of_subset = got.rows.float().take_along_dim(channels.long()[:, :, None, None], -1)
         assert (~is_guide | (got.subset.float() == of_subset)).all()
+
+
+@pytest.mark.parametrize("picked", [None, 40])
+def test_merged_queries_rank_in_float8_as_in_half_precision(
+    picked: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole call in the interpreter too, which says of no CPU that it has float8."""
+    query, key = (x.half().flatten(1, -3).to(DEVICE) for x in inputs((2, 2, 2, 300, 300), 64, 7))
+    value = torch.randn(2, 2, 300, 64, dtype=torch.float16, device=DEVICE)
+    config = S2OConfig(threshold=0.02, ranking=Ranking(merge_length=0, radius=1.0, channels=picked))
+
+    def attended(in_float8: bool) -> AttentionResult:
+        monkeypatch.setattr(quantise, "ranks_in_float8", lambda *_: in_float8)
+        monkeypatch.setattr(quantise, "sums_in_half", lambda *_: False)
+        plan_of.cache_clear()
+        return pipeline.sparse_attention(query, key, value, Visibility(True), 0.125, 0.0, config)
+
+    (want, _, of_want), (got, _, of_got) = attended(False), attended(True)
+    plan_of.cache_clear()
+    exact = dense(query, key, value, seen(query, key, Visibility(True)), 0.125)
+    errors = [((x.double() - exact).norm() / exact.norm()).item() for x in (want, got)]
+    assert 0 < errors[0] < 0.05
+    assert errors[1] < 1.5 * errors[0]
+    assert 0.9 < of_got.sum() / of_want.sum() < 1.1
+    assert of_want.sum() < 0.9 * of_want.numel() * 32 * 300
 
 
 @pytest.mark.parametrize("implementation", [cpu, pipeline], ids=["cpu", "kernels"])
