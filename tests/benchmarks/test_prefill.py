@@ -174,8 +174,9 @@ def test_a_padded_batch_and_its_prompts_agree(monkeypatch: pytest.MonkeyPatch) -
         assert len(expected) == 4 and ways.get(S2O, call, config)(call) == expected
 
 
-def test_one_compilation_serves_all_lengths() -> None:
+def test_one_compilation_serves_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """But that of Inductor for one length."""
+    eagerly(monkeypatch)
     torch.compiler.reset()
     subject, graphs = tiny(), []
     ways = Contenders(subject.model, (INDUCTOR, ONE_LENGTH), dynamic=True)

@@ -91,7 +91,7 @@ def test_the_kernel_is_dense_attention_of_each_request(call: Packing, dtype: tor
 
 
 @pytest.mark.usefixtures("_by_the_kernel", "_in_splits")
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(16))
 @given(decoding(), st.sampled_from(sorted(TOLERANCES, key=str)))
 def test_splits_are_added_up(call: Packing, dtype: torch.dtype) -> None:
     check(call, dtype)

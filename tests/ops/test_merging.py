@@ -172,9 +172,10 @@ def test_queries_merged_in_float8_are_the_same_but_for_rounding(
 def test_merged_queries_rank_in_float8_as_in_half_precision(
     picked: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole call in the interpreter too, which says of no CPU that it has float8."""
-    query, key = (x.half().flatten(1, -3).to(DEVICE) for x in inputs((2, 2, 2, 300, 300), 64, 7))
-    value = torch.randn(2, 2, 300, 64, dtype=torch.float16, device=DEVICE)
+    """The whole call in the interpreter too, which says of no CPU that it has float8; of keys with a mean of 0."""
+    torch.manual_seed(7)
+    query, key = (x.half().flatten(1, -3).to(DEVICE) for x in inputs((1, 2, 2, 300, 300), 64, 7))
+    key, value = key - key.mean(2, keepdim=True), torch.randn_like(key)
     config = S2OConfig(threshold=0.02, ranking=Ranking(merge_length=0, radius=1.0, channels=picked))
 
     def attended(in_float8: bool) -> AttentionResult:
@@ -187,8 +188,8 @@ def test_merged_queries_rank_in_float8_as_in_half_precision(
     plan_of.cache_clear()
     exact = dense(query, key, value, seen(query, key, Visibility(True)), 0.125)
     errors = [((x.double() - exact).norm() / exact.norm()).item() for x in (want, got)]
-    assert 0 < errors[0] < 0.05
-    assert errors[1] < 1.5 * errors[0]
+    assert 0 < errors[0] < 0.1
+    assert errors[1] < 1.2 * errors[0]
     assert 0.9 < of_got.sum() / of_want.sum() < 1.1
     assert of_want.sum() < 0.9 * of_want.numel() * 32 * 300
 

@@ -127,7 +127,7 @@ def test_several_processes_that_write_one_file(tmp_path: Path) -> None:
     """At any time it is what one of them wrote."""
     path = tmp_path / "file"
     code = "import sys\nfrom s2o_compile.writing import write_text\n"
-    code += "for _ in range(100): write_text(sys.argv[1], sys.argv[2] * 500_000)"
+    code += "for _ in range(30): write_text(sys.argv[1], sys.argv[2] * 500_000)"
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), letter]) for letter in "abc"]
     seen = set()
     while any(writer.poll() is None for writer in writers):
