@@ -30,7 +30,6 @@ class _Settings:
 
     _as_text: str
     _arguments: dict[str, Any]
-    _values: tuple[Any, ...]
 
     def __new__(cls, *_: Any, **fields: Any) -> Any:
         sentence = sentence_on_old_name(fields, _names(cls))
@@ -207,7 +206,6 @@ class S2OConfig(_Settings):
                 "settings": config.ranking.as_json,
             }
             object.__setattr__(self, "_arguments", arguments)
-            object.__setattr__(self, "_values", tuple(arguments.values()))
             object.__setattr__(self, "_as_text", json.dumps(arguments))
 
     def _check_budget(self) -> None:
@@ -363,8 +361,7 @@ class S2OConfig(_Settings):
         Raises:
             ValueError: There is a `calibration`, whose thresholds belong to the attention sites of a model.
         """
-        self._check_calibration()
-        return self._values
+        return tuple(self.arguments().values())
 
     @classmethod
     @functools.cache

@@ -174,9 +174,11 @@ def _store_distances(apart, gram, first_run, runs, real, RUN: tl.constexpr, RUNS
     is_same = (tl.arange(0, rows) % RUN)[:, None] == place[None, :]
     square = tl.reshape(tl.sum(tl.where(is_same, gram, 0.0), 1), [RUNS, RUN])
     gram = tl.reshape(gram, [RUNS, RUN, RUN])
-    distance = tl.minimum(square[:, :, None] + square[:, None, :] - 2 * gram, LARGEST)
+    distance = square[:, :, None] + square[:, None, :] - 2 * gram
     counts = tl.reshape(real, [RUNS, RUN])
-    distance = tl.where(counts[:, :, None] & counts[:, None, :] & (distance > 0), distance, 0.0)
+    # Not so where it is NaN, which a minimum would lose.
+    counts = counts[:, :, None] & counts[:, None, :] & (distance > 0)
+    distance = tl.where(counts, tl.minimum(distance, LARGEST), 0.0)
     run = first_run + number
     first_row = run.to(tl.int64)[:, None, None] * RUN + place[None, :, None]
     tl.store(apart + first_row * RUN + place[None, None, :], distance, mask=(run < runs)[:, None, None])

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -81,8 +82,11 @@ def build(capability: int, kernel: Any, grid: Any, positional: tuple[Any, ...], 
         else:
             signature[parameter.name] = "fp64" if isinstance(value, float) else "i32"
     source, target = ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32)
-    options = {name: values[name] for name in ("num_warps", "num_stages", "maxnreg") if name in values}
-    compiled = triton.compile(source, target=target, options=options)
+    names = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+    options = {name: values[name] for name in names if name in values}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = triton.compile(source, target=target, options=options)
     assert compiled.asm["cubin"]
     reductions = list(linear_reductions(compiled.asm["ttgir"]))
     assert all(is_reduced_right(*reduction) for reduction in reductions), (kernel.__name__, reductions)

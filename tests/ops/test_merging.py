@@ -168,6 +168,20 @@ def test_queries_merged_in_float8_are_the_same_but_for_rounding(
         assert (~is_guide | (got.subset.float() == of_subset)).all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_query_leaves_no_guides_without_members(bad: float) -> None:
+    """Distances that are NaN count as 0, as in the specification."""
+    query, key = (x.float().to(DEVICE) for x in inputs((1, 1, 2, 70, 90), 32, 0))
+    query[0, 0, 1, 40, 3] = bad
+    config = S2OConfig(ranking=Ranking(radius=1.0, merge_length=0))
+    arguments = Arguments(query.flatten(1, 2), key, key, Visibility(), None, 0.5, 0.0, config, query.device)
+    covariance = key_covariance(sample_moments(query, key, None), key, None, 0.5)
+    counts = merge.merge(arguments, covariance).counts[0, 0, 0]
+    real, size = torch.ones(32, dtype=torch.bool, device=DEVICE), query.shape[-1]
+    of_runs = [find_clusters(query[0, 0, :, n : n + 32], real, covariance[0, 0, :size, :size], 1.0) for n in (0, 32)]
+    assert counts[:2].tolist() == [of_run.number.sum().item() for of_run in of_runs]
+
+
 @pytest.mark.parametrize("picked", [None, 40])
 def test_merged_queries_rank_in_float8_as_in_half_precision(
     picked: int | None, monkeypatch: pytest.MonkeyPatch

@@ -184,6 +184,20 @@ def test_a_profiler_sees_the_operator_each_time() -> None:
         assert "s2o::attention" in [event.key for event in profiled.key_averages()]
 
 
+def test_a_subclass_decides_what_its_settings_are() -> None:
+    class Forced(S2OConfig):
+        def arguments(self) -> dict[str, Any]:
+            return super().arguments() | {"min_length": 0}
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 300, 16)
+    dense = attention(x, x, x, is_causal=True, config=S2OConfig(threshold=0.2))
+    sparse = by_operator(S2OConfig(threshold=0.2, min_length=0), query=x, key=x, value=x, is_causal=True)
+    for _ in range(2):
+        assert torch.equal(attention(x, x, x, is_causal=True, config=Forced(threshold=0.2)), sparse)
+    assert not torch.equal(sparse, dense)
+
+
 def test_numbers_of_other_types_are_the_operators_each_time() -> None:
     """What equals a number that is remembered need not be taken for it."""
     x = torch.randn(1, 2, 40, 8)

@@ -281,7 +281,8 @@ def test_a_plan_is_compiled_once_before_it_runs(fails: bool, monkeypatch: pytest
     for _ in range(2):
         planned(compute, (x,), torch.device("cpu"))
     assert len(kernel.launched) == 2
-    options = [{"grid": grid, "warmup": True, "num_warps": 4} for grid, *_ in kernel.launched]
+    triton = {"num_warps": 4, "enable_fp_fusion": True}
+    options = [{"grid": grid, "warmup": True, **triton} for grid, *_ in kernel.launched]
     want = [(option, *arguments) for option, (_, *arguments) in zip(options, kernel.launched, strict=True)]
     assert compiled == (want[:1] if fails else want)
 
