@@ -25,9 +25,9 @@ _ROWS = 64
 _COLUMNS = 64
 """Queries and channels of a block."""
 _BLOCKS = 8
-"""Of queries whose distances one program finds, where it holds the whole covariance."""
+"""Blocks of queries whose distances one program finds, where it holds the whole covariance."""
 _RUNS = 4
-"""Of which one program writes the means in float8."""
+"""Runs whose means one program writes in float8."""
 
 
 class MergedGuides(NamedTuple):
