@@ -66,10 +66,10 @@ def merge(
     apart = query.new_empty(batch, heads, runs, run, run, dtype=torch.float32 if is_exact else torch.float16)
     is_whole = not is_exact and width <= 2 * _COLUMNS
     together, blocks = _ROWS // run, _BLOCKS if is_whole else 1
+    ranges = covariance if units is None else units.ranges
     launch(
         distance_kernel, (-(-runs // (together * blocks)), heads, batch),
-        query, covariance, apart, covariance if units is None else units.ranges,
-        *query.stride()[:3], heads // arguments.kv_heads, queries, runs,
+        query, covariance, apart, ranges, *query.stride()[:3], heads // arguments.kv_heads, queries, runs,
         RUN=run, RUNS=together, BLOCKS=blocks, EXACT=is_exact, PRECISION="ieee" if is_exact else "tf32",
         FLOAT8=units is not None, D=size, BLOCK_D=width, BLOCK_C=width if is_whole else min(width, _COLUMNS),
         num_warps=4 if width <= 2 * _COLUMNS else 8, num_stages=1,
@@ -96,8 +96,7 @@ def merge(
     turns = 1 if units is None else _RUNS
     launch(
         mean_kernel, (-(-runs // turns), heads, batch),
-        query, of_run, clusters, reach, covariance if units is None else units.ranges,
-        clusters if channels is None else channels, *found,
+        query, of_run, clusters, reach, ranges, clusters if channels is None else channels, *found,
         *query.stride()[:3], heads // arguments.kv_heads, queries, runs, segments,
         HEADS=heads // (arguments.kv_heads * lists), SEGMENT=ranking.segment, RUN=run, TURNS=turns,
         PARTS=triton.next_power_of_2(most // run), FLOAT8=units is not None, PICKED=picked, BLOCK_P=padded(picked),
