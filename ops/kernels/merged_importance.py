@@ -63,41 +63,64 @@ def score_merged(
         SEGMENTS=together, PER_SEGMENT=most, HAS_PADDING=arguments.shared["HAS_PADDING"],
         SOFTCAP=arguments.shared["SOFTCAP"], HALF=half, MEASURES_OUTPUT=distances is not None,
         SAMPLED=config.has_samples, CHOICE_PER_KV_HEAD=neglected is not None, IS_SUBSET=operands is scoring.subset,
-        PRECISION=arguments.shared["PRECISION"], MOST_PARTS=tilings.MOST_PARTS, **operands.arguments,
+        PRECISION=arguments.shared["PRECISION"], MOST_PARTS=tilings.MOST_PARTS,
+        AMONG=max(together, tilings.AMONG), **operands.arguments,
         **tiling.arguments, **({"maxnreg": tilings.MERGED_REGISTERS} if half else {}),
     )  # fmt: skip
 
 
 @triton.jit
-def _origins(lse, reach, count, left, row, correction, done, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr):
+def _fullest_first(count, first, end, place, SEGMENTS: tl.constexpr, AMONG: tl.constexpr):
+    """The segments [SEGMENTS] at `place` of AMONG from `first` to `end`, those of the most guides first.
+
+    Segments from `end` on come last.
+    """
+    other = tl.arange(0, AMONG)
+    size = tl.load(count + first + other, mask=first + other < end, other=-1) * AMONG + other
+    rank = tl.sum((size[None, :] > size[:, None]).to(tl.int32), 1)
+    wanted = place * SEGMENTS + tl.arange(0, SEGMENTS)
+    return first + tl.sum(tl.where(rank[None, :] == wanted[:, None], other[None, :], 0), 1)
+
+
+@triton.jit
+def _place_guides(count, part, end, row, done, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The guides at rows of a part of the segments `part` [SEGMENTS], `done` of each being before, and which exist."""
+    number, slot = place_rows(row, SEGMENTS, LANES)
+    is_same = number[:, None] == tl.arange(0, SEGMENTS)[None, :]
+    segment = tl.sum(tl.where(is_same, part[None, :], 0), 1)
+    real = done + slot < tl.load(count + segment, mask=segment < end, other=0)
+    return segment * PER_SEGMENT + done + slot, real
+
+
+@triton.jit
+def _origins(
+    lse, reach, count, part, end, row, correction, done, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr
+):  # fmt: skip
     """What is added to the logits of the guides at rows of a part, -inf where there is no guide."""
-    segment, slot = place_rows(row, SEGMENTS, LANES)
-    real = done + slot < tl.load(count + segment, mask=segment < left, other=0)
-    place = segment * PER_SEGMENT + done + slot
-    far = tl.load(reach + place, mask=real, other=0.0)
-    return tl.sqrt(far * far + correction * correction) - tl.load(lse + place, mask=real, other=float("inf"))
+    guide, real = _place_guides(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
+    far = tl.load(reach + guide, mask=real, other=0.0)
+    return tl.sqrt(far * far + correction * correction) - tl.load(lse + guide, mask=real, other=float("inf"))
 
 
 @triton.jit
 def _load_part(
-    guides, lse, reach, count, left, correction, done, stride_n, PER_SEGMENT: tl.constexpr, ROWS: tl.constexpr,
+    guides, lse, reach, count, part, end, correction, done, stride_n, PER_SEGMENT: tl.constexpr, ROWS: tl.constexpr,
     SEGMENTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """ROWS guides of SEGMENTS segments in all, `done` of each being those before: channels, and `_origins`.
+    """ROWS guides of the segments `part` in all, `done` of each being those before: channels, and `_origins`.
 
-    Only `left` of the segments exist. With HALF these are in pairs as `scale_and_add` takes them.
+    Segments from `end` on have none. With HALF origins are in pairs as `scale_and_add` takes them.
     """
     row = tl.arange(0, ROWS)
-    segment, slot = place_rows(row, SEGMENTS, LANES)
-    real = done + slot < tl.load(count + segment, mask=segment < left, other=0)
-    rows = load_guides(guides, segment * 0, segment * PER_SEGMENT + done + slot, real, 0, stride_n, D, BLOCK_D)
+    guide, real = _place_guides(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
+    rows = load_guides(guides, guide * 0, guide, real, 0, stride_n, D, BLOCK_D)
     if HALF:
         origin = pack_halves(
-            _origins(lse, reach, count, left, row & -2, correction, done, PER_SEGMENT, SEGMENTS),
-            _origins(lse, reach, count, left, row | 1, correction, done, PER_SEGMENT, SEGMENTS),
+            _origins(lse, reach, count, part, end, row & -2, correction, done, PER_SEGMENT, SEGMENTS),
+            _origins(lse, reach, count, part, end, row | 1, correction, done, PER_SEGMENT, SEGMENTS),
         )
     else:
-        origin = _origins(lse, reach, count, left, row, correction, done, PER_SEGMENT, SEGMENTS)
+        origin = _origins(lse, reach, count, part, end, row, correction, done, PER_SEGMENT, SEGMENTS)
     return rows, origin
 
 
@@ -147,7 +170,7 @@ def _score_chunk(
 
 @triton.jit
 def _score_parts(
-    guides, lse, reach, count, left, correction, key, distances, padding, importance, spans, start_of_chunk,
+    guides, lse, reach, count, part, end, correction, key, distances, padding, importance, spans, start_of_chunk,
     end_of_chunk, keys, guides_stride_n, key_stride_n, scale, softcap, step, done,
     PARTS: tl.constexpr, LAST: tl.constexpr, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr, SOFTCAP: tl.constexpr, HALF: tl.constexpr, MEASURES_OUTPUT: tl.constexpr,
@@ -157,18 +180,18 @@ def _score_parts(
     """`_score_chunk` by the next guides: PARTS of up to 3 parts of BLOCK_M, the last one of LAST."""
     of_part: tl.constexpr = BLOCK_M // SEGMENTS
     last = _load_part(
-        guides, lse, reach, count, left, correction, done + (PARTS - 1) * of_part, guides_stride_n, PER_SEGMENT, LAST,
-        SEGMENTS, D, BLOCK_D, HALF,
+        guides, lse, reach, count, part, end, correction, done + (PARTS - 1) * of_part, guides_stride_n, PER_SEGMENT,
+        LAST, SEGMENTS, D, BLOCK_D, HALF,
     )  # fmt: skip
     one, two = last, last
     if PARTS > 1:
         one = _load_part(
-            guides, lse, reach, count, left, correction, done, guides_stride_n, PER_SEGMENT, BLOCK_M, SEGMENTS, D,
+            guides, lse, reach, count, part, end, correction, done, guides_stride_n, PER_SEGMENT, BLOCK_M, SEGMENTS, D,
             BLOCK_D, HALF,
         )  # fmt: skip
     if PARTS > 2:
         two = _load_part(
-            guides, lse, reach, count, left, correction, done + of_part, guides_stride_n, PER_SEGMENT, BLOCK_M,
+            guides, lse, reach, count, part, end, correction, done + of_part, guides_stride_n, PER_SEGMENT, BLOCK_M,
             SEGMENTS, D, BLOCK_D, HALF,
         )  # fmt: skip
     parts = (last, last, last) if PARTS == 1 else (one, last, last) if PARTS == 2 else (one, two, last)
@@ -190,14 +213,15 @@ def merged_importance_kernel(
     WINDOW: tl.constexpr, HAS_PADDING: tl.constexpr, SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr,
     HALF: tl.constexpr, MEASURES_OUTPUT: tl.constexpr, SAMPLED: tl.constexpr, CHOICE_PER_KV_HEAD: tl.constexpr,
     IS_SUBSET: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MOST_PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    MOST_PARTS: tl.constexpr, AMONG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write importance as `importance_kernel` does, by as many guides as each of SEGMENTS segments has.
 
     These are multiplied in parts of BLOCK_M, of all segments, MOST_PARTS for each time that the keys of the program are
     loaded, or half a part if no more is left; the largest score so far is then in memory.
 
-    Program (`chunk` keys for SEGMENTS consecutive segments, last first; list of the KV head; batch entry and KV head).
+    Program (`chunk` keys for SEGMENTS of AMONG consecutive segments, the last of these first, and among them those of
+    the fewest guides; list of the KV head; batch entry and KV head).
     """
     correction = 0.0
     if CHOICE_PER_KV_HEAD:
@@ -218,29 +242,30 @@ def merged_importance_kernel(
     distances += tl.program_id(2).to(tl.int64) * keys
     padding += batch * padding_stride_b
 
-    quads = (segments + SEGMENTS - 1) // SEGMENTS
-    first = first_segment + (quads - 1 - tl.program_id(0) % quads) * SEGMENTS
-    part = first + tl.arange(0, SEGMENTS)
-    is_ranked = part < tl.minimum(ranked_segments, first_segment + segments)
+    of_list = tl.program_id(2) * lists + tl.program_id(1)
+    first_list = of_list.to(tl.int64) * all_segments
+    count += first_list
+    lse += first_list * PER_SEGMENT
+    reach += first_list * PER_SEGMENT
+    groups = (segments + SEGMENTS - 1) // SEGMENTS
+    group = groups - 1 - tl.program_id(0) % groups
+    of_among: tl.constexpr = AMONG // SEGMENTS
+    last = tl.minimum(ranked_segments, first_segment + segments)
+    first = first_segment + group // of_among * AMONG
+    part = _fullest_first(count, first, last, group % of_among, SEGMENTS, AMONG)
+    is_ranked = part < last
     begin, low, high = span(part, queries, keys, offset, window, near_keys, ranked_segments, SEGMENT, CAUSAL, WINDOW)
     # Whole blocks, which lists have room for, so that importance is stored in vectors.
     end = tl.where(is_ranked, low if CAUSAL else round_up(keys, KEY_BLOCK), begin)
-    of_list = tl.program_id(2) * lists + tl.program_id(1)
     importance += ((of_list * segments + part - first_segment).to(tl.int64) * capacity) // (
         1 if SAMPLED else FLAGS_PER_WORD
     )
-    start_of_chunk = tl.program_id(0) // quads * chunk
+    start_of_chunk = tl.program_id(0) // groups * chunk
     end_of_chunk = tl.minimum(start_of_chunk + chunk, tl.max(end, 0))
     if start_of_chunk >= end_of_chunk:
         return
     guides += batch * guides_stride_b + kv_head * guides_stride_kv + tl.program_id(1).to(tl.int64) * guides_stride_h
-    guides += first.to(tl.int64) * PER_SEGMENT * guides_stride_n
-    of_list = of_list.to(tl.int64) * all_segments + first
-    count += of_list
-    lse += of_list * PER_SEGMENT
-    reach += of_list * PER_SEGMENT
-    left = all_segments - first
-    most = tl.max(tl.load(count + tl.arange(0, SEGMENTS), mask=is_ranked, other=0), 0)
+    most = tl.max(tl.load(count + part, mask=is_ranked, other=0), 0)
     if HALF:
         scale = pack_halves(scale, scale)
     spans = (low, high, end)
@@ -251,14 +276,14 @@ def merged_importance_kernel(
             fits_half = rest <= before + of_part // 2
             if (rest > before) & fits_half:
                 _score_parts(
-                    guides, lse, reach, count, left, correction, key, distances, padding, importance, spans,
+                    guides, lse, reach, count, part, last, correction, key, distances, padding, importance, spans,
                     start_of_chunk, end_of_chunk, keys, guides_stride_n, key_stride_n, scale, softcap, step, done,
                     parts, BLOCK_M // 2, PER_SEGMENT, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF, MEASURES_OUTPUT,
                     SAMPLED, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
                 )  # fmt: skip
             elif (rest > before) & ((rest <= before + of_part) | (parts == MOST_PARTS)):
                 _score_parts(
-                    guides, lse, reach, count, left, correction, key, distances, padding, importance, spans,
+                    guides, lse, reach, count, part, last, correction, key, distances, padding, importance, spans,
                     start_of_chunk, end_of_chunk, keys, guides_stride_n, key_stride_n, scale, softcap, step, done,
                     parts, BLOCK_M, PER_SEGMENT, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF, MEASURES_OUTPUT,
                     SAMPLED, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,

@@ -57,6 +57,8 @@ def normalisers(arguments: Arguments, operands: Operands, merged: MergedGuides |
 
 LARGEST = tl.constexpr(1e38)
 """Of a mass: what keeps its logarithm finite."""
+BELOW_LINE = tl.constexpr(0.0573)
+"""By how much log2(1 + x) exceeds x on average, 0 < x < 1."""
 
 
 @triton.jit
@@ -67,6 +69,18 @@ def by_lane(products):
     """
     columns = tl.reshape(products, [products.shape[0], products.shape[1] // (2 * LANES), LANES, 2])
     return tl.sum(tl.sum(columns, 3), 1)
+
+
+@triton.jit
+def rough_exp2(product, scale, origin):
+    """2^(product * scale + origin) within 4%, right on average, 0 below 2^-126: what few units compute otherwise.
+
+    The sum with 1536 has the exponent and the fraction of the result as 8 and 13 of its bits (Schraudolph, A Fast,
+    Compact Approximation of the Exponential Function, 1999).
+    """
+    bits = product * scale + (origin + (1536 + 127 - BELOW_LINE))
+    bits = tl.minimum(tl.maximum(bits, 1536.0), 1536 + 254.9375)
+    return (bits.to(tl.int32, bitcast=True) << 10).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -87,6 +101,107 @@ def _add(maximum, mass, logits):
     origin = finite_or_zero(largest)
     mass = mass * tl.exp2(maximum - origin) + tl.sum(tl.exp2(logits - origin[:, None]), 1)
     return largest, mass
+
+
+@triton.jit
+def _sum_seen(
+    rows, key, padding, terms, key_stride_n, scale, softcap, query_head, position, real, is_ranked,
+    begin, low, high, end, keys, sample, log2_sample,
+    CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr,
+    MASK: tl.constexpr, SOFTCAP: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of each guide [M], and the sum of 2^(logit - largest) over keys that it sees, estimated."""
+    first, last = tl.min(begin, 0), tl.max(end, 0)
+    maximum = tl.full([rows.shape[0]], float("-inf"), tl.float32)
+    mass = tl.zeros([rows.shape[0]], tl.float32)
+    history = (begin[:, None], low[:, None], high[:, None], end[:, None])
+    rows_differ: tl.constexpr = WINDOW or DOCUMENTS or MASK
+    for start in range(first, tl.minimum(FIRST_KEYS, last), BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        inside = load_padding(padding, column, (column < FIRST_KEYS) & (column < last), HAS_PADDING)
+        block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
+        seen = _is_history(tl.where(inside, column, NO_KEY), history, CAUSAL, WINDOW)
+        if rows_differ:
+            seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
+        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
+        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
+
+    end_of_dense = tl.max(high, 0)
+    for start in range(tl.min(tl.where(is_ranked, low, keys), 0), end_of_dense, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        inside = load_padding(padding, column, column < end_of_dense, HAS_PADDING)
+        block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
+        seen = see(terms, query_head, position, real, column, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
+        seen = seen & (column[None, :] >= low[:, None])
+        if not CAUSAL:
+            seen = seen & (column[None, :] < high[:, None])
+        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
+        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
+
+    middle = sample // 2
+    drawn = tl.maximum(first // sample, (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample)
+    for start in range(drawn * sample + middle, last, BLOCK_N * sample):
+        column = start + tl.arange(0, BLOCK_N) * sample
+        inside = load_padding(padding, column, column < last, HAS_PADDING)
+        block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
+        if HAS_PADDING:
+            column = tl.where(inside, column, NO_KEY)
+        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION) + log2_sample
+        seen = _is_history(column, history, CAUSAL, WINDOW)
+        if rows_differ:
+            seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
+        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
+    return maximum, mass
+
+
+@triton.jit
+def _sum_past(
+    rows, key, key_stride_n, scale, low, reach, end, real, keys, sample, log2_sample,
+    ROUGH: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`_sum_seen` where guides see all keys before their `reach` [M]; that of the first key, not the largest.
+
+    What overflows is far above that key, and counts as LARGEST. With ROUGH every other block is, as float8 is.
+    """
+    last = tl.max(end, 0)
+    column = tl.arange(0, BLOCK_N)
+    block = load_rows(key, column, column < FIRST_KEYS, key_stride_n, D, BLOCK_D)
+    first = tl.sum(tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale, 1)
+    origin = finite_or_zero(first)
+    lanes = tl.zeros([rows.shape[0], LANES], tl.float32)
+    end_of_dense = tl.max(reach, 0)
+    span_of = tl.maximum(reach - low, 0).to(tl.uint32, bitcast=True)
+    for start in range(tl.min(tl.where(reach > low, low, keys), 0), end_of_dense, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        block = load_rows(key, column, column < end_of_dense, key_stride_n, D, BLOCK_D)
+        share = tl.exp2(tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale - origin[:, None])
+        # One comparison for both bounds: what lies before `low` is large.
+        seen = (column[None, :] - low[:, None]).to(tl.uint32, bitcast=True) < span_of[:, None]
+        lanes += by_lane(tl.where(seen, share, 0.0))
+
+    middle = sample // 2
+    start_of_sample = (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample * sample + middle
+    # Blocks before the end of every history have nothing to mask.
+    whole = tl.min(tl.where(real, end, keys), 0)
+    blocks = tl.maximum(whole - start_of_sample + sample - 1, 0) // (BLOCK_N * sample)
+    end_of_whole = start_of_sample + blocks * BLOCK_N * sample
+    shift = (log2_sample - origin)[:, None]
+    place = tl.arange(0, BLOCK_N // 2) * sample
+    for start in range(start_of_sample, end_of_whole, BLOCK_N * sample):
+        one = load_rows(key, start + place, None, key_stride_n, D, BLOCK_D)
+        two = load_rows(key, start + BLOCK_N // 2 * sample + place, None, key_stride_n, D, BLOCK_D)
+        one = tl.dot(rows, tl.trans(one), input_precision=PRECISION)
+        two = tl.dot(rows, tl.trans(two), input_precision=PRECISION)
+        lanes += by_lane(tl.exp2(one * scale + shift))
+        lanes += by_lane(rough_exp2(two, scale, shift) if ROUGH else tl.exp2(two * scale + shift))
+    for start in range(end_of_whole, last, BLOCK_N * sample):
+        column = start + tl.arange(0, BLOCK_N) * sample
+        block = load_rows(key, column, column < last, key_stride_n, D, BLOCK_D)
+        share = tl.exp2(tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale + shift)
+        lanes += by_lane(tl.where(column[None, :] < end[:, None], share, 0.0))
+    mass = tl.sum(lanes, 1) + tl.where(end > 0, tl.exp2(first - origin), 0.0)
+    return origin, tl.minimum(mass, LARGEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @kernel
@@ -141,63 +256,17 @@ def normaliser_kernel(
     is_ranked = (segment < ranked_segments) & real
     end = tl.where(is_ranked, low if CAUSAL else keys, begin)
     high = tl.where(is_ranked, high, low)
-    first, last = tl.min(begin, 0), tl.max(end, 0)
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
-    history = (begin[:, None], low[:, None], high[:, None], end[:, None])
-    rows_differ: tl.constexpr = WINDOW or DOCUMENTS or MASK
-
-    for start in range(first, tl.minimum(FIRST_KEYS, last), BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        inside = load_padding(padding, column, (column < FIRST_KEYS) & (column < last), HAS_PADDING)
-        block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        seen = _is_history(tl.where(inside, column, NO_KEY), history, CAUSAL, WINDOW)
-        if rows_differ:
-            seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
-        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
-        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
-
-    end_of_dense = tl.max(high, 0)
-    for start in range(tl.min(tl.where(is_ranked, low, keys), 0), end_of_dense, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        inside = load_padding(padding, column, column < end_of_dense, HAS_PADDING)
-        block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        seen = see(terms, query_head, position, real, column, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
-        seen = seen & (column[None, :] >= low[:, None])
-        if not CAUSAL:
-            seen = seen & (column[None, :] < high[:, None])
-        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
-        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
-
-    middle = sample // 2
-    drawn = tl.maximum(first // sample, (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample)
-    start_of_sample = drawn * sample + middle
-    if not (rows_differ or HAS_PADDING or SOFTCAP) and CAUSAL:
-        # Blocks before the end of every history have nothing to mask. Their sums are in units of the mass so far, which
-        # is that of a guide's own key at least: what overflows is far above all other keys.
-        whole = tl.min(tl.where(real, end, keys), 0)
-        blocks = tl.maximum(whole - start_of_sample + sample - 1, 0) // (BLOCK_N * sample)
-        end_of_whole = start_of_sample + blocks * BLOCK_N * sample
-        origin = log2_sample - finite_or_zero(maximum)
-        drawn_mass = tl.zeros([BLOCK_M, LANES], tl.float32)
-        for start in range(start_of_sample, end_of_whole, BLOCK_N * sample):
-            column = start + tl.arange(0, BLOCK_N) * sample
-            block = load_rows(key, column, None, key_stride_n, D, BLOCK_D)
-            share = tl.exp2(tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale + origin[:, None])
-            drawn_mass += by_lane(share)
-        mass += tl.minimum(tl.sum(drawn_mass, 1), LARGEST, propagate_nan=tl.PropagateNan.ALL)
-        start_of_sample = end_of_whole
-    for start in range(start_of_sample, last, BLOCK_N * sample):
-        column = start + tl.arange(0, BLOCK_N) * sample
-        inside = load_padding(padding, column, column < last, HAS_PADDING)
-        block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
-        if HAS_PADDING:
-            column = tl.where(inside, column, NO_KEY)
-        logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION) + log2_sample
-        seen = _is_history(column, history, CAUSAL, WINDOW)
-        if rows_differ:
-            seen = seen & see(terms, query_head, position, real, column, inside, False, WINDOW, DOCUMENTS, MASK)
-        maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
-
+    if CAUSAL and not (WINDOW or DOCUMENTS or MASK or HAS_PADDING or SOFTCAP):
+        reach = tl.minimum(position + offset + 1, high)
+        maximum, mass = _sum_past(
+            rows, key, key_stride_n, scale, low, reach, end, real, keys, sample, log2_sample,
+            QUANTISED, D, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    else:
+        maximum, mass = _sum_seen(
+            rows, key, padding, terms, key_stride_n, scale, softcap, query_head, position, real, is_ranked,
+            begin, low, high, end, keys, sample, log2_sample,
+            CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SOFTCAP, D, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
     place = first_guide + head.to(tl.int64) * guides_per_head + guide
     tl.store(lse + place, maximum + tl.log2(mass), mask=real)

@@ -16,6 +16,8 @@ CHUNK = 4096
 """Keys that one program scores."""
 MERGED_ROWS = 32
 """Guides of a segment that a kernel takes at once where queries are merged, and there may be few."""
+AMONG = 32
+"""Consecutive segments among which those of about as many guides are scored together then."""
 MOST_PARTS = 3
 """Parts of the guides of a segment that are scored for each time that keys are loaded, where queries are merged."""
 MERGED_REGISTERS = 168

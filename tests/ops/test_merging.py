@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from s2o_compile.ops import AttentionResult, Ranking, S2OConfig, cpu, reference
 from s2o_compile.ops.density import share_of_guides
-from s2o_compile.ops.kernels import merge, pipeline, quantise
+from s2o_compile.ops.kernels import merge, pipeline, quantise, tiling
 from s2o_compile.ops.kernels.arguments import Arguments
 from s2o_compile.ops.kernels.channels import key_covariance, sample_moments
 from s2o_compile.ops.kernels.helpers import FLOAT8_REACH
@@ -206,6 +206,26 @@ def test_merged_queries_rank_in_float8_as_in_half_precision(
     assert errors[1] < 1.2 * errors[0]
     assert 0.9 < of_got.sum() / of_want.sum() < 1.1
     assert of_want.sum() < 0.9 * of_want.numel() * 32 * 300
+
+
+@pytest.mark.parametrize("queries", [1200, 1500])
+def test_segments_scored_together_change_nothing(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their guides have parts of a product to themselves, whichever segments those with as many guides are."""
+    generator = torch.Generator().manual_seed(queries)
+    query, key, value = (torch.randn(1, heads, 1500, 32, generator=generator).to(DEVICE) for heads in (2, 1, 1))
+    query = query[:, :, :queries] * 6 * torch.rand(queries // 10, 1, generator=generator).to(DEVICE).repeat(10, 1)
+    terms = Visibility(True, 1500 - queries)
+    config = S2OConfig(threshold=0.05, ranking=Ranking(merge_length=0, segment=16, channels=None))
+
+    def attended(among: int) -> AttentionResult:
+        monkeypatch.setattr(tiling, "AMONG", among)
+        plan_of.cache_clear()
+        return pipeline.sparse_attention(query, key, value, terms, 0.3, 0.0, config)
+
+    together, consecutive = attended(32), attended(1)
+    plan_of.cache_clear()
+    assert all(torch.equal(one, other) for one, other in zip(together, consecutive, strict=True))
+    assert 0.1 < share_of_guides(query, key, 0.3, config) < 0.9
 
 
 @pytest.mark.parametrize("implementation", [cpu, pipeline], ids=["cpu", "kernels"])
