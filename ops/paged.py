@@ -38,19 +38,21 @@ def gathered(pool: torch.Tensor, table: torch.Tensor | None, requests: Sequence[
 def start_gathering(
     pool: torch.Tensor, table: torch.Tensor, request: Request
 ) -> tuple[torch.Tensor, Callable[[], Any]]:
-    """`gathered` for one request on a GPU, beside what the current stream goes on with.
+    """`gathered` for one request on a GPU, by few programs beside what the current stream goes on with.
 
     What follows a call of the function that is returned with it waits for it. Call it before the memory is free again.
     """
+    from .kernels.gather import gather
+
     current = torch.cuda.current_stream(pool.device)
     beside = _beside(pool.device, current.cuda_stream)
     pages = table[request.number, : _pages(request, pool.shape[1])]
-    slots = pool.new_empty(len(pages), *pool.shape[1:])
+    rows = pool.new_empty(request.key_count, *pool.shape[2:])
     beside.wait_stream(current)
     with torch.cuda.stream(beside):
-        torch.index_select(pool, 0, pages, out=slots)
+        gather(rows, pool, pages, request.query_count)
     done = beside.record_event()
-    return slots.flatten(0, 1)[request.keys], lambda: current.wait_event(done)
+    return rows, lambda: current.wait_event(done)
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,7 +9,7 @@ SIZES = (
     "kv_heads", "heads", "per_head", "guides_per_head", "rows", "guide_rows", "key_rows",
     "first_segment", "first_of_list", "segments", "all_segments", "ranked_segments", "tiles", "runs",
     "step", "guide_step", "key_step", "sample",
-    "requests", "keys_per_split", "left", "right",
+    "requests", "keys_per_split", "left", "right", "size",
 )  # fmt: skip
 """Integers whose values make no variants of a kernel; among them all that follow from the lengths of a call.
 
