@@ -150,7 +150,8 @@ def distance_kernel(
         whole = (x - origin).to(dtype)
         # Products of all rows with all, of which those of a run are kept: large ones are fast.
         if BLOCK_C == BLOCK_D:
-            gram = tl.dot(tl.dot(whole, block, input_precision=PRECISION).to(dtype), tl.trans(whole))
+            product = tl.dot(whole, block, input_precision=PRECISION).to(dtype)
+            gram = tl.dot(product, tl.trans(whole), input_precision=PRECISION)
         else:
             gram = tl.zeros([rows, rows], tl.float32)
             for first in tl.static_range(0, BLOCK_D, BLOCK_C):

@@ -64,7 +64,7 @@ def score_merged(
         SOFTCAP=arguments.shared["SOFTCAP"], HALF=half, MEASURES_OUTPUT=distances is not None,
         SAMPLED=config.has_samples, CHOICE_PER_KV_HEAD=neglected is not None, IS_SUBSET=operands is scoring.subset,
         PRECISION=arguments.shared["PRECISION"], MOST_PARTS=tilings.MOST_PARTS,
-        AMONG=max(together, tilings.AMONG), **operands.arguments,
+        HALVINGS=tilings.HALVINGS, AMONG=max(together, tilings.AMONG), **operands.arguments,
         **tiling.arguments, **({"maxnreg": tilings.MERGED_REGISTERS} if half else {}),
     )  # fmt: skip
 
@@ -213,12 +213,12 @@ def merged_importance_kernel(
     WINDOW: tl.constexpr, HAS_PADDING: tl.constexpr, SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr,
     HALF: tl.constexpr, MEASURES_OUTPUT: tl.constexpr, SAMPLED: tl.constexpr, CHOICE_PER_KV_HEAD: tl.constexpr,
     IS_SUBSET: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MOST_PARTS: tl.constexpr, AMONG: tl.constexpr, PRECISION: tl.constexpr,
+    MOST_PARTS: tl.constexpr, HALVINGS: tl.constexpr, AMONG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write importance as `importance_kernel` does, by as many guides as each of SEGMENTS segments has.
 
     These are multiplied in parts of BLOCK_M, of all segments, MOST_PARTS for each time that the keys of the program are
-    loaded, or half a part if no more is left; the largest score so far is then in memory.
+    loaded, the last one halved up to HALVINGS times if no more is left; the largest score so far is then in memory.
 
     Program (`chunk` keys for SEGMENTS of AMONG consecutive segments, the last of these first, and among them those of
     the fewest guides; list of the KV head; batch entry and KV head).
@@ -273,18 +273,13 @@ def merged_importance_kernel(
         rest = most - done
         for parts in tl.static_range(1, MOST_PARTS + 1):
             before = (parts - 1) * of_part
-            fits_half = rest <= before + of_part // 2
-            if (rest > before) & fits_half:
-                _score_parts(
-                    guides, lse, reach, count, part, last, correction, key, distances, padding, importance, spans,
-                    start_of_chunk, end_of_chunk, keys, guides_stride_n, key_stride_n, scale, softcap, step, done,
-                    parts, BLOCK_M // 2, PER_SEGMENT, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF, MEASURES_OUTPUT,
-                    SAMPLED, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
-                )  # fmt: skip
-            elif (rest > before) & ((rest <= before + of_part) | (parts == MOST_PARTS)):
-                _score_parts(
-                    guides, lse, reach, count, part, last, correction, key, distances, padding, importance, spans,
-                    start_of_chunk, end_of_chunk, keys, guides_stride_n, key_stride_n, scale, softcap, step, done,
-                    parts, BLOCK_M, PER_SEGMENT, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF, MEASURES_OUTPUT,
-                    SAMPLED, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
-                )  # fmt: skip
+            for halved in tl.static_range(HALVINGS + 1):
+                at_least = before if halved == HALVINGS else before + (of_part >> (halved + 1))
+                fits = (rest <= before + (of_part >> halved)) | (parts == MOST_PARTS and halved == 0)
+                if (rest > at_least) & fits:
+                    _score_parts(
+                        guides, lse, reach, count, part, last, correction, key, distances, padding, importance, spans,
+                        start_of_chunk, end_of_chunk, keys, guides_stride_n, key_stride_n, scale, softcap, step, done,
+                        parts, BLOCK_M >> halved, PER_SEGMENT, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF,
+                        MEASURES_OUTPUT, SAMPLED, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+                    )  # fmt: skip

@@ -184,13 +184,13 @@ def _sum_past(
     start_of_sample = (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample * sample + middle
     # Blocks before the end of every history have nothing to mask.
     whole = tl.min(tl.where(real, end, keys), 0)
-    blocks = tl.maximum(whole - start_of_sample + sample - 1, 0) // (BLOCK_N * sample)
-    end_of_whole = start_of_sample + blocks * BLOCK_N * sample
+    step = 2 * BLOCK_N * sample
+    end_of_whole = start_of_sample + tl.maximum(whole - start_of_sample + sample - 1, 0) // step * step
     shift = (log2_sample - origin)[:, None]
-    place = tl.arange(0, BLOCK_N // 2) * sample
-    for start in range(start_of_sample, end_of_whole, BLOCK_N * sample):
+    place = tl.arange(0, BLOCK_N) * sample
+    for start in range(start_of_sample, end_of_whole, step):
         one = load_rows(key, start + place, None, key_stride_n, D, BLOCK_D)
-        two = load_rows(key, start + BLOCK_N // 2 * sample + place, None, key_stride_n, D, BLOCK_D)
+        two = load_rows(key, start + step // 2 + place, None, key_stride_n, D, BLOCK_D)
         one = tl.dot(rows, tl.trans(one), input_precision=PRECISION)
         two = tl.dot(rows, tl.trans(two), input_precision=PRECISION)
         lanes += by_lane(tl.exp2(one * scale + shift))

@@ -20,6 +20,8 @@ AMONG = 32
 """Consecutive segments among which those of about as many guides are scored together then."""
 MOST_PARTS = 3
 """Parts of the guides of a segment that are scored for each time that keys are loaded, where queries are merged."""
+HALVINGS = 1
+"""How often the last part may be halved."""
 MERGED_REGISTERS = 168
 """Of a thread there: three programs share a multiprocessor of 65,536."""
 MAX_GUIDE_BYTES = 32 * 1024

@@ -80,7 +80,8 @@ def test_log_sum_exps_are_those_of_the_keys_that_count(
     counts = is_guide & (want > -math.inf)
     assert counts.any()
     error = torch.where(counts, got - want, 0).abs()
-    assert error.max() < (0.045 if in_float8 else 2e-3)
+    # Half of float8's are by rough powers of 2, within 4%; and tensor cores sum it in 14 bits.
+    assert error.max() < (0.06 if in_float8 else 2e-3)
 
 
 def _merged(arguments: Arguments) -> MergedGuides:
