@@ -156,30 +156,43 @@ def _sum_seen(
 
 
 @triton.jit
+def _add_by_lane(maximum, mass, logits):
+    """`_add` for the columns of each thread of a row: `maximum` and `mass` [M, LANES]."""
+    columns = tl.reshape(logits, [logits.shape[0], logits.shape[1] // (2 * LANES), LANES, 2])
+    largest = tl.maximum(maximum, tl.max(tl.max(columns, 3), 1))
+    origin = finite_or_zero(largest)
+    shares = tl.exp2(columns - origin[:, None, :, None])
+    return largest, mass * tl.exp2(maximum - origin) + tl.sum(tl.sum(shares, 3), 1)
+
+
+@triton.jit
 def _sum_past(
     rows, key, key_stride_n, scale, low, reach, end, real, keys, sample, log2_sample,
     ROUGH: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_sum_seen` where guides see all keys before their `reach` [M]; that of the first key, not the largest.
+    """`_sum_seen` where guides see all keys before their `reach` [M], and the largest logit is that of dense spans.
 
-    What overflows is far above that key, and counts as LARGEST. With ROUGH every other block is, as float8 is.
+    What overflows is far above these, and counts as LARGEST. With ROUGH every other block is, as float8 is.
     """
     last = tl.max(end, 0)
     column = tl.arange(0, BLOCK_N)
     block = load_rows(key, column, column < FIRST_KEYS, key_stride_n, D, BLOCK_D)
     first = tl.sum(tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale, 1)
-    origin = finite_or_zero(first)
-    lanes = tl.zeros([rows.shape[0], LANES], tl.float32)
-    end_of_dense = tl.max(reach, 0)
-    span_of = tl.maximum(reach - low, 0).to(tl.uint32, bitcast=True)
+    first = tl.where(end > 0, first, float("-inf"))
+    maximum = tl.full([rows.shape[0], LANES], float("-inf"), tl.float32)
+    mass = tl.zeros([rows.shape[0], LANES], tl.float32)
+    end_of_dense, width = tl.max(reach, 0), tl.maximum(reach - low, 0).to(tl.uint32, bitcast=True)
     for start in range(tl.min(tl.where(reach > low, low, keys), 0), end_of_dense, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         block = load_rows(key, column, column < end_of_dense, key_stride_n, D, BLOCK_D)
-        share = tl.exp2(tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale - origin[:, None])
+        logits = tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale
         # One comparison for both bounds: what lies before `low` is large.
-        seen = (column[None, :] - low[:, None]).to(tl.uint32, bitcast=True) < span_of[:, None]
-        lanes += by_lane(tl.where(seen, share, 0.0))
+        seen = (column[None, :] - low[:, None]).to(tl.uint32, bitcast=True) < width[:, None]
+        maximum, mass = _add_by_lane(maximum, mass, tl.where(seen, logits, float("-inf")))
+    origin = finite_or_zero(tl.maximum(first, tl.max(maximum, 1)))
+    total = tl.sum(mass * tl.exp2(maximum - origin[:, None]), 1) + tl.exp2(first - origin)
 
+    # The history in units of what there is so far, which is that of a guide's own key at least.
     middle = sample // 2
     start_of_sample = (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample * sample + middle
     # Blocks before the end of every history have nothing to mask.
@@ -188,20 +201,20 @@ def _sum_past(
     end_of_whole = start_of_sample + tl.maximum(whole - start_of_sample + sample - 1, 0) // step * step
     shift = (log2_sample - origin)[:, None]
     place = tl.arange(0, BLOCK_N) * sample
+    drawn = tl.zeros([rows.shape[0], LANES], tl.float32)
     for start in range(start_of_sample, end_of_whole, step):
         one = load_rows(key, start + place, None, key_stride_n, D, BLOCK_D)
         two = load_rows(key, start + step // 2 + place, None, key_stride_n, D, BLOCK_D)
         one = tl.dot(rows, tl.trans(one), input_precision=PRECISION)
         two = tl.dot(rows, tl.trans(two), input_precision=PRECISION)
-        lanes += by_lane(tl.exp2(one * scale + shift))
-        lanes += by_lane(rough_exp2(two, scale, shift) if ROUGH else tl.exp2(two * scale + shift))
+        drawn += by_lane(tl.exp2(one * scale + shift))
+        drawn += by_lane(rough_exp2(two, scale, shift) if ROUGH else tl.exp2(two * scale + shift))
     for start in range(end_of_whole, last, BLOCK_N * sample):
         column = start + tl.arange(0, BLOCK_N) * sample
         block = load_rows(key, column, column < last, key_stride_n, D, BLOCK_D)
         share = tl.exp2(tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale + shift)
-        lanes += by_lane(tl.where(column[None, :] < end[:, None], share, 0.0))
-    mass = tl.sum(lanes, 1) + tl.where(end > 0, tl.exp2(first - origin), 0.0)
-    return origin, tl.minimum(mass, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        drawn += by_lane(tl.where(column[None, :] < end[:, None], share, 0.0))
+    return origin, tl.minimum(total + tl.sum(drawn, 1), LARGEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @kernel

@@ -33,11 +33,11 @@ SHORTEST_SPLIT = 256
 PROGRAMS = 6
 """Of a multiprocessor then: some have more to do than others, and two or three run at a time."""
 
-GATHERED_BYTES = 64 * 1024
+GATHERED_BYTES = 32 * 1024
 """That a program gathers at once."""
 LEAST_GATHERING = 8
 """Programs that gather: they are done long before many queries have ranked keys."""
-GATHERED_BESIDE = 512
+GATHERED_BESIDE = 4096
 """Queries beside which every multiprocessor gathers."""
 
 
@@ -81,9 +81,14 @@ def ranking_tiling(channels: int, itemsize: int) -> Tiling:
 
 @functools.cache
 def normaliser_tiling(channels: int, itemsize: int, guides: int) -> Tiling:
-    """Of `normaliser_kernel`, for `guides` of a segment: few of them need small blocks to fill the GPU."""
+    """Of `normaliser_kernel`, which goes through two blocks of keys at once where nothing is masked.
+
+    Few `guides` of a segment need small blocks to fill the GPU.
+    """
+    if itemsize == 1 and channels <= 128:
+        return Tiling(64 if guides <= 64 else MAX_ROWS, 64, 4, 3)
     tiling = ranking_tiling(channels, itemsize)
-    return Tiling(64, 128, 4, 3) if itemsize == 1 and channels <= 128 and guides <= 64 else tiling
+    return tiling._replace(keys=tiling.keys // 2)
 
 
 class ImportanceTiling(NamedTuple):
@@ -184,7 +189,7 @@ def keys_per_split(keys: int, lists: int, multiprocessors: int) -> int:
 @functools.cache
 def gather_tiling(channels: int, itemsize: int) -> Tiling:
     """Of `gather_kernel`: as many bytes on their way as a multiprocessor keeps registers free for."""
-    return Tiling(max(1, GATHERED_BYTES // (channels * itemsize)), 1, 16, 1)
+    return Tiling(max(1, GATHERED_BYTES // (channels * itemsize)), 1, 8, 1)
 
 
 def gathering_programs(queries: int, device: torch.device) -> int:
