@@ -78,10 +78,15 @@ def test_log_sum_exps_are_those_of_the_keys_that_count(
         key = operands.key.float() * units[1, :, :, None, None]
     want = summed(arguments, guides, key, first)
     counts = is_guide & (want > -math.inf)
-    assert counts.any()
+    assert counts.any() or queries > keys
     error = torch.where(counts, got - want, 0).abs()
-    # Half of float8's are by rough powers of 2, within 4%; and tensor cores sum it in 14 bits.
-    assert error.max() < (0.06 if in_float8 else 2e-3)
+    assert error.max() < (_tolerance(guides, key) if in_float8 else 2e-3)
+
+
+def _tolerance(guides: torch.Tensor, key: torch.Tensor) -> float:
+    """Of float8: half of the powers of 2 are rough, within 4%, and tensor cores cut products to 14 bits of the largest."""
+    cut = 0 if DEVICE == "cpu" else guides.shape[-1] * 2**-13 * SCALE * (guides.abs().max() * key.abs().max()).item()
+    return 0.045 + cut
 
 
 def _merged(arguments: Arguments) -> MergedGuides:
