@@ -84,7 +84,7 @@ def test_log_sum_exps_are_those_of_the_keys_that_count(
 
 
 def _tolerance(guides: torch.Tensor, key: torch.Tensor) -> float:
-    """Of float8: half of the powers of 2 are rough, within 4%, and tensor cores cut products to 14 bits of the largest."""
+    """Of float8: half of the powers of 2 are within 4%, and tensor cores cut products to 14 bits of the largest."""
     cut = 0 if DEVICE == "cpu" else guides.shape[-1] * 2**-13 * SCALE * (guides.abs().max() * key.abs().max()).item()
     return 0.045 + cut
 
