@@ -85,6 +85,7 @@ class KeyRanking:
         self.kv_head, self.geometry, self.config = kv_head, kv_head.geometry, kv_head.config
         self.real, self.near = kv_head.real_guides, near.transpose(0, 1)
         self.positions = kv_head.arange(self.geometry.keys)
+        self.starts, self.lows = kv_head.spans[:, :2].T.tolist()
         exact = kv_head.query.dtype
         is_exact = exact != torch.float32 or kv_head.softcap > 0 or not kv_head.query.is_cpu
         dtype = exact if is_exact or not has_fast_bfloat16() else torch.bfloat16
@@ -131,8 +132,8 @@ class KeyRanking:
 
     def reach(self, segments: range) -> range:
         """The keys that the segments of a run rank, and some between them."""
-        end = self.geometry.span(segments[-1]).low if self.geometry.is_causal else self.geometry.keys
-        return range(self.geometry.span(segments[0]).start, end)
+        end = self.lows[segments[-1]] if self.geometry.is_causal else self.geometry.keys
+        return range(self.starts[segments[0]], end)
 
     def lists(self, segments: range) -> Lists:
         """The keys to visit of each segment of a run."""
@@ -174,7 +175,7 @@ class KeyRanking:
         """Blocks of the run that have `scores_at_once`, with their segments and keys in it; keys that segments see."""
         width = max(BLOCK, min(_KEYS_AT_ONCE, self.scores_at_once // self.rows) // BLOCK * BLOCK)
         size = max(1, self.scores_at_once // (width * self.rows))
-        ends = self.kv_head.spans[span(run.segments), 1].tolist() if self.geometry.is_causal else []
+        ends = self.lows[span(run.segments)] if self.geometry.is_causal else []
         for first in range(0, len(run.reach), width):
             keys = slice(first, first + width)
             for start in range(bisect_right(ends, run.reach[first]), len(run.segments), size):
