@@ -73,10 +73,10 @@ def by_lane(products):
 
 @triton.jit
 def rough_exp2(product, scale, origin):
-    """2^(product * scale + origin) within 4%, right on average, 0 below 2^-126: what few units compute otherwise.
+    """2^(product * scale + origin), within 4%, right on average, 0 below 2^-126; without the few units for powers.
 
-    The sum with 1536 has the exponent and the fraction of the result as 8 and 13 of its bits (Schraudolph, A Fast,
-    Compact Approximation of the Exponential Function, 1999).
+    The exponent and the fraction of the result are 8 and 13 bits of a sum with 1536 (Schraudolph, A Fast, Compact
+    Approximation of the Exponential Function, 1999).
     """
     bits = product * scale + (origin + (1536 + 127 - BELOW_LINE))
     bits = tl.minimum(tl.maximum(bits, 1536.0), 1536 + 254.9375)
@@ -172,7 +172,7 @@ def _sum_past(
 ):  # fmt: skip
     """`_sum_seen` where guides see all keys before their `reach` [M], and the largest logit is that of dense spans.
 
-    What overflows is far above these, and counts as LARGEST. With ROUGH every other block is, as float8 is.
+    What overflows is far above these, and counts as LARGEST. With ROUGH, as float8 is, half of the powers are rough.
     """
     last = tl.max(end, 0)
     column = tl.arange(0, BLOCK_N)
