@@ -213,7 +213,7 @@ def test_segments_scored_together_change_nothing(queries: int, monkeypatch: pyte
     """Their guides have parts of a product to themselves, whichever segments those with as many guides are."""
     generator = torch.Generator().manual_seed(queries)
     query, key, value = (torch.randn(1, heads, 700, 32, generator=generator).to(DEVICE) for heads in (2, 1, 1))
-    query = query[:, :, :queries] * 6 * torch.rand(queries // 10, 1, generator=generator).to(DEVICE).repeat(10, 1)
+    query = query[:, :, :queries] * 3 * torch.rand(queries // 10, 1, generator=generator).to(DEVICE).repeat(10, 1)
     terms = Visibility(True, 700 - queries)
     config = S2OConfig(threshold=0.05, ranking=Ranking(merge_length=0, segment=16, channels=None))
 
