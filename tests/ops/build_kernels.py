@@ -69,7 +69,7 @@ def is_reduced_right(axis: int, layout: dict[str, list[list[int]]]) -> bool:
 
 
 def build(capability: int, kernel: Any, grid: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """Compile a kernel instead of launching it."""
+    """Compile a kernel instead of launching it; products of float32 alone must not be rounded to TF32."""
     values = dict(zip(kernel.arg_names, positional, strict=False)) | named
     signature, constants = {}, {}
     for parameter in kernel.params:
@@ -88,6 +88,8 @@ def build(capability: int, kernel: Any, grid: Any, positional: tuple[Any, ...], 
         warnings.simplefilter("error")
         compiled = triton.compile(source, target=target, options=options)
     assert compiled.asm["cubin"]
+    operands = {TYPES[value.dtype] for value in values.values() if isinstance(value, torch.Tensor)}
+    assert operands & {"*fp16", "*bf16", "*fp8e4nv"} or ".tf32" not in compiled.asm["ptx"], kernel.__name__
     reductions = list(linear_reductions(compiled.asm["ttgir"]))
     assert all(is_reduced_right(*reduction) for reduction in reductions), (kernel.__name__, reductions)
     assert compiled.metadata.shared <= CAPABILITIES[capability], (kernel.__name__, compiled.metadata)
