@@ -45,5 +45,5 @@ def gather_kernel(
         place = page * stride_block + (slot % size).to(tl.int64) * stride_slot
         place += (row % kv_heads).to(tl.int64) * stride_head
         mask = (row < rows)[:, None] & (channel < D)[None, :]
-        block = tl.load(pool + place[:, None] + (channel * stride_channel)[None, :], mask=mask)
+        block = tl.load(pool + place[:, None] + (channel.to(tl.int64) * stride_channel)[None, :], mask=mask)
         tl.store(out + row.to(tl.int64)[:, None] * D + channel[None, :], block, mask=mask)

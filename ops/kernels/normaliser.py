@@ -55,8 +55,8 @@ def normalisers(arguments: Arguments, operands: Operands, merged: MergedGuides |
     return lse
 
 
-LARGEST = tl.constexpr(1e38)
-"""Of a mass: what keeps its logarithm finite."""
+LARGEST = tl.constexpr(1e37)
+"""Mass from which on it counts as overflown: some of it may be from powers that are."""
 BELOW_LINE = tl.constexpr(0.0573)
 """By how much log2(1 + x) exceeds x on average, 0 < x < 1."""
 
@@ -172,7 +172,7 @@ def _sum_past(
 ):  # fmt: skip
     """`_sum_seen` where guides see all keys before their `reach` [M], and the largest logit is that of dense spans.
 
-    What overflows is far above these, and counts as LARGEST. With ROUGH, as float8 is, half of the powers are rough.
+    The sum may overflow, if others are far above these. With ROUGH, as float8 is, half of the powers are rough.
     """
     last = tl.max(end, 0)
     column = tl.arange(0, BLOCK_N)
@@ -192,7 +192,7 @@ def _sum_past(
     origin = finite_or_zero(tl.maximum(first, tl.max(maximum, 1)))
     total = tl.sum(mass * tl.exp2(maximum - origin[:, None]), 1) + tl.exp2(first - origin)
 
-    # The history in units of what there is so far, which is that of a guide's own key at least.
+    # The history in units of what there is so far.
     middle = sample // 2
     start_of_sample = (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample * sample + middle
     # Blocks before the end of every history have nothing to mask.
@@ -214,7 +214,7 @@ def _sum_past(
         block = load_rows(key, column, column < last, key_stride_n, D, BLOCK_D)
         share = tl.exp2(tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale + shift)
         drawn += by_lane(tl.where(column[None, :] < end[:, None], share, 0.0))
-    return origin, tl.minimum(total + tl.sum(drawn, 1), LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return origin, total + tl.sum(drawn, 1)
 
 
 @kernel
@@ -275,6 +275,12 @@ def normaliser_kernel(
             rows, key, key_stride_n, scale, low, reach, end, real, keys, sample, log2_sample,
             QUANTISED, D, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
+        if tl.max((real & (mass >= LARGEST)).to(tl.int32), 0) == 1:
+            maximum, mass = _sum_seen(
+                rows, key, padding, terms, key_stride_n, scale, softcap, query_head, position, real, is_ranked,
+                begin, low, high, end, keys, sample, log2_sample,
+                CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SOFTCAP, D, BLOCK_N, BLOCK_D, PRECISION,
+            )  # fmt: skip
     else:
         maximum, mass = _sum_seen(
             rows, key, padding, terms, key_stride_n, scale, softcap, query_head, position, real, is_ranked,
