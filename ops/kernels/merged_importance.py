@@ -65,7 +65,7 @@ def score_merged(
         SAMPLED=config.has_samples, CHOICE_PER_KV_HEAD=neglected is not None, IS_SUBSET=operands is scoring.subset,
         PRECISION=arguments.shared["PRECISION"], MOST_PARTS=tilings.MOST_PARTS,
         HALVINGS=tilings.HALVINGS, AMONG=max(together, tilings.AMONG), **operands.arguments,
-        **tiling.arguments, **({"maxnreg": tilings.MERGED_REGISTERS} if half else {}),
+        **tiling.arguments, **({"maxnreg": tilings.SHARED_REGISTERS} if half else {}),
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from .launch import launch
 from .merge import MergedGuides
 from .products import LANES
 from .quantise import Operands
-from .tiling import MERGED_ROWS, normaliser_tiling
+from .tiling import MERGED_ROWS, SHARED_REGISTERS, normaliser_tiling
 from .variants import kernel
 
 
@@ -51,6 +51,7 @@ def normalisers(arguments: Arguments, operands: Operands, merged: MergedGuides |
         first_segment=0, segments=segments, sample=config.ranking.sample, log2_sample=math.log2(config.ranking.sample),
         SEGMENTS=together, PER_SEGMENT=arguments.guides_of_segment, ARE_MERGED=merged is not None,
         **arguments.shared, **operands.arguments, **tiling.arguments,
+        **({"maxnreg": SHARED_REGISTERS} if operands.are_quantised else {}),
     )  # fmt: skip
     return lse
 

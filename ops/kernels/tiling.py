@@ -22,8 +22,8 @@ MOST_PARTS = 3
 """Parts of the guides of a segment that are scored for each time that keys are loaded, where queries are merged."""
 HALVINGS = 1
 """How often the last part may be halved: 2 saves 1% of a call at 131,072 keys, for half as long again to compile."""
-MERGED_REGISTERS = 168
-"""Of a thread there: three programs share a multiprocessor of 65,536."""
+SHARED_REGISTERS = 168
+"""Of a thread, so that three programs of four warps share a multiprocessor of 65,536."""
 MAX_GUIDE_BYTES = 32 * 1024
 """Bytes of guides that stay with a program while it goes through its keys."""
 DECODED_BLOCKS = 2
