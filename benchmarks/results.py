@@ -11,7 +11,9 @@ import functools
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,7 @@ def record(
         "device": device_name(device),
         "versions": versions(),
         "settings": dict(settings),
+        "command": command(),
         "key": list(key),
         "measures": {name: {"unit": unit, "spread": spread} for name, (unit, spread) in measures.items()},
         "rows": [dict(row) for row in rows],
@@ -115,6 +118,15 @@ def row_key(result: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[tuple[st
 def describe(key: tuple[tuple[str, Any], ...]) -> str:
     """A row's key as text."""
     return ", ".join(value if isinstance(value, str) else f"{name} {value}" for name, value in key)
+
+
+def command() -> str:
+    """The command line of this process, as it is typed where the package is installed."""
+    program, arguments = Path(sys.argv[0]), sys.argv[1:]
+    if program.suffix != ".py":
+        return shlex.join([program.name, *arguments])
+    module = program.parent.name if program.name == "__main__.py" else program.stem
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *arguments])
 
 
 @functools.cache

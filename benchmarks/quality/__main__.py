@@ -21,7 +21,7 @@ from s2o_compile.testbed.model import check_length, choose_device, choose_dtype,
 from s2o_compile.testbed.options import Device, DType, Json, Model, check_names, make_folder, read_config
 
 from ..baselines.kascade import DEVELOPMENT_TOKENS
-from ..command import progress_bars, run, wide_console
+from ..command import announce, progress_bars, run, wide_console
 from ..prefill.backends import CUDNN_FIRST, preferring
 from ..results import as_text, versions
 from ..results import save as save_result
@@ -126,7 +126,7 @@ def main(
         try:
             prepare(left.values(), loaded, tokenizer)
             for (size, sample, each), some in left.items():
-                progress.update(bar, description=f"{size:,} tokens, {each} {sample + 1} of {samples}")
+                announce(progress, bar, f"{size:,} tokens, {each} {sample + 1} of {samples}")
                 case = build_case(tokenizer, each, size, sample, settings)
                 check_memory(loaded, case.document)
                 for outcome in read_case(loaded, case, some, lambda: progress.advance(bar)):
@@ -184,8 +184,10 @@ def _digest(text: Path) -> str:
 
 def save(outcomes: list[Outcome], settings: dict[str, Any], device: torch.device, folder: Path) -> None:
     """Write quality.json and the page of it."""
-    save_result(as_dict(outcomes, settings, device), folder / "quality.json")
-    save_page(outcomes, f"{settings['model']}: sparse against dense attention", folder / "quality.html")
+    result = as_dict(outcomes, settings, device)
+    save_result(result, folder / "quality.json")
+    source = f"{result['command']}, commit {result['commit']}, {result['date']}, {result['device']}."
+    save_page(outcomes, f"{settings['model']}: sparse against dense attention", source, folder / "quality.html")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ figcaption {{ font-size: 0.85rem; color: #555; max-width: 60rem; }}
 </head>
 <body>
 <h1>{title}</h1>
+<p>{source}</p>
 {figures}
 <pre>{tables}</pre>
 </body>
@@ -48,15 +49,16 @@ figcaption {{ font-size: 0.85rem; color: #555; max-width: 60rem; }}
 """
 
 
-def save_page(outcomes: list[Outcome], title: str, path: Path) -> None:
-    """Write the page."""
+def save_page(outcomes: list[Outcome], title: str, source: str, path: Path) -> None:
+    """Write the page; `source` says by what, where and when it was measured."""
     pictures = {DEPTH: depth_picture(outcomes)}
     for length in sorted({outcome.length for outcome in outcomes}):
         pictures[f"{length:,} tokens. {FLIPS}"] = flips_picture(outcomes, length)
-    write_text(path, page(outcomes, title, {caption: one for caption, one in pictures.items() if one is not None}))
+    shown = {caption: one for caption, one in pictures.items() if one is not None}
+    write_text(path, page(outcomes, title, source, shown))
 
 
-def page(outcomes: list[Outcome], title: str, pictures: Mapping[str, Figure]) -> str:
+def page(outcomes: list[Outcome], title: str, source: str, pictures: Mapping[str, Figure]) -> str:
     """The page as HTML; pictures by their captions."""
     text = io.StringIO()
     console = Console(width=WIDTH, file=text)
@@ -65,6 +67,7 @@ def page(outcomes: list[Outcome], title: str, pictures: Mapping[str, Figure]) ->
     console.print(LEGEND)
     return _PAGE.format(
         title=escape(title),
+        source=escape(source),
         figures="\n".join(_image(figure, caption) for caption, figure in pictures.items()),
         tables=escape(text.getvalue()),
     )

@@ -15,7 +15,7 @@ from benchmarks import calibration, compare, generation, layers, pages
 from benchmarks.paper import claims as paper
 from benchmarks.prefill import measure as prefill
 from benchmarks.prefill import report as prefill_report
-from benchmarks.results import commit, describe, load, record, row_key, save, versions
+from benchmarks.results import command, commit, describe, load, record, row_key, save, versions
 from benchmarks.speed import measure as speed
 from benchmarks.speed import report as speed_report
 from benchmarks.zoo import report as zoo
@@ -198,3 +198,16 @@ class TestPages:
             assert found["rows"] and found["device"] and found["date"] and found["versions"]
             assert found["commit"] or found["provenance"]
             assert f"<!-- table: {path.name}\n" in shown, f"no page has a table of {path.name}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["/usr/bin/s2o", "bench", "quality", "--s2o", "radius=2 pool=1"], "s2o bench quality --s2o 'radius=2 pool=1'"),
+        (["/a/benchmarks/host/__main__.py", "--json"], "python -m benchmarks.host --json"),
+        (["/a/benchmarks/layers.py", "--json"], "python -m benchmarks.layers --json"),
+    ],
+)
+def test_the_command_is_as_typed(arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", arguments)
+    assert command() == shown
