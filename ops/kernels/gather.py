@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .arguments import padded
 from .launch import launch
-from .tiling import gather_tiling, gathering_programs
+from .tiling import GATHERED_BYTES, gathering_programs
 from .variants import kernel
 
 
@@ -22,12 +22,11 @@ def gather(out: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, queries: 
     """
     rows, heads, channels = out.shape
     width = padded(channels)
-    tiling = gather_tiling(width, pool.element_size())
-    programs = min(gathering_programs(queries, pool.device), -(-rows * heads // tiling.rows))
+    at_once = max(1, GATHERED_BYTES // (width * pool.element_size()))
+    programs = min(gathering_programs(queries, pool.device), -(-rows * heads // at_once))
     launch(
         gather_kernel, (programs,), out, pool, pages, *pool.stride(), pages.stride(0),
-        kv_heads=heads, size=pool.shape[1], rows=rows * heads, D=channels, BLOCK_M=tiling.rows, BLOCK_D=width,
-        num_warps=tiling.num_warps,
+        kv_heads=heads, size=pool.shape[1], rows=rows * heads, D=channels, BLOCK_M=at_once, BLOCK_D=width, num_warps=8,
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def _fullest_first(count, first, end, place, SEGMENTS: tl.constexpr, AMONG: tl.c
 
 
 @triton.jit
-def _place_guides(count, part, end, row, done, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr):
+def _guides_of_rows(count, part, end, row, done, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr):
     """The guides at rows of a part of the segments `part` [SEGMENTS], `done` of each being before, and which exist."""
     number, slot = place_rows(row, SEGMENTS, LANES)
     is_same = number[:, None] == tl.arange(0, SEGMENTS)[None, :]
@@ -97,7 +97,7 @@ def _origins(
     lse, reach, count, part, end, row, correction, done, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr
 ):  # fmt: skip
     """What is added to the logits of the guides at rows of a part, -inf where there is no guide."""
-    guide, real = _place_guides(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
+    guide, real = _guides_of_rows(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
     far = tl.load(reach + guide, mask=real, other=0.0)
     return tl.sqrt(far * far + correction * correction) - tl.load(lse + guide, mask=real, other=float("inf"))
 
@@ -112,7 +112,7 @@ def _load_part(
     Segments from `end` on have none. With HALF origins are in pairs as `scale_and_add` takes them.
     """
     row = tl.arange(0, ROWS)
-    guide, real = _place_guides(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
+    guide, real = _guides_of_rows(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
     rows = load_guides(guides, guide * 0, guide, real, 0, stride_n, D, BLOCK_D)
     if HALF:
         origin = pack_halves(

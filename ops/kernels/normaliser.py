@@ -57,7 +57,7 @@ def normalisers(arguments: Arguments, operands: Operands, merged: MergedGuides |
 
 
 LARGEST = tl.constexpr(1e37)
-"""Mass from which on it counts as overflown: some of it may be from powers that are."""
+"""Mass from which on a sum counts as overflowed."""
 BELOW_LINE = tl.constexpr(0.0573)
 """By how much log2(1 + x) exceeds x on average, 0 < x < 1."""
 
@@ -94,6 +94,13 @@ def _is_history(column, history, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     if not CAUSAL:
         is_history = is_history & ((column[None, :] < low) | (column[None, :] >= high))
     return is_history
+
+
+@triton.jit
+def _start_of_sample(first, last, sample):
+    """The first key that is drawn, one from the middle of every `sample`, of histories from `first` to `last`."""
+    middle = sample // 2
+    return tl.maximum(first // sample, (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample) * sample + middle
 
 
 @triton.jit
@@ -140,9 +147,7 @@ def _sum_seen(
         logits = dot_logits(rows, tl.trans(block), scale, softcap, SOFTCAP, PRECISION)
         maximum, mass = _add(maximum, mass, tl.where(seen, logits, float("-inf")))
 
-    middle = sample // 2
-    drawn = tl.maximum(first // sample, (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample)
-    for start in range(drawn * sample + middle, last, BLOCK_N * sample):
+    for start in range(_start_of_sample(first, last, sample), last, BLOCK_N * sample):
         column = start + tl.arange(0, BLOCK_N) * sample
         inside = load_padding(padding, column, column < last, HAS_PADDING)
         block = load_rows(key, column, inside, key_stride_n, D, BLOCK_D)
@@ -194,8 +199,7 @@ def _sum_past(
     total = tl.sum(mass * tl.exp2(maximum - origin[:, None]), 1) + tl.exp2(first - origin)
 
     # The history in units of what there is so far.
-    middle = sample // 2
-    start_of_sample = (tl.minimum(FIRST_KEYS, last) + sample - 1 - middle) // sample * sample + middle
+    start_of_sample = _start_of_sample(0, last, sample)
     # Blocks before the end of every history have nothing to mask.
     whole = tl.min(tl.where(real, end, keys), 0)
     step = 2 * BLOCK_N * sample

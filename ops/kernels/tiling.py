@@ -186,12 +186,6 @@ def keys_per_split(keys: int, lists: int, multiprocessors: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
-@functools.cache
-def gather_tiling(channels: int, itemsize: int) -> Tiling:
-    """Of `gather_kernel`: as many bytes on their way as a multiprocessor keeps registers free for."""
-    return Tiling(max(1, GATHERED_BYTES // (channels * itemsize)), 1, 8, 1)
-
-
 def gathering_programs(queries: int, device: torch.device) -> int:
     """How many programs gather while so many queries rank keys, which takes the longer the more there are."""
     here = multiprocessors(device)
