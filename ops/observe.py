@@ -38,6 +38,19 @@ class SparseInputs(NamedTuple):
         """The site, or the shapes of the call."""
         return self.site or f"query {list(self.query.shape)}, key {list(self.key.shape)}"
 
+    @property
+    def has_places(self) -> bool:
+        """Whether keys and values are where the part of the sequence says, not one after another."""
+        return self.part is not None and self.part.places is not None
+
+    @property
+    def in_order(self) -> SparseInputs:
+        """The same, with keys and values that follow one another."""
+        if self.part is None or self.part.places is None:
+            return self
+        key, value = (self.part.places.ordered(x) for x in (self.key, self.value))
+        return self._replace(key=key, value=value, part=self.part._replace(places=None))
+
 
 class Recorder(Protocol):
     """An observer of sparse calls."""
@@ -81,6 +94,7 @@ def recorded(call: SparseInputs, compute: Callable[[], AttentionResult]) -> Atte
         if not recorders or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
             return compute()
         result, seconds = _timed(compute, call.query.device)
+    call = call.in_order
     for recorder in recorders:
         recorder.record(call, result, seconds)
     return result

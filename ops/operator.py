@@ -309,6 +309,7 @@ def _sparse_cpu(*arguments: Any) -> AttentionResult:
 
 
 def _attend_by_torch(call: SparseInputs, config: S2OConfig) -> AttentionResult:
+    call = call.in_order
     operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
     return cpu.sparse_attention(*operands, config, call.part)
 
@@ -320,8 +321,10 @@ def _sparse_cuda(*arguments: Any) -> AttentionResult:
 def _attend_by_kernels(call: SparseInputs, config: S2OConfig) -> AttentionResult:
     if not has_kernels(call.visibility, config):
         return _attend_by_torch(call, config)
-    from .kernels.pipeline import sparse_attention
+    from .kernels.pipeline import reads_places, sparse_attention
 
+    if call.has_places and not reads_places(call.query, call.visibility, call.softcap, config):
+        call = call.in_order
     operands = (call.query, call.key, call.value, call.visibility, call.scale, call.softcap)
     return sparse_attention(*operands, config, call.part)
 

@@ -1,8 +1,8 @@
 """Attention of packed requests: each that is worth it runs sparse alone, and all others run dense.
 
-Those that run sparse are gathered and given to ``torch.ops.s2o.attention``. Of the others, on a GPU, those of few
-queries run in a kernel that reads their keys where they are, and the rest in calls of FlashAttention, or with what that
-lacks one by one; on a CPU all run one by one, which costs little there.
+Those that run sparse are given to ``torch.ops.s2o.attention``, whose kernels read pages where they are. Of the others,
+on a GPU, those of few queries run in a kernel that does so too, and the rest, whose pages are gathered, in calls of
+FlashAttention, or with what that lacks one by one; on a CPU all run one by one, which costs little there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .dispatch import DENSE_AT_ANY_LENGTH, choose_sparse, dense_queries
 from .fused import attend_packed, can_attend_packed
 from .memory import workspace
 from .operator import Call
-from .paged import gathered, joined, merged, start_gathering
+from .paged import gathered, joined, merged, placed
 from .part import Part
 from .requests import Request, visibility_of
 from .result import AttentionResult
@@ -86,14 +86,13 @@ class Packed(NamedTuple):
         """The output of the operator for one request, [Lq, Hq, Dv]."""
         if self.table is None or not self.query.is_cuda:
             return self._attend(request, self.config)
-        query, key = self.query[request.rows], gathered(self.key, self.table, [request])
-        value, arrive = start_gathering(self.value, self.table, request)  # The ranking of keys needs none.
-        try:
-            query, key, value = _of_one(query, key, value)
-            call = Call.of(query, key, value, **self._arguments(request), **self.config.arguments())
-            return call.sparse(Part(arrive=arrive)).output[0].transpose(0, 1)
-        finally:
-            arrive()
+        found = placed(self.key, self.value, self.table, request)
+        if found is None:
+            return self._attend(request, self.config)
+        key, value, places = found
+        query, key, value = _of_one(self.query[request.rows], key, value)
+        call = Call.of(query, key, value, **self._arguments(request), **self.config.arguments())
+        return call.sparse(Part(places=places)).output[0].transpose(0, 1)
 
     def attend_densely(self, requests: Sequence[Request]) -> torch.Tensor:
         """The output of the operator for a single request, dense, [Lq, Hq, Dv]."""

@@ -1,13 +1,12 @@
-"""Keys and values of requests, packed or in pages of any strides, brought together."""
+"""Keys and values of requests, packed or in pages of any strides: brought together, or found where they are."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
+from .places import Places
 from .requests import Request
 
 
@@ -35,30 +34,32 @@ def gathered(pool: torch.Tensor, table: torch.Tensor | None, requests: Sequence[
     return joined(slots, parts)
 
 
-def start_gathering(
-    pool: torch.Tensor, table: torch.Tensor, request: Request
-) -> tuple[torch.Tensor, Callable[[], Any]]:
-    """`gathered` for one request on a GPU, by few programs beside what the current stream goes on with.
+def placed(
+    key: torch.Tensor, value: torch.Tensor, table: torch.Tensor, request: Request
+) -> tuple[torch.Tensor, torch.Tensor, Places] | None:
+    """Keys and values of a request [Lk, Hkv, D] as `Places` has them, nothing copied.
 
-    What follows a call of the function that is returned with it waits for it. Call it before the memory is free again.
+    None where pages have no whole number of rows between them, or not the same one in both pools of `gathered`; where
+    channels do not lie side by side; and where pages are read so often that there are fewer rows than keys.
     """
-    from .kernels.gather import gather
+    blocks, size = key.shape[:2]
+    steps = [_rows_of_page(pool) for pool in (key, value)]
+    total = (blocks - 1) * steps[0] + size
+    if not steps[0] or steps[0] != steps[1] or not request.key_count <= total < 2**31:
+        return None
+    pages = table[request.number, : _pages(request, size)].to(torch.int32)
+    slot = torch.arange(size, dtype=torch.int32, device=table.device)
+    rows = (pages[:, None] * steps[0] + slot).flatten()[: request.key_count]
+    key, value = (pool.as_strided((request.key_count, *pool.shape[2:]), pool.stride()[1:]) for pool in (key, value))
+    return key, value, Places(rows, total)
 
-    current = torch.cuda.current_stream(pool.device)
-    beside = _beside(pool.device, current.cuda_stream)
-    pages = table[request.number, : _pages(request, pool.shape[1])]
-    rows = pool.new_empty(request.key_count, *pool.shape[2:])
-    beside.wait_stream(current)
-    with torch.cuda.stream(beside):
-        gather(rows, pool, pages, request.query_count)
-    done = beside.record_event()
-    return rows, lambda: current.wait_event(done)
 
-
-@functools.lru_cache(maxsize=16)
-def _beside(device: torch.device, stream: int) -> torch.cuda.Stream:
-    """The stream on which `start_gathering` gathers for a current one, which may be captured while others go on."""
-    return torch.cuda.Stream(device)
+def _rows_of_page(pool: torch.Tensor) -> int:
+    """How many rows lie from the start of one page to that of the next; 0 where there is no such number."""
+    of_page, of_row, _, of_channel = pool.stride()
+    if of_channel != 1 or 0 in pool.shape or of_row <= 0 or of_page % of_row:
+        return 0
+    return of_page // of_row
 
 
 def joined(x: torch.Tensor, parts: Sequence[slice]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .places import Places
 from .rule.output_weighting import sampled_rows
 from .visibility import Visibility
 
@@ -42,16 +43,18 @@ class Part(NamedTuple):
         guides: Every so many of the pooled queries of the sequence, as `rule.channels.sampling_step` says
             [B, Hkv, G or 1, n, D]. Of so few, a step of 1 takes all.
         outputs: Its queries that say how large outputs are.
+        places: Where keys and values are; None where they follow one another. Then there is one batch entry.
         arrive: Lets what the device does from then on wait for the values, which may still travel; as often as called.
     """
 
     guides: torch.Tensor | None = None
     outputs: SampledQueries | None = None
+    places: Places | None = None
     arrive: Callable[[], Any] = lambda: None
 
     def of(self, batch: slice) -> Part:
         """The same of some batch entries."""
-        guides, outputs, arrive = self
+        guides, outputs = self.guides, self.outputs
         if outputs is not None:
             outputs = outputs._replace(query=outputs.query[batch], visibility=outputs.visibility.of(batch))
-        return Part(None if guides is None else guides[batch], outputs, arrive)
+        return self._replace(guides=None if guides is None else guides[batch], outputs=outputs)

@@ -60,6 +60,6 @@ class Samples(NamedTuple):
             sampled = None
             if outputs is not None and self.outputs is not None:
                 sampled = SampledQueries(outputs.rows, self.outputs, terms)
-            return Part(None if guides is None else guides.rows, sampled, arrive)
+            return Part(None if guides is None else guides.rows, sampled, arrive=arrive)
 
         return wait

@@ -15,6 +15,7 @@ from ..geometry import Geometry, round_up
 from ..part import SampledQueries
 from ..rule.output_weighting import value_distances
 from ..visibility import Visibility, masked
+from .positions import positions
 
 LOG2_E = math.log2(math.e)
 
@@ -24,7 +25,8 @@ class Arguments:
     """The inputs of the kernels of one call: query [B, Hq, Lq, D], key [B, Hkv, Lk, D], value [B, Hkv, Lk, Dv].
 
     `distances` are those of `distances_of_values`, None where importance measures mass alone. Kernels run on `device`;
-    the tensors may have no memory (`plan`), and then say nothing of it.
+    the tensors may have no memory (`plan`), and then say nothing of it. `places` [Lk] int32 are `Places.rows`, None
+    where keys follow one another.
     """
 
     query: torch.Tensor
@@ -36,6 +38,7 @@ class Arguments:
     softcap: float
     config: S2OConfig
     device: torch.device
+    places: torch.Tensor | None = None
 
     @functools.cached_property
     def geometry(self) -> Geometry:
@@ -61,6 +64,16 @@ class Arguments:
     def lists(self) -> int:
         """Lists per KV head and segment."""
         return self.group_size if self.config.ranking.lists == "head" else 1
+
+    @functools.cached_property
+    def rows(self) -> torch.Tensor:
+        """The row of each key [Lk] int32: its place, or its position."""
+        return positions(self.geometry.keys, self.key.device) if self.places is None else self.places
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether rows of keys are other than their positions."""
+        return self.places is not None
 
     @property
     def valid(self) -> torch.Tensor | None:

@@ -74,7 +74,7 @@ def _attend(
     launch(
         attend_kernel, (tiles, arguments.lists * parts, arguments.batch_kv_heads),
         query, key, value, *arguments.masks,
-        lists.index, lists.count, lists.log_weights, lists.guide_lse, lists.owner, *result,
+        arguments.rows, lists.index, lists.count, lists.log_weights, lists.guide_lse, lists.owner, *result,
         *query.stride()[:3], *key.stride()[:2], *value.stride()[:2], *arguments.mask_strides,
         *result.output.stride()[:3],
         **arguments.shared,
@@ -162,7 +162,7 @@ def _masked_prologue(
     """The online softmax of what needs a mask: of the keys from `low` to `end`, and of the list from `first` on."""
     head, position, real = places
     key, value, padding = tensors
-    index, log_weights = lists
+    rows_of_keys, index, log_weights = lists
     rows_differ: tl.constexpr = WINDOW or DOCUMENTS or MASK
     lane = tl.arange(0, BLOCK_N)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -174,12 +174,14 @@ def _masked_prologue(
         column = tl.where(is_dense, low + block * BLOCK_N, first + (block - dense_blocks) * BLOCK_N) + lane
         inside = column < tl.where(is_dense, end, listed)
         of_list = column < tl.where(is_dense, 0, listed)
-        chosen = tl.where(is_dense, column, tl.load(index + column, mask=of_list, other=0))
+        chosen = tl.load(tl.where(is_dense, rows_of_keys, index) + column, mask=inside, other=0)
+        # Where rows do not differ, all see what is listed, and only the positions of other keys are known.
+        seen_as = chosen if rows_differ else tl.where(is_dense, column, 0)
         bias = None
         if SAMPLED:
             bias = tl.load(log_weights + column, mask=of_list, other=0.0).to(tl.float32) / unit
         inside = load_padding(padding, chosen, inside, HAS_PADDING)
-        seen = see(terms, head, position, real, chosen, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
+        seen = see(terms, head, position, real, seen_as, inside, CAUSAL, WINDOW, DOCUMENTS, MASK)
         maximum, mass, total = add_keys(
             maximum, mass, total, rows, key, value, chosen, inside, seen, bias, limit,
             unit, softcap, KEY_STRIDE, VALUE_STRIDE, False, rows_differ, SOFTCAP, D, DV, BLOCK_D, BLOCK_DV, PRECISION,
@@ -262,7 +264,7 @@ def _outgrew(maximum, mass, dtype: tl.constexpr):
 @kernel
 def attend_kernel(
     query, key, value, padding, query_documents, key_documents, mask,
-    index, count, log_weights, guide_lse, owner,
+    rows_of_keys, index, count, log_weights, guide_lse, owner,
     output, lse, visited,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, value_stride_b, value_stride_h,
     padding_stride_b, query_documents_stride_b, key_documents_stride_b,
@@ -341,7 +343,7 @@ def attend_kernel(
         seen_by_all = tl.minimum(end - 1, tile * TILE + offset + 1) if CAUSAL else end - 1
         open_end += tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
     whole = tl.maximum(listed - 1, 0) // BLOCK_N * BLOCK_N
-    tensors, lists = (key, value, padding), (index, log_weights)
+    tensors, lists = (key, value, padding), (rows_of_keys, index, log_weights)
     maximum, mass, total = _masked_prologue(
         rows, places, tensors, lists, terms, limit, open_end, end, whole, listed, unit, softcap,
         KEY_STRIDE, VALUE_STRIDE, CAUSAL, HAS_PADDING, WINDOW, DOCUMENTS, MASK, SAMPLED, SOFTCAP,
@@ -355,7 +357,7 @@ def attend_kernel(
     ahead = _load_log_weights(log_weights, low - open_end + lane, whole, SAMPLED)
     for start in range(low - open_end, whole, BLOCK_N):
         column = start + lane
-        chosen = tl.where(start < 0, open_end + column, tl.load(index + column, mask=column >= 0, other=0))
+        chosen = tl.load(tl.where(start < 0, rows_of_keys + open_end, index) + column)
         bias = None
         if SAMPLED:
             bias = ahead.to(tl.float32) * (1 / unit)

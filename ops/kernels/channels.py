@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..rule.channels import sampling_step
 from .arguments import padded
-from .helpers import float32
+from .helpers import float32, rows_at
 from .launch import launch
 from .variants import kernel
 
@@ -51,13 +51,16 @@ class ChannelSubset(NamedTuple):
     neglected: torch.Tensor
 
 
-def sample_moments(guides: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None) -> Moments:
+def sample_moments(
+    guides: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None, places: torch.Tensor | None = None
+) -> Moments:
     """The second moments of guides and keys, and the sum of keys; what is not finite counts as 0.
 
     Args:
         guides: [B, Hkv, guide heads, guides, D].
         key: [B, Hkv, Lk, D].
         padding: [B, Lk], False for keys that do not count; None for none.
+        places: [Lk] int32, the rows of keys in pages; None where they follow one another.
     """
     batch, kv_heads, heads, per_head, size = guides.shape
     steps = sampling_step(heads * per_head), sampling_step(key.shape[2])
@@ -69,10 +72,11 @@ def sample_moments(guides: torch.Tensor, key: torch.Tensor, padding: torch.Tenso
     of_padding = (key, 0) if padding is None else (padding, padding.stride(0))
     launch(
         moments_kernel, (parts, 2 * (width // columns), batch * kv_heads),
-        guides, key, of_padding[0], moments, sums,
+        guides, key, of_padding[0], key if places is None else places, moments, sums,
         *guides.stride()[:4], *key.stride()[:3], of_padding[1],
         kv_heads, heads, per_head, key.shape[2], *steps,
-        HAS_PADDING=padding is not None, PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
+        HAS_PADDING=padding is not None, PAGED=places is not None,
+        PRECISION="ieee" if key.dtype == torch.float32 else "tf32",
         D=size, PART=_PART, BLOCK_N=_ROWS, BLOCK_D=width, BLOCK_C=columns, num_warps=4, num_stages=1,
     )  # fmt: skip
     return Moments(moments, sums, rows, steps[1])
@@ -138,10 +142,10 @@ def pick_channels(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
 
 @kernel
 def moments_kernel(
-    guides, key, padding, moments, sums,
+    guides, key, padding, places, moments, sums,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
     padding_stride_b, kv_heads, heads, per_head, keys, guide_step, key_step,
-    HAS_PADDING: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, PART: tl.constexpr,
+    HAS_PADDING: tl.constexpr, PAGED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, PART: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sum x x' over PART rows: moments [B * Hkv, guides or keys, parts, BLOCK_D, BLOCK_D]; and x: `sums` of keys.
@@ -166,8 +170,11 @@ def moments_kernel(
     for start in range(part * PART, tl.minimum((part + 1) * PART, rows), BLOCK_N):
         row = start + tl.arange(0, BLOCK_N)
         inside, place = row < rows, (row % of_head) * step
+        is_key = row < tl.where(of_keys == 1, rows, 0)
         if HAS_PADDING:
-            inside = inside & (tl.load(padding + place, mask=row < tl.where(of_keys == 1, rows, 0), other=1) != 0)
+            inside = inside & (tl.load(padding + place, mask=is_key, other=1) != 0)
+        if PAGED:
+            place = tl.where(is_key, rows_at(places, place, is_key, True), place)
         pointers = first + (row // of_head).to(tl.int64) * guides_stride_h + place.to(tl.int64) * stride_n
         x, y = _load_finite(pointers, inside, channel, D), _load_finite(pointers, inside, column, D)
         total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)

@@ -210,6 +210,12 @@ def draws(keys, segment):
 
 
 @triton.jit
+def rows_at(rows, positions, inside, PAGED: tl.constexpr):
+    """The rows of keys at positions `inside`: if PAGED as `rows` [Lk] says, else the positions."""
+    return tl.load(rows + positions, mask=inside, other=0) if PAGED else positions
+
+
+@triton.jit
 def load_rows(base, rows, inside, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows [N, BLOCK_D] of a matrix, zeros where not `inside` (None where all are) and past channel D."""
     channels = tl.arange(0, BLOCK_D)

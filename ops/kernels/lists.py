@@ -28,7 +28,8 @@ class Lists:
     """The keys to visit, one list for each batch entry, KV head, list of it and segment of a run; contiguous tensors.
 
     Attributes:
-        index: [B, Hkv, lists, segments, capacity] int32, positions of keys in ascending order; undefined after `count`.
+        index: [B, Hkv, lists, segments, capacity] int32, the rows of keys, whose positions are in ascending order;
+            undefined after `count`. A row is the position, or `Arguments.places` of it.
         count: [B, Hkv, lists, segments] int32, the length of each list.
         log_weights: [B, Hkv, lists, segments, capacity], logs of what the keys of `index` weigh, base-2 logarithms of
             at least 0. They alias importance, which `sample_kernel` overwrites in place, and have its dtype. Not read

@@ -21,6 +21,7 @@ from .guides import pool_guides
 from .launch import launching, visibly
 from .lists import Lists, bits_of_a_key
 from .plan import Late, Tensors, planned
+from .quantise import ranks_copies
 from .rank import rank, scoring_of
 
 MAX_PROGRAMS = 2**16 - 1
@@ -66,7 +67,8 @@ def sparse_attention(
 ) -> AttentionResult:
     """Sparse attention without sinks, of some queries and keys and a scale above 0; shapes as in `ops.reference`.
 
-    The rule is one of those with kernels (`dispatch.has_kernels`). Queries may be a `part` of those of a sequence.
+    The rule is one of those with kernels (`dispatch.has_kernels`). Queries may be a `part` of those of a sequence. If
+    that has places, `reads_places` is true.
     """
     result = AttentionResult.empty(query, value, config.ranking.tile)
     batch, heads = query.shape[:2]
@@ -80,6 +82,13 @@ def sparse_attention(
         of_part = None if part is None else part.of(some)
         attend_batch(*tensors, visibility.of(some), scale, softcap, config, of_part, of_some)
     return result
+
+
+def reads_places(query: torch.Tensor, visibility: Visibility, softcap: float, config: S2OConfig) -> bool:
+    """Whether kernels can look up where each key is: what ranks are copies, and a mask does not ask for positions."""
+    if not visibility.is_plain or config.ranking.measure == "output":
+        return False
+    return ranks_copies(query, config.ranking.channels, softcap, query.device)
 
 
 def attend_batch(
@@ -107,7 +116,8 @@ def attend_batch(
         part.arrive()
         sampled = part.outputs or SampledQueries.of(query, key.shape[1], terms.with_tensors(*masks))
         distances = distances_of_values(sampled, key, value, scale, softcap)
-    tensors = (query, key, value, *masks, distances, part.guides, *result)
+    places = None if part.places is None else part.places.rows
+    tensors = (query, key, value, *masks, distances, part.guides, places, *result)
     planned(rank_and_attend, tensors, query.device, terms, scale, softcap, config, workspace(), late=late)
 
 
@@ -126,10 +136,10 @@ def rank_and_attend(
     workspace: int,
 ) -> None:
     """What the kernels do in a call, with the tensors and terms of `attend_batch`, on a device."""
-    query, key, value, *masks, distances, sample, output, lse, visited = tensors
+    query, key, value, *masks, distances, sample, places, output, lse, visited = tensors
     visibility = terms.with_tensors(*masks)
     config = visibility.effective_config(config, key.shape[2])
-    arguments = Arguments(query, key, value, visibility, distances, scale, softcap, config, device)
+    arguments = Arguments(query, key, value, visibility, distances, scale, softcap, config, device, places)
     result = AttentionResult(output, lse, visited)
     if not arguments.geometry.ranked_segments:
         arguments = dataclasses.replace(arguments, config=config.without_ranking())

@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..rule.channels import picks_channels
 from .arguments import Arguments, padded
 from .channels import pick_channels
-from .helpers import FLOAT8_REACH, load_rows
+from .helpers import FLOAT8_REACH, load_rows, rows_at
 from .launch import launch
 from .variants import kernel
 
@@ -38,15 +39,16 @@ class Units(NamedTuple):
     ranges: torch.Tensor
 
     @classmethod
-    def of(cls, key: torch.Tensor) -> Units:
-        """Those of keys [B, Hkv, Lk, D], by a sample of these."""
+    def of(cls, key: torch.Tensor, places: torch.Tensor | None = None) -> Units:
+        """Those of keys [B, Hkv, Lk, D], by a sample of these; `places` as in `quantise`."""
         batch, kv_heads, keys, size = key.shape
         origin = key.new_empty(batch, kv_heads, size)
         ranges = torch.empty(2, batch, kv_heads, dtype=torch.float32, device=key.device)
         launch(
             origin_kernel, (batch * kv_heads,),
-            origin, ranges, key, *key.stride()[:3], kv_heads, keys, -(-keys // _SAMPLE),
-            D=size, BLOCK_D=padded(size), BLOCK_N=16, num_warps=4, num_stages=3,
+            origin, ranges, key, key if places is None else places,
+            *key.stride()[:3], kv_heads, keys, -(-keys // _SAMPLE),
+            PAGED=places is not None, D=size, BLOCK_D=padded(size), BLOCK_N=16, num_warps=4, num_stages=3,
         )  # fmt: skip
         return cls(origin, ranges)
 
@@ -84,7 +86,9 @@ def ranking_operands(
     `count` [B, Hkv, guide heads, segments] are the guides of each segment, None where there are all of them.
     """
     in_float8 = ranks_in_float8(guides, arguments.softcap, arguments.device)
-    return quantise(guides, key, count=count)[0] if in_float8 else Operands(guides, key, guides)
+    if not in_float8:
+        return Operands(guides, key, guides)
+    return quantise(guides, key, count=count, places=arguments.places)[0]
 
 
 def operands_of_channels(
@@ -93,20 +97,20 @@ def operands_of_channels(
     """`ranking_operands` of all channels, and of those that are picked for each KV head [B, Hkv, channels] int32."""
     key = arguments.key
     if ranks_in_float8(guides, arguments.softcap, arguments.device) and channels.shape[-1] >= _LEAST_CHANNELS:
-        all_channels, subset = quantise(guides, key, channels, count)
+        all_channels, subset = quantise(guides, key, channels, count, arguments.places)
         return all_channels, subset
     subset = Operands(pick_channels(guides, channels), pick_channels(key[:, :, None], channels)[:, :, 0], guides)
     return ranking_operands(arguments, guides, key, count), subset
 
 
-def merges_in_float8(arguments: Arguments, channels: torch.Tensor | None) -> bool:
-    """Whether queries can be merged straight to float8, given the channels [B, Hkv, picked] that are picked, if any.
+def ranks_copies(query: torch.Tensor, channels: int | None, softcap: float, device: torch.device) -> bool:
+    """Whether all that ranks keys are copies of them in float8: of all channels, and of those that are picked.
 
     Not where they are projected to other directions, or the picked channels are too few.
     """
-    size, wanted = arguments.query.shape[-1], arguments.config.ranking.channels
-    is_enough = (wanted is None or wanted >= size) if channels is None else channels.shape[-1] >= _LEAST_CHANNELS
-    return is_enough and ranks_in_float8(arguments.query, arguments.softcap, arguments.device)
+    size = query.shape[-1]
+    is_enough = channels is None or channels >= size or (picks_channels(channels, size) and channels >= _LEAST_CHANNELS)
+    return is_enough and ranks_in_float8(query, softcap, device)
 
 
 def ranks_in_float8(guides: torch.Tensor, softcap: float, device: torch.device) -> bool:
@@ -128,6 +132,7 @@ def quantise(
     key: torch.Tensor,
     channels: torch.Tensor | None = None,
     count: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
 ) -> tuple[Operands, ...]:
     """Guides and keys in float8, each in units of about how far they reach; keys from about their mean.
 
@@ -142,16 +147,19 @@ def quantise(
         key: [B, Hkv, Lk, D].
         channels: [B, Hkv, picked] int32, of which there are operands too; None for none of these.
         count: [B, Hkv, guide heads, segments] int32, how many guides of each segment are defined; None where all are.
+        places: [Lk] int32, the rows of keys in pages; None where they follow one another.
     """
-    units = Units.of(key)
-    _raise_ranges(guides, key, units, count)
-    return tuple(_split(x, guides, units) for x in _rounded(guides, key, units, channels, count))
+    units = Units.of(key, places)
+    _raise_ranges(guides, key, units, count, places)
+    return tuple(_split(x, guides, units) for x in _rounded(guides, key, units, channels, count, places))
 
 
-def quantise_keys(key: torch.Tensor, units: Units, channels: torch.Tensor | None) -> list[torch.Tensor]:
+def quantise_keys(
+    key: torch.Tensor, units: Units, channels: torch.Tensor | None, places: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """The keys of `quantise` alone: in all channels, and in those that are picked, if there are `channels`."""
-    _raise_ranges(None, key, units, None)
-    return _rounded(None, key, units, channels, None)
+    _raise_ranges(None, key, units, None, places)
+    return _rounded(None, key, units, channels, None, places)
 
 
 def _split(rows: torch.Tensor, guides: torch.Tensor, units: Units) -> Operands:
@@ -161,9 +169,15 @@ def _split(rows: torch.Tensor, guides: torch.Tensor, units: Units) -> Operands:
     return Operands(rows[:, :, :total].unflatten(2, (heads, per_head)), rows[:, :, total:], units.ranges)
 
 
-def _raise_ranges(guides: torch.Tensor | None, key: torch.Tensor, units: Units, count: torch.Tensor | None) -> None:
+def _raise_ranges(
+    guides: torch.Tensor | None,
+    key: torch.Tensor,
+    units: Units,
+    count: torch.Tensor | None,
+    places: torch.Tensor | None,
+) -> None:
     """Raise the ranges of units to the reach of guides, if there are some, and keys."""
-    grid, operands, options = _blocks(guides, key, units, count)
+    grid, operands, options = _blocks(guides, key, units, count, places)
     launch(reach_kernel, grid, units.ranges, *operands, **options)
 
 
@@ -173,9 +187,10 @@ def _rounded(
     units: Units,
     channels: torch.Tensor | None,
     count: torch.Tensor | None,
+    places: torch.Tensor | None,
 ) -> list[torch.Tensor]:
     """Guides, if there are some, and then keys [B, Hkv, rows, D]; and their picked `channels`, if there are some."""
-    grid, operands, options = _blocks(guides, key, units, count)
+    grid, operands, options = _blocks(guides, key, units, count, places)
     batch, kv_heads, keys, size = key.shape
     rows = keys if guides is None else guides.shape[2] * guides.shape[3] + keys
     picked = 0 if channels is None else channels.shape[-1]
@@ -189,7 +204,11 @@ def _rounded(
 
 
 def _blocks(
-    guides: torch.Tensor | None, key: torch.Tensor, units: Units, count: torch.Tensor | None
+    guides: torch.Tensor | None,
+    key: torch.Tensor,
+    units: Units,
+    count: torch.Tensor | None,
+    places: torch.Tensor | None,
 ) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
     """The grid, operands and options of a launch over guides, if there are some, and keys."""
     (batch, kv_heads, keys, size), heads, per_head = key.shape, 0, 1
@@ -198,9 +217,11 @@ def _blocks(
         (heads, per_head), strides = guides.shape[2:4], guides.stride()[:4]
     operands = (
         key if guides is None else guides, key, units.origin, units.ranges if count is None else count,
+        key if places is None else places,
         *strides, *key.stride()[:3], kv_heads, heads, per_head, keys,
     )  # fmt: skip
     options = {
+        "PAGED": places is not None,
         "OF_SEGMENT": 0 if count is None else per_head // count.shape[-1],
         "D": size,
         "BLOCK_D": padded(size),
@@ -213,8 +234,8 @@ def _blocks(
 
 @kernel
 def origin_kernel(
-    origin, ranges, key, key_stride_b, key_stride_h, key_stride_n, kv_heads, keys, step,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    origin, ranges, key, places, key_stride_b, key_stride_h, key_stride_n, kv_heads, keys, step,
+    PAGED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the mean of every `step`-th key: `origin` [B, Hkv, D]; and zeros to `ranges` [2, B, Hkv].
 
@@ -224,8 +245,9 @@ def origin_kernel(
     key += (place // kv_heads).to(tl.int64) * key_stride_b + (place % kv_heads).to(tl.int64) * key_stride_h
     total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, keys, BLOCK_N * step):
-        row = start + tl.arange(0, BLOCK_N) * step
-        total += load_rows(key, row, row < keys, key_stride_n, D, BLOCK_D).to(tl.float32)
+        position = start + tl.arange(0, BLOCK_N) * step
+        row = rows_at(places, position, position < keys, PAGED)
+        total += load_rows(key, row, position < keys, key_stride_n, D, BLOCK_D).to(tl.float32)
     mean = tl.sum(total, 0) / ((keys + step - 1) // step).to(tl.float32)
     channel = tl.arange(0, BLOCK_D)
     tl.store(origin + place * D + channel, mean.to(origin.dtype.element_ty), mask=channel < D)
@@ -252,8 +274,9 @@ def _place(count, heads, per_head, keys, OF_SEGMENT: tl.constexpr, BLOCK_N: tl.c
 
 @triton.jit
 def _load(
-    guides, key, origin, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
-    key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    guides, key, origin, places, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
+    key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place,
+    PAGED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The guides, or keys from `origin` [B, Hkv, D], at a `_place`: float32, zeros where there are none."""
     head, row, real = place
@@ -265,7 +288,7 @@ def _load(
         key += batch * key_stride_b + kv_head * key_stride_h
         channel = tl.arange(0, BLOCK_D)
         centre = tl.load(origin + tl.program_id(1) * D + channel, mask=channel < D, other=0.0).to(tl.float32)
-        rows = load_rows(key, row, real, key_stride_n, D, BLOCK_D).to(tl.float32)
+        rows = load_rows(key, rows_at(places, row, real, PAGED), real, key_stride_n, D, BLOCK_D).to(tl.float32)
         rows = tl.where(real[:, None], rows - centre[None, :], 0.0)
     return rows
 
@@ -313,10 +336,10 @@ def store_rows(rows, result, place, real, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 @kernel
 def reach_kernel(
-    ranges, guides, key, origin, count,
+    ranges, guides, key, origin, count, places,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
     kv_heads, heads, per_head, keys,
-    OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGED: tl.constexpr, OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Raise `ranges` [2, B, Hkv] to the reach of guides and of keys from `origin`, NaN for infinity.
 
@@ -324,8 +347,8 @@ def reach_kernel(
     """
     place = _place(count, heads, per_head, keys, OF_SEGMENT, BLOCK_N)
     rows = _load(
-        guides, key, origin, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
-        key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, D, BLOCK_D,
+        guides, key, origin, places, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
+        key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, PAGED, D, BLOCK_D,
     )  # fmt: skip
     furthest = tl.max(tl.max(tl.abs(rows).to(tl.int32, bitcast=True), 1), 0)
     raise_range(ranges + (place[0] == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1), furthest)
@@ -333,11 +356,11 @@ def reach_kernel(
 
 @kernel
 def quantise_kernel(
-    ranges, result, of_picked, picked, guides, key, origin, count,
+    ranges, result, of_picked, picked, guides, key, origin, count, places,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
     kv_heads, heads, per_head, keys,
-    PICKED: tl.constexpr, OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PICKED: tl.constexpr, PAGED: tl.constexpr, OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write guides of all heads, then keys from `origin`, in units of range / FLOAT8_REACH: [B, Hkv, rows, D].
 
@@ -349,8 +372,8 @@ def quantise_kernel(
     ranges += (head == heads).to(tl.int32) * tl.num_programs(1) + tl.program_id(1)
     row += tl.program_id(1).to(tl.int64) * (heads * per_head + keys) + head * per_head
     rows = _load(
-        guides, key, origin, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
-        key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, D, BLOCK_D,
+        guides, key, origin, places, guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n,
+        key_stride_b, key_stride_h, key_stride_n, kv_heads, heads, place, PAGED, D, BLOCK_D,
     )  # fmt: skip
     rows = (rows * float8_unit(ranges)).to(tl.float8e4nv)
     store_rows(rows, result, row, real, D, BLOCK_D)

@@ -16,10 +16,10 @@ from .normaliser import normalisers
 from .quantise import (
     Operands,
     Units,
-    merges_in_float8,
     operands_of_channels,
     quantise_keys,
     ranking_operands,
+    ranks_copies,
 )
 from .sample import sample
 from .scoring import Scoring
@@ -35,9 +35,9 @@ def scoring_of(arguments: Arguments, query: torch.Tensor, sample: torch.Tensor) 
     Channels are chosen by the `sample` of them, of any n.
     """
     key, scale, ranking = arguments.key, arguments.scale, arguments.config.ranking
-    padding = arguments.visibility.key_padding
+    padding, places = arguments.visibility.key_padding, arguments.places
     few = ranking.channels if picks_channels(ranking.channels, key.shape[-1]) else None
-    moments = sample_moments(sample, key, padding) if few is not None or ranking.merges else None
+    moments = sample_moments(sample, key, padding, places) if few is not None or ranking.merges else None
     picked = select_channels(moments, key, padding, few, scale) if moments and few is not None else None
     if not (moments and ranking.merges):
         merged, operands = None, _operands(arguments, query, sample, picked, None)
@@ -54,9 +54,10 @@ def _merged(
 ) -> tuple[MergedGuides, Corrected]:
     """Merged queries, straight to float8 where that can be, and their `_operands`."""
     channels, neglected = picked or (None, None)
-    if merges_in_float8(arguments, channels):
-        units = Units.of(arguments.key)
-        merged, keys = merge(arguments, covariance, units, channels), quantise_keys(arguments.key, units, channels)
+    if ranks_copies(arguments.query, arguments.config.ranking.channels, arguments.softcap, arguments.device):
+        key, places = arguments.key, arguments.places
+        units = Units.of(key, places)
+        merged, keys = merge(arguments, covariance, units, channels), quantise_keys(key, units, channels, places)
         subset = None if picked is None else Operands(merged.subset, keys[1], units.ranges)
         return merged, (Operands(merged.rows, keys[0], units.ranges), subset, neglected)
     merged = merge(arguments, covariance)

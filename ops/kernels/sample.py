@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 
 from .arguments import Arguments
-from .helpers import KEY_BLOCK, draws, place_list, round_up
+from .helpers import KEY_BLOCK, draws, place_list, round_up, rows_at
 from .launch import launch
 from .lists import Lists
 from .scoring import Scoring
@@ -23,18 +23,18 @@ def sample(arguments: Arguments, importance: torch.Tensor, scoring: Scoring, seg
     lists = Lists.to_fill(arguments, segments, importance, scoring)
     launch(
         sample_kernel, (len(segments), lists.count.numel() // len(segments)),
-        importance, lists.index, lists.count,
+        importance, arguments.rows, lists.index, lists.count,
         first_segment=segments.start, capacity=lists.capacity,
-        **arguments.spans, BLOCK_N=1024, num_warps=4, num_stages=2,
+        **arguments.spans, PAGED=arguments.is_paged, BLOCK_N=1024, num_warps=4, num_stages=2,
     )  # fmt: skip
     return lists
 
 
 @kernel
 def sample_kernel(
-    importance, index, count,
+    importance, rows, index, count,
     queries, keys, first_segment, ranked_segments, offset, window, near_keys, capacity,
-    SEGMENT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEGMENT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PAGED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write one of the `Lists`, by a prefix sum over the keys that are drawn.
 
@@ -73,3 +73,5 @@ def sample_kernel(
         chance = tl.load(importance + (column - begin), mask=position < listed, other=1.0).to(tl.float32)
         tl.debug_barrier()
         tl.store(importance + position, tl.maximum(-tl.log2(chance), 0.0), mask=position < listed)
+        if PAGED:
+            tl.store(index + position, rows_at(rows, column, position < listed, True), mask=position < listed)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Arguments
-from .helpers import FLAGS_PER_WORD, place_list
+from .helpers import FLAGS_PER_WORD, place_list, rows_at
 from .launch import launch
 from .lists import Lists
 from .scoring import Scoring
@@ -22,9 +22,9 @@ def select(arguments: Arguments, flags: torch.Tensor, scoring: Scoring, segments
     lists = Lists.to_fill(arguments, segments, flags, scoring)
     launch(
         select_kernel, (len(segments), lists.count.numel() // len(segments)),
-        flags, lists.index, lists.count,
+        flags, arguments.rows, lists.index, lists.count,
         first_segment=segments.start, capacity=lists.capacity,
-        **arguments.spans, BLOCK_N=256, num_warps=1, num_stages=2,
+        **arguments.spans, PAGED=arguments.is_paged, BLOCK_N=256, num_warps=1, num_stages=2,
     )  # fmt: skip
     return lists
 
@@ -46,9 +46,9 @@ def _load(flags, column, begin, end):
 
 @kernel
 def select_kernel(
-    flags, index, count,
+    flags, rows, index, count,
     queries, keys, first_segment, ranked_segments, offset, window, near_keys, capacity,
-    SEGMENT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    SEGMENT: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, PAGED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the index and the count of one of the `Lists`, by a prefix sum over its flags.
 
@@ -71,7 +71,8 @@ def select_kernel(
         for _ in range(tl.max(number, 0)):
             # The exponent of the lowest bit is its place.
             lowest = (word & -word).to(tl.float32).to(tl.int32, bitcast=True)
-            tl.store(index + position, column + ((lowest >> 23) - 127), mask=word != 0)
+            chosen = rows_at(rows, column + ((lowest >> 23) - 127), word != 0, PAGED)
+            tl.store(index + position, chosen, mask=word != 0)
             word &= word - 1
             position += 1
         listed += tl.sum(number, 0)

@@ -33,13 +33,6 @@ SHORTEST_SPLIT = 256
 PROGRAMS = 6
 """Of a multiprocessor then: some have more to do than others, and two or three run at a time."""
 
-GATHERED_BYTES = 32 * 1024
-"""That a program gathers at once."""
-LEAST_GATHERING = 8
-"""Programs that gather: they are done long before many queries have ranked keys."""
-GATHERED_BESIDE = 4096
-"""Queries beside which every multiprocessor gathers."""
-
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
@@ -184,12 +177,6 @@ def keys_per_split(keys: int, lists: int, multiprocessors: int) -> int:
     """
     wanted = max(SHORTEST_SPLIT, keys * lists // (PROGRAMS * multiprocessors))
     return 1 << (wanted.bit_length() - 1)
-
-
-def gathering_programs(queries: int, device: torch.device) -> int:
-    """How many programs gather while so many queries rank keys, which takes the longer the more there are."""
-    here = multiprocessors(device)
-    return max(LEAST_GATHERING, min(4 * here, here * GATHERED_BESIDE // max(1, queries)))
 
 
 @functools.cache

@@ -19,6 +19,8 @@ from triton.compiler import ASTSource
 from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.ops.kernels import attend, decode, dense, pipeline, quantise
 from s2o_compile.ops.kernels.launch import launching
+from s2o_compile.ops.part import Part
+from s2o_compile.ops.places import Places
 from s2o_compile.ops.requests import Request
 from s2o_compile.ops.visibility import Visibility
 
@@ -138,6 +140,9 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
         pipeline.sparse_attention(query, key, key, padded, 0.125, 0.0, config)
     if is_all:
         pipeline.sparse_attention(many, key, key, Visibility(True), 0.125, 0.0, MERGED)
+        if has_float8:
+            part = Part(places=Places(torch.empty(300, dtype=torch.int32), 300))
+            pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, MERGED, part)
         pipeline.sparse_attention(many, key, key, Visibility(True, mask=mask), 0.125, 0.0, S2OConfig())
     if has_terms:
         pipeline.sparse_attention(query, key, key, terms, 0.125, 30.0, S2OConfig(ranking=Ranking(channels=32)))

@@ -14,6 +14,8 @@ from triton.runtime import driver
 from s2o_compile.ops import Ranking, S2OConfig
 from s2o_compile.ops.kernels import attend, decode, dense, pipeline, quantise
 from s2o_compile.ops.kernels.plan import Launch, layout_of, plan_of
+from s2o_compile.ops.part import Part
+from s2o_compile.ops.places import Places
 from s2o_compile.ops.requests import Request
 from s2o_compile.ops.visibility import Visibility
 
@@ -81,6 +83,8 @@ def main() -> None:
             visibility, ranking = call(length)
             pipeline.sparse_attention(query, key, key, visibility, 0.1, 0.0, S2OConfig(ranking=ranking))
             if ranking == MERGED:
+                part = Part(places=Places(query.new_empty(length, dtype=torch.int32), length))
+                pipeline.sparse_attention(query, key, key, visibility, 0.1, 0.0, S2OConfig(ranking=ranking), part)
                 dense.attend_densely(query, key, key, visibility, 0.1, 0.0)
             decode_some(length)
             if length != LENGTHS[0]:

@@ -72,7 +72,7 @@ def call_dense(dtype: torch.dtype, arguments: dict[str, Any]) -> int:
 
 
 def call_packed(dtype: torch.dtype, queries: int, pages: int, arguments: dict[str, Any]) -> int:
-    """Make one call of requests of few queries, in pages of 7 keys in no order, and check that it gives numbers."""
+    """Make one call of requests of as many queries, in pages of 7 keys in no order, and check that it gives numbers."""
     keys = [POSITIONS, 3, pages * 7, 500]
     query = torch.randn(queries * len(keys), 6, 128, device="cuda", dtype=dtype)
     key, value = (torch.randn(len(keys) * pages, 7, 2, 128, device="cuda", dtype=dtype) for _ in "kv")
@@ -101,6 +101,7 @@ def main() -> None:
         sinks = torch.randn(6, device="cuda")
         for named in ({}, {"window_size": (100, 2), "softcap": 30.0, "sinks": sinks}):
             made += sum(call_packed(dtype, queries, 200, named) for queries in (1, 5))
+        made += call_packed(dtype, 150, 200, {"config": default})
     torch.cuda.synchronize()
     print(f"{made} calls")
 

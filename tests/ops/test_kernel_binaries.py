@@ -10,7 +10,10 @@ import pytest
 
 from .build_kernels import is_reduced_right, linear_reductions
 
-PLAIN = {"moments_kernel", "normaliser_kernel", "sample_kernel", "attend_kernel", "decode_kernel", "sum_kernel"}
+PLAIN = {
+    "moments_kernel", "normaliser_kernel", "sample_kernel", "positions_kernel", "attend_kernel", "decode_kernel",
+    "sum_kernel",
+}  # fmt: skip
 BY_EVERY_QUERY = {"importance_kernel"}
 MERGING = {"covariance_kernel", "distance_kernel", "cluster_kernel", "mean_kernel", "merged_importance_kernel"}
 IN_HALF_PRECISION = {"choose_kernel", "dense_kernel"}

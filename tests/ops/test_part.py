@@ -20,6 +20,7 @@ from .comparison import largest_difference
 from .settings import config_of
 
 LENGTH, CUT = 256, 96
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS: dict[str, dict[str, Any]] = {
     "half of the channels": {"channels": 16, "radius": 0.0},
     "few channels": {"channels": 5, "radius": 0.0},
@@ -35,9 +36,10 @@ def test_parts_are_those_of_the_whole(name: str, implementation: Any, monkeypatc
     # Of two batch entries, each is a launch of its own.
     monkeypatch.setattr(pipeline, "MAX_PROGRAMS", 1)
     torch.manual_seed(3)
-    query, key, value = (torch.randn(batch, heads, LENGTH, 32) for heads in (2, 1, 1))
+    device = GPU if implementation is pipeline else "cpu"
+    query, key, value = (torch.randn(batch, heads, LENGTH, 32, device=device) for heads in (2, 1, 1))
     config = config_of(threshold=0.1, near_keys=0, **SETTINGS[name])
-    padding = torch.arange(LENGTH).expand(batch, -1) > 5 * torch.arange(1, batch + 1)[:, None]
+    padding = (torch.arange(LENGTH).expand(batch, -1) > 5 * torch.arange(1, batch + 1)[:, None]).to(device)
     attend: Callable[..., AttentionResult] = implementation.sparse_attention
 
     def attended(rows: slice, part: Part | None) -> AttentionResult:
@@ -61,7 +63,8 @@ def test_values_may_arrive_while_keys_are_ranked(
     implementation: Any, measure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(5)
-    query, key, value = (torch.randn(1, heads, LENGTH, 16) for heads in (2, 1, 1))
+    device = GPU if implementation is pipeline else "cpu"
+    query, key, value = (torch.randn(1, heads, LENGTH, 16, device=device) for heads in (2, 1, 1))
     # Small enough that lists are made and visited in several runs.
     config, steps = config_of(threshold=0.1, near_keys=0, channels=None, radius=0.0, measure=measure), []
     attend = functools.partial(implementation.sparse_attention, scale=0.25, softcap=0.0, config=config)
@@ -90,7 +93,7 @@ def test_values_may_arrive_while_keys_are_ranked(
 
 def test_values_that_are_copied_have_arrived() -> None:
     torch.manual_seed(6)
-    query, key, value = (torch.randn(1, 1, LENGTH, 16) for _ in "qkv")
+    query, key, value = (torch.randn(1, 1, LENGTH, 16, device=GPU) for _ in "qkv")
     travelling = torch.full_like(value, torch.nan).mT.contiguous().mT
     attend = functools.partial(pipeline.sparse_attention, scale=0.25, softcap=0.0, config=config_of(radius=0.0))
     part = Part(arrive=lambda: travelling.copy_(value))

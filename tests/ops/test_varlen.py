@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
-from s2o_compile import Ranking, S2OConfig, attention, attention_varlen
+from s2o_compile import S2OConfig, attention, attention_varlen
 from s2o_compile.ops import observe, packed, paged, requests
 from s2o_compile.ops.config import replaced
 from s2o_compile.ops.memory import limited_workspace
@@ -477,18 +477,3 @@ def test_lengths_on_the_gpu_give_the_same() -> None:
     want = attention_varlen(**arguments)
     away = {name: arguments[name].cuda() for name in ("cu_seq_q", "seqused_k")}
     assert torch.equal(attention_varlen(**{**arguments, **away}), want)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("block_size", [1, 16])
-@pytest.mark.parametrize(
-    "ranking", [Ranking(merge_length=0), Ranking(measure="output"), Ranking(rule="gain", channels=None, lists="head")]
-)
-def test_values_that_are_gathered_late_are_waited_for(ranking: Ranking, block_size: int) -> None:
-    call, config = dataclasses.replace(BATCH, block_size=block_size), S2OConfig(min_length=0, ranking=ranking)
-    arguments = call.arguments("cuda", torch.bfloat16)
-    want = attention_varlen(**arguments, config=config)
-    device = arguments["value"].device
-    with torch.cuda.stream(paged._beside(device, torch.cuda.current_stream(device).cuda_stream)):
-        torch.cuda._sleep(500_000_000)  # A quarter of a second.
-    assert torch.equal(attention_varlen(**arguments, config=config), want)

@@ -199,7 +199,8 @@ class SparseImpl:
     def claim_memory(self, query: torch.Tensor) -> int:
         """Allocate as many bytes as the largest sparse call, and let them go: vLLM measures what its first run takes.
 
-        The keys and values of the longest request are gathered, keys are copied in float8, and lists take a workspace.
+        The keys and values of the longest request may have to be gathered, keys are copied in float8, and lists take a
+        workspace.
 
         Returns:
             How many bytes.
