@@ -128,6 +128,16 @@ def _reciprocal(x):
 
 
 @triton.jit
+def fast_log2(x):
+    """log2(x) to about 22 bits."""
+    if INTERPRETED:
+        result = tl.log2(x)
+    else:
+        result = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    return result
+
+
+@triton.jit
 def cap(logits, softcap):
     """`softcap` * tanh(logits / `softcap`)."""
     size = tl.abs(logits)
@@ -206,7 +216,7 @@ def scale_and_add(numbers, scale, addends):
 def draws(keys, segment):
     """`sampling.draws`: numbers between 0 and 1 for key positions [N] and a segment."""
     bits = keys.to(tl.uint32) * KEY_STEP + (tl.zeros_like(keys) + segment).to(tl.uint32) * SEGMENT_STEP
-    return (bits >> 9).to(tl.float32) * (2.0**-23) + 2.0**-24
+    return (bits >> 9 | 0x3F800000).to(tl.float32, bitcast=True) - (1 - 2.0**-24)
 
 
 @triton.jit

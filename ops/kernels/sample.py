@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 
 from .arguments import Arguments
-from .helpers import KEY_BLOCK, draws, place_list, round_up, rows_at
+from .helpers import KEY_BLOCK, draws, fast_log2, place_list, round_up, rows_at
 from .launch import launch
 from .lists import Lists
 from .scoring import Scoring
@@ -72,6 +72,6 @@ def sample_kernel(
         column = tl.load(index + position, mask=position < listed, other=0)
         chance = tl.load(importance + (column - begin), mask=position < listed, other=1.0).to(tl.float32)
         tl.debug_barrier()
-        tl.store(importance + position, tl.maximum(-tl.log2(chance), 0.0), mask=position < listed)
+        tl.store(importance + position, tl.maximum(-fast_log2(chance), 0.0), mask=position < listed)
         if PAGED:
             tl.store(index + position, rows_at(rows, column, position < listed, True), mask=position < listed)
