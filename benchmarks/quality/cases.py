@@ -83,7 +83,7 @@ def build_case(tokenizer: Any, task: str, length: int, sample: int, settings: Se
     kind = TASKS[task].filler or settings.filler
     scored = settings.scored if kind in TEXTS and not plan.haystack else 0
     haystack = plan.haystack or (FILLERS[kind](rng, settings.text),)
-    document = build_document(tokenizer, plan, haystack, length, scored)
+    document = build_document(tokenizer, task, plan, haystack, length, scored)
     depth = {fact.value: fact.depth for fact in plan.facts}
     before = {"middle": MIDDLE, "end": 1.0}
     depths = {
@@ -98,11 +98,14 @@ def build_case(tokenizer: Any, task: str, length: int, sample: int, settings: Se
     return Case(task, sample, document, depths)
 
 
-def build_document(tokenizer: Any, plan: Plan, haystack: Sequence[Iterable[str]], length: int, scored: int) -> Document:
+def build_document(
+    tokenizer: Any, task: str, plan: Plan, haystack: Sequence[Iterable[str]], length: int, scored: int
+) -> Document:
     """Build a document of exactly `length` tokens.
 
     Args:
         tokenizer: A fast transformers tokenizer.
+        task: Its name, for what is refused.
         plan: What is hidden in it, and asked.
         haystack: Pieces of all the text, or of the text before and behind the questions in the middle.
         length: Tokens.
@@ -117,7 +120,7 @@ def build_document(tokenizer: Any, plan: Plan, haystack: Sequence[Iterable[str]]
     start = first_tokens(tokenizer) + encode(tokenizer, plan.opening)
     taken = len(start) + sum(len(passage.tokens) for passage in [*facts.values(), *middle, *end])
     if length < 2 * taken:
-        raise UsageError(f"--length must be at least {2 * taken} for this task, not {length}.")
+        raise UsageError(f"--length must be at least {2 * taken:,} for the task {task}, not {length:,}.")
     before, behind = _take_haystack(tokenizer, haystack, length - taken, length)
     tokens = start + _hide_facts(before, facts, 0, MIDDLE)
     middle_spans = [span for passage in middle for span in append(tokens, passage)]

@@ -151,7 +151,7 @@ class TestCases:
         assert build(1) != build(1, 1)
 
     def test_too_short(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match=r"--length must be at least \d+ for this task, not 300"):
+        with pytest.raises(UsageError, match=r"--length must be at least [\d,]+ for the task multikey, not 300"):
             build_case(Characters(), "multikey", 300, 0, Settings())
         with pytest.raises(UsageError, match="--length must be at least 2,048 for the task fwe, not 1,024"):
             build_case(Characters(), "fwe", 1024, 0, Settings())
