@@ -47,9 +47,11 @@ def placed(
     total = (blocks - 1) * steps[0] + size
     if not steps[0] or steps[0] != steps[1] or not request.key_count <= total < 2**31:
         return None
-    pages = table[request.number, : _pages(request, size)].to(torch.int32)
-    slot = torch.arange(size, dtype=torch.int32, device=table.device)
-    rows = (pages[:, None] * steps[0] + slot).flatten()[: request.key_count]
+    pages = table[request.number, : _pages(request, size)]
+    firsts = torch.arange(0, total - size + 1, steps[0], dtype=torch.int32, device=table.device)
+    slots = torch.arange(size, dtype=torch.int32, device=table.device)
+    # Selecting stops at what is no page, on a GPU too.
+    rows = (firsts.index_select(0, pages)[:, None] + slots).flatten()[: request.key_count]
     key, value = (pool.as_strided((request.key_count, *pool.shape[2:]), pool.stride()[1:]) for pool in (key, value))
     return key, value, Places(rows, total)
 

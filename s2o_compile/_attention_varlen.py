@@ -31,8 +31,8 @@ def attention_varlen(
 
     The arguments and their order are those of ``torch.nn.attention.varlen.varlen_attn``; fewer KV heads than query
     heads need no flag. Each request that is worth it runs sparse, as `attention` chooses by its own shape, and gives
-    the bits of `attention` called on it alone; where keys rank in float8, and there is no window or soft cap, it reads
-    pages where they are. All others run dense: on a GPU those of up to 8 queries, such as requests that decode, in a
+    the bits of `attention` called on it alone; where keys rank in float8 alone, as by default from sm_89 on without a
+    window or a soft cap, it reads pages where they are. All others run dense: on a GPU those of up to 8 queries, in a
     kernel that does so too; longer ones are gathered for calls of FlashAttention where that takes them (half precision,
     no soft cap, keys and values of one width that is a multiple of 8). The rest, and all on a CPU, run one by one. At
     threshold 0 all this is dense attention to rounding.
