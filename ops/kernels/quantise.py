@@ -150,16 +150,14 @@ def quantise(
         places: [Lk] int32, the rows of keys in pages; None where they follow one another.
     """
     units = Units.of(key, places)
-    _raise_ranges(guides, key, units, count, places)
-    return tuple(_split(x, guides, units) for x in _rounded(guides, key, units, channels, count, places))
+    return tuple(_split(x, guides, units) for x in _quantise(guides, key, units, channels, count, places))
 
 
 def quantise_keys(
     key: torch.Tensor, units: Units, channels: torch.Tensor | None, places: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
     """The keys of `quantise` alone: in all channels, and in those that are picked, if there are `channels`."""
-    _raise_ranges(None, key, units, None, places)
-    return _rounded(None, key, units, channels, None, places)
+    return _quantise(None, key, units, channels, None, places)
 
 
 def _split(rows: torch.Tensor, guides: torch.Tensor, units: Units) -> Operands:
@@ -169,19 +167,7 @@ def _split(rows: torch.Tensor, guides: torch.Tensor, units: Units) -> Operands:
     return Operands(rows[:, :, :total].unflatten(2, (heads, per_head)), rows[:, :, total:], units.ranges)
 
 
-def _raise_ranges(
-    guides: torch.Tensor | None,
-    key: torch.Tensor,
-    units: Units,
-    count: torch.Tensor | None,
-    places: torch.Tensor | None,
-) -> None:
-    """Raise the ranges of units to the reach of guides, if there are some, and keys."""
-    grid, operands, options = _blocks(guides, key, units, count, places)
-    launch(reach_kernel, grid, units.ranges, *operands, **options)
-
-
-def _rounded(
+def _quantise(
     guides: torch.Tensor | None,
     key: torch.Tensor,
     units: Units,
@@ -189,8 +175,12 @@ def _rounded(
     count: torch.Tensor | None,
     places: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """Guides, if there are some, and then keys [B, Hkv, rows, D]; and their picked `channels`, if there are some."""
+    """Guides, if there are some, and then keys [B, Hkv, rows, D]; and their picked `channels`, if there are some.
+
+    To their reach the ranges of units are raised before.
+    """
     grid, operands, options = _blocks(guides, key, units, count, places)
+    launch(reach_kernel, grid, units.ranges, *operands, **options)
     batch, kv_heads, keys, size = key.shape
     rows = keys if guides is None else guides.shape[2] * guides.shape[3] + keys
     picked = 0 if channels is None else channels.shape[-1]
