@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..rule.channels import sampling_step
 from .arguments import padded
-from .helpers import float32, rows_at
+from .helpers import float32
 from .launch import launch
 from .variants import kernel
 
@@ -174,7 +174,7 @@ def moments_kernel(
         if HAS_PADDING:
             inside = inside & (tl.load(padding + place, mask=is_key, other=1) != 0)
         if PAGED:
-            place = tl.where(is_key, rows_at(places, place, is_key, True), place)
+            place = tl.load(places + place, mask=is_key, other=place)
         pointers = first + (row // of_head).to(tl.int64) * guides_stride_h + place.to(tl.int64) * stride_n
         x, y = _load_finite(pointers, inside, channel, D), _load_finite(pointers, inside, column, D)
         total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)

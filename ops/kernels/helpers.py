@@ -216,6 +216,7 @@ def scale_and_add(numbers, scale, addends):
 def draws(keys, segment):
     """`sampling.draws`: numbers between 0 and 1 for key positions [N] and a segment."""
     bits = keys.to(tl.uint32) * KEY_STEP + (tl.zeros_like(keys) + segment).to(tl.uint32) * SEGMENT_STEP
+    # The fraction of a number between 1 and 2: to make a float of an integer takes longer.
     return (bits >> 9 | 0x3F800000).to(tl.float32, bitcast=True) - (1 - 2.0**-24)
 
 

@@ -12,7 +12,7 @@ _BLOCK = 1024
 
 
 def positions(keys: int, device: torch.device) -> torch.Tensor:
-    """The positions of so many keys [Lk] int32."""
+    """The positions of so many keys [Lk] int32, by a launch, which a plan can repeat."""
     result = torch.empty(keys, dtype=torch.int32, device=device)
     launch(positions_kernel, (-(-keys // _BLOCK),), result, keys, BLOCK_N=_BLOCK, num_warps=4)
     return result

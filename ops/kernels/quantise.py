@@ -96,21 +96,21 @@ def operands_of_channels(
 ) -> tuple[Operands, Operands]:
     """`ranking_operands` of all channels, and of those that are picked for each KV head [B, Hkv, channels] int32."""
     key = arguments.key
-    if ranks_in_float8(guides, arguments.softcap, arguments.device) and channels.shape[-1] >= _LEAST_CHANNELS:
+    if ranks_copies(guides, channels.shape[-1], arguments.softcap, arguments.device):
         all_channels, subset = quantise(guides, key, channels, count, arguments.places)
         return all_channels, subset
     subset = Operands(pick_channels(guides, channels), pick_channels(key[:, :, None], channels)[:, :, 0], guides)
     return ranking_operands(arguments, guides, key, count), subset
 
 
-def ranks_copies(query: torch.Tensor, channels: int | None, softcap: float, device: torch.device) -> bool:
-    """Whether all that ranks keys are copies of them in float8: of all channels, and of those that are picked.
+def ranks_copies(guides: torch.Tensor, channels: int | None, softcap: float, device: torch.device) -> bool:
+    """Whether all that ranks keys by such guides [..., D] are copies in float8: of all channels, and of picked ones.
 
     Not where they are projected to other directions, or the picked channels are too few.
     """
-    size = query.shape[-1]
+    size = guides.shape[-1]
     is_enough = channels is None or channels >= size or (picks_channels(channels, size) and channels >= _LEAST_CHANNELS)
-    return is_enough and ranks_in_float8(query, softcap, device)
+    return is_enough and ranks_in_float8(guides, softcap, device)
 
 
 def ranks_in_float8(guides: torch.Tensor, softcap: float, device: torch.device) -> bool:

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 
 from .arguments import Arguments
-from .helpers import KEY_BLOCK, draws, fast_log2, place_list, round_up, rows_at
+from .helpers import KEY_BLOCK, draws, fast_log2, place_list, round_up
 from .launch import launch
 from .lists import Lists
 from .scoring import Scoring
@@ -74,4 +74,5 @@ def sample_kernel(
         tl.debug_barrier()
         tl.store(importance + position, tl.maximum(-fast_log2(chance), 0.0), mask=position < listed)
         if PAGED:
-            tl.store(index + position, rows_at(rows, column, position < listed, True), mask=position < listed)
+            row = tl.load(rows + column, mask=position < listed, other=0)
+            tl.store(index + position, row, mask=position < listed)
