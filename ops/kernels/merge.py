@@ -35,7 +35,7 @@ class MergedGuides(NamedTuple):
 
     Attributes:
         rows: [B, Hkv, lists, segments * most, D], in the dtype of queries or in float8.
-        subset: Their picked channels [B, Hkv, lists, segments * most, picked]; `rows` where none are picked.
+        subset: Their picked channels [B, Hkv, lists, segments * most, picked + digits]; `rows` where none are picked.
         counts: [B, Hkv, lists, segments] int32, how many there are.
         reach: [B, Hkv, lists, segments * most] float32, how far their logits reach, in units of log 2.
         first: [B, Hkv, lists, segments * most] int32, the position of the first query of each.
@@ -51,12 +51,16 @@ class MergedGuides(NamedTuple):
 
 
 def merge(
-    arguments: Arguments, covariance: torch.Tensor, units: Units | None = None, channels: torch.Tensor | None = None
+    arguments: Arguments,
+    covariance: torch.Tensor,
+    units: Units | None = None,
+    channels: torch.Tensor | None = None,
+    digits: int = 0,
 ) -> MergedGuides:
     """The queries merged, given the `covariance` of keys [B, Hkv, BLOCK_D, BLOCK_D], float32, times scale squared.
 
     With `units` they are in float8 (`quantise`), of the reach of queries, to which the ranges are raised; and so are
-    their picked `channels` [B, Hkv, picked] int32, if there are some.
+    their picked `channels` [B, Hkv, picked] int32, if there are some, with as many `digits` of 0 behind them.
     """
     query, ranking, size = arguments.query, arguments.config.ranking, arguments.query.shape[-1]
     batch, heads, queries, _ = query.shape
@@ -87,7 +91,7 @@ def merge(
     picked = 0 if channels is None else channels.shape[-1]
     found = MergedGuides(
         rows,
-        query.new_empty(*shape, segments * most, picked, dtype=dtype) if picked else rows,
+        query.new_empty(*shape, segments * most, picked + digits, dtype=dtype) if picked else rows,
         query.new_empty(*shape, segments, dtype=torch.int32),
         query.new_empty(*shape, segments * most, dtype=torch.float32),
         query.new_empty(*shape, segments * most, dtype=torch.int32),
@@ -99,7 +103,8 @@ def merge(
         query, of_run, clusters, reach, ranges, clusters if channels is None else channels, *found,
         *query.stride()[:3], heads // arguments.kv_heads, queries, runs, segments,
         HEADS=heads // (arguments.kv_heads * lists), SEGMENT=ranking.segment, RUN=run, TURNS=turns,
-        PARTS=triton.next_power_of_2(most // run), FLOAT8=units is not None, PICKED=picked, BLOCK_P=padded(picked),
+        PARTS=triton.next_power_of_2(most // run), FLOAT8=units is not None, PICKED=picked,
+        WIDTH=picked + digits, BLOCK_P=padded(picked + digits),
         D=size, BLOCK_D=width, num_warps=2 if units is None or width > 2 * _COLUMNS else 1, num_stages=1,
     )  # fmt: skip
     return found
@@ -228,7 +233,8 @@ def mean_kernel(
     query, of_run, clusters, reach_of_run, ranges, picked, rows, subset, count, reach, first, owner,
     stride_b, stride_h, stride_n, group_size, queries, runs, segments,
     HEADS: tl.constexpr, SEGMENT: tl.constexpr, RUN: tl.constexpr, TURNS: tl.constexpr, PARTS: tl.constexpr,
-    FLOAT8: tl.constexpr, PICKED: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    FLOAT8: tl.constexpr, PICKED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the guides of a run, the means of its clusters, behind those of other runs of its segment and list.
 
@@ -271,4 +277,4 @@ def mean_kernel(
         mean = (mean * (unit / tl.maximum(tl.sum(is_member.to(tl.float32), 1), 1.0))[:, None]).to(rows.dtype.element_ty)
         store_rows(mean, rows, target, is_guide, D, BLOCK_D)
         if PICKED > 0:
-            store_rows(tl.dot(mean.to(tl.float16), ones), subset, target, is_guide, PICKED, BLOCK_P)
+            store_rows(tl.dot(mean.to(tl.float16), ones), subset, target, is_guide, WIDTH, BLOCK_P)

@@ -16,6 +16,7 @@ from .helpers import (
     LOG2_E,
     dot_logits,
     float32,
+    in_pairs,
     load_guides,
     load_rows,
     pack_halves,
@@ -33,6 +34,8 @@ from .tiling import merged_importance_tiling
 from .variants import kernel
 
 NEGLECT_LIMIT = tl.constexpr(channels.NEGLECT_LIMIT)
+LEAST_UNIT = tl.constexpr(1e-3)
+"""Of products with digits, in bits: half precision then has room for log-sum-exps beside logits."""
 
 
 def score_merged(
@@ -48,6 +51,7 @@ def score_merged(
     guides, key = operands.guides, operands.key
     capacity, most = arguments.capacity(segments[-1]), arguments.guides_of_segment
     half = quantise.sums_in_half(operands, False, arguments.device)
+    registers = tilings.FOLDED_REGISTERS if operands.folded else tilings.SHARED_REGISTERS
     tiling = merged_importance_tiling(key.shape[-1], key.element_size(), half)
     together = tiling.segments(min(most, tilings.MERGED_ROWS))
     programs = -(-len(segments) // together) * -(-(capacity + config.ranking.segment * together) // tilings.CHUNK)
@@ -61,11 +65,12 @@ def score_merged(
         capacity=capacity, chunk=tilings.CHUNK, threshold=config.threshold, **arguments.spans,
         kv_heads=arguments.kv_heads, scale=arguments.shared["scale"], softcap=arguments.shared["softcap"],
         SEGMENTS=together, PER_SEGMENT=most, HAS_PADDING=arguments.shared["HAS_PADDING"],
-        SOFTCAP=arguments.shared["SOFTCAP"], HALF=half, MEASURES_OUTPUT=distances is not None,
+        SOFTCAP=arguments.shared["SOFTCAP"], HALF=half, FOLDED=operands.folded,
+        FOLDS=scoring.subset is not None and scoring.subset.folded, MEASURES_OUTPUT=distances is not None,
         SAMPLED=config.has_samples, CHOICE_PER_KV_HEAD=neglected is not None, IS_SUBSET=operands is scoring.subset,
         PRECISION=arguments.shared["PRECISION"], MOST_PARTS=tilings.MOST_PARTS,
         HALVINGS=tilings.HALVINGS, AMONG=max(together, tilings.AMONG), **operands.arguments,
-        **tiling.arguments, **({"maxnreg": tilings.SHARED_REGISTERS} if half else {}),
+        **tiling.arguments, **({"maxnreg": registers} if half else {}),
     )  # fmt: skip
 
 
@@ -105,16 +110,22 @@ def _origins(
 @triton.jit
 def _load_part(
     guides, lse, reach, count, part, end, correction, done, stride_n, PER_SEGMENT: tl.constexpr, ROWS: tl.constexpr,
-    SEGMENTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+    SEGMENTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """ROWS guides of the segments `part` in all, `done` of each being those before: channels, and `_origins`.
 
-    Segments from `end` on have none. With HALF origins are in pairs as `scale_and_add` takes them.
+    Segments from `end` on have none. With HALF origins are in pairs as `scale_and_add` takes them. With FOLDED they are
+    part of the channels, and the first guide of a segment stands in for those that it lacks.
     """
     row = tl.arange(0, ROWS)
     guide, real = _guides_of_rows(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
+    if FOLDED:
+        guide = tl.where(real, guide, guide // PER_SEGMENT * PER_SEGMENT)
+        real = guide < end * PER_SEGMENT
     rows = load_guides(guides, guide * 0, guide, real, 0, stride_n, D, BLOCK_D)
-    if HALF:
+    if FOLDED:
+        origin = row
+    elif HALF:
         origin = pack_halves(
             _origins(lse, reach, count, part, end, row & -2, correction, done, PER_SEGMENT, SEGMENTS),
             _origins(lse, reach, count, part, end, row | 1, correction, done, PER_SEGMENT, SEGMENTS),
@@ -129,8 +140,8 @@ def _score_chunk(
     parts, key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys, key_stride_n, scale, softcap,
     step, done,
     PARTS: tl.constexpr, SEGMENTS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PADDING: tl.constexpr,
-    SOFTCAP: tl.constexpr, HALF: tl.constexpr, MEASURES_OUTPUT: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, HALF: tl.constexpr, FOLDED: tl.constexpr, MEASURES_OUTPUT: tl.constexpr,
+    SAMPLED: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the importance of a chunk of keys by PARTS of the guides, or raise it, where some were `done` before."""
     low, high, end = spans
@@ -140,12 +151,17 @@ def _score_chunk(
         largest = tl.full([BLOCK_N, SEGMENTS], float("-inf"), tl.float16 if HALF else tl.float32)
         for part in tl.static_range(PARTS):
             rows, origin = parts[part]
-            if HALF:
+            if FOLDED:
+                logits = in_pairs(tl.dot(block, tl.trans(rows), out_dtype=tl.float16))
+            elif HALF:
                 logits = scale_and_add(tl.dot(block, tl.trans(rows), out_dtype=tl.float16), scale, origin)
             else:
                 logits = dot_logits(block, tl.trans(rows), scale, softcap, SOFTCAP, PRECISION) + origin[None, :]
             largest = raise_largest(largest, by_segment(logits, SEGMENTS, LANES), origin, SEGMENTS, LANES, HALF)
-        score = tl.exp2(largest.to(tl.float32)) * step
+        score = largest.to(tl.float32)
+        if FOLDED:
+            score *= scale
+        score = tl.exp2(score) * step
         score = decided(
             score, column, keys, low, high, distances, padding, MEASURES_OUTPUT, HAS_PADDING, CAUSAL
         )  # fmt: skip
@@ -173,32 +189,32 @@ def _score_parts(
     guides, lse, reach, count, part, end, correction, key, distances, padding, importance, spans, start_of_chunk,
     end_of_chunk, keys, guides_stride_n, key_stride_n, scale, softcap, step, done,
     PARTS: tl.constexpr, LAST: tl.constexpr, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_PADDING: tl.constexpr, SOFTCAP: tl.constexpr, HALF: tl.constexpr, MEASURES_OUTPUT: tl.constexpr,
-    SAMPLED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_PADDING: tl.constexpr, SOFTCAP: tl.constexpr, HALF: tl.constexpr, FOLDED: tl.constexpr,
+    MEASURES_OUTPUT: tl.constexpr, SAMPLED: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`_score_chunk` by the next guides: PARTS of up to 3 parts of BLOCK_M, the last one of LAST."""
     of_part: tl.constexpr = BLOCK_M // SEGMENTS
     last = _load_part(
         guides, lse, reach, count, part, end, correction, done + (PARTS - 1) * of_part, guides_stride_n, PER_SEGMENT,
-        LAST, SEGMENTS, D, BLOCK_D, HALF,
+        LAST, SEGMENTS, D, BLOCK_D, HALF, FOLDED,
     )  # fmt: skip
     one, two = last, last
     if PARTS > 1:
         one = _load_part(
             guides, lse, reach, count, part, end, correction, done, guides_stride_n, PER_SEGMENT, BLOCK_M, SEGMENTS, D,
-            BLOCK_D, HALF,
+            BLOCK_D, HALF, FOLDED,
         )  # fmt: skip
     if PARTS > 2:
         two = _load_part(
             guides, lse, reach, count, part, end, correction, done + of_part, guides_stride_n, PER_SEGMENT, BLOCK_M,
-            SEGMENTS, D, BLOCK_D, HALF,
+            SEGMENTS, D, BLOCK_D, HALF, FOLDED,
         )  # fmt: skip
     parts = (last, last, last) if PARTS == 1 else (one, last, last) if PARTS == 2 else (one, two, last)
     _score_chunk(
         parts, key, distances, padding, importance, spans, start_of_chunk, end_of_chunk, keys, key_stride_n, scale,
-        softcap, step, done, PARTS, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF, MEASURES_OUTPUT, SAMPLED, D, BLOCK_N,
-        BLOCK_D, PRECISION,
+        softcap, step, done, PARTS, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF, FOLDED, MEASURES_OUTPUT, SAMPLED, D,
+        BLOCK_N, BLOCK_D, PRECISION,
     )  # fmt: skip
 
 
@@ -211,9 +227,10 @@ def merged_importance_kernel(
     capacity, chunk, threshold, scale, softcap,
     SEGMENT: tl.constexpr, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, HAS_PADDING: tl.constexpr, SOFTCAP: tl.constexpr, QUANTISED: tl.constexpr,
-    HALF: tl.constexpr, MEASURES_OUTPUT: tl.constexpr, SAMPLED: tl.constexpr, CHOICE_PER_KV_HEAD: tl.constexpr,
-    IS_SUBSET: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MOST_PARTS: tl.constexpr, HALVINGS: tl.constexpr, AMONG: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, FOLDED: tl.constexpr, FOLDS: tl.constexpr, MEASURES_OUTPUT: tl.constexpr,
+    SAMPLED: tl.constexpr, CHOICE_PER_KV_HEAD: tl.constexpr, IS_SUBSET: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MOST_PARTS: tl.constexpr,
+    HALVINGS: tl.constexpr, AMONG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write importance as `importance_kernel` does, by as many guides as each of SEGMENTS segments has.
 
@@ -224,15 +241,17 @@ def merged_importance_kernel(
     the fewest guides; list of the KV head; batch entry and KV head).
     """
     correction = 0.0
+    scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
     if CHOICE_PER_KV_HEAD:
         variance = tl.load(neglected + tl.program_id(2))
         is_above = (variance > NEGLECT_LIMIT).to(tl.int32)
+        if FOLDS:
+            is_above |= 1 - (scale >= LEAST_UNIT).to(tl.int32)
         if is_above == (1 if IS_SUBSET else 0):
             return
         if IS_SUBSET:
             correction = variance * LOG2_E
     softcap = float32(softcap)
-    scale = unit_scale(scale, ranges, tl.program_id(2), tl.num_programs(2), QUANTISED)
     step = 1 / float32(threshold)
     batch = (tl.program_id(2) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(2) % kv_heads).to(tl.int64)
@@ -266,7 +285,7 @@ def merged_importance_kernel(
         return
     guides += batch * guides_stride_b + kv_head * guides_stride_kv + tl.program_id(1).to(tl.int64) * guides_stride_h
     most = tl.max(tl.load(count + part, mask=is_ranked, other=0), 0)
-    if HALF:
+    if HALF and not FOLDED:
         scale = pack_halves(scale, scale)
     spans = (low, high, end)
     for done in range(0, most, MOST_PARTS * of_part):
@@ -280,6 +299,6 @@ def merged_importance_kernel(
                     _score_parts(
                         guides, lse, reach, count, part, last, correction, key, distances, padding, importance, spans,
                         start_of_chunk, end_of_chunk, keys, guides_stride_n, key_stride_n, scale, softcap, step, done,
-                        parts, BLOCK_M >> halved, PER_SEGMENT, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF,
+                        parts, BLOCK_M >> halved, PER_SEGMENT, SEGMENTS, CAUSAL, HAS_PADDING, SOFTCAP, HALF, FOLDED,
                         MEASURES_OUTPUT, SAMPLED, D, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
                     )  # fmt: skip

@@ -22,6 +22,8 @@ NAN = tl.constexpr(0x7FC00000)
 _ROWS = 128
 _LEAST_CHANNELS = 32
 """The fewest channels that are multiplied in float8."""
+DIGITS = tl.constexpr(4)
+"""Channels of a subset that hold a number of each guide (`fold`)."""
 _SAMPLE = 256
 """The keys whose mean is the origin of all, about."""
 
@@ -60,11 +62,13 @@ class Operands(NamedTuple):
         guides: [B, Hkv, guide heads, guides, D].
         key: [B, Hkv, Lk, D].
         ranges: [2, B, Hkv] float32, how far guides and keys reach at most; read for float8 only.
+        folded: Whether the last channels are digits of what is added to the logits of guides (`fold`).
     """
 
     guides: torch.Tensor
     key: torch.Tensor
     ranges: torch.Tensor
+    folded: bool = False
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -122,9 +126,27 @@ def ranks_in_float8(guides: torch.Tensor, softcap: float, device: torch.device) 
 
 def sums_in_half(operands: Operands, takes_mean: bool, device: torch.device) -> bool:
     """Whether their products are summed in half precision, whose maxima take half the instructions (sm_90)."""
-    if not operands.are_quantised or takes_mean:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return operands.are_quantised and not takes_mean and adds_in_half(device)
+
+
+def adds_in_half(device: torch.device) -> bool:
+    """Whether a device sums products of float8 in half precision."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def picked_channels(arguments: Arguments) -> tuple[int | None, bool]:
+    """How many channels are picked, None for none; and whether digits take the place of others (`fold`).
+
+    These are then as many fewer, so that products take as long.
+    """
+    query, wanted = arguments.query, arguments.config.ranking.channels
+    if not picks_channels(wanted, query.shape[-1]):
+        return None, False
+    few = wanted - DIGITS.value
+    if not (arguments.config.ranking.merges and adds_in_half(arguments.device) and few >= _LEAST_CHANNELS):
+        return wanted, False
+    is_folded = ranks_copies(query, wanted, arguments.softcap, arguments.device)
+    return (few, True) if is_folded else (wanted, False)
 
 
 def quantise(
@@ -154,10 +176,17 @@ def quantise(
 
 
 def quantise_keys(
-    key: torch.Tensor, units: Units, channels: torch.Tensor | None, places: torch.Tensor | None = None
+    key: torch.Tensor,
+    units: Units,
+    channels: torch.Tensor | None,
+    places: torch.Tensor | None = None,
+    digits: int = 0,
 ) -> list[torch.Tensor]:
-    """The keys of `quantise` alone: in all channels, and in those that are picked, if there are `channels`."""
-    return _quantise(None, key, units, channels, None, places)
+    """The keys of `quantise` alone: in all channels, and in those that are picked, if there are `channels`.
+
+    Behind these are the units of as many `digits`.
+    """
+    return _quantise(None, key, units, channels, None, places, digits)
 
 
 def _split(rows: torch.Tensor, guides: torch.Tensor, units: Units) -> Operands:
@@ -174,6 +203,7 @@ def _quantise(
     channels: torch.Tensor | None,
     count: torch.Tensor | None,
     places: torch.Tensor | None,
+    digits: int = 0,
 ) -> list[torch.Tensor]:
     """Guides, if there are some, and then keys [B, Hkv, rows, D]; and their picked `channels`, if there are some.
 
@@ -184,11 +214,12 @@ def _quantise(
     batch, kv_heads, keys, size = key.shape
     rows = keys if guides is None else guides.shape[2] * guides.shape[3] + keys
     picked = 0 if channels is None else channels.shape[-1]
-    results = [key.new_empty(batch, kv_heads, rows, n, dtype=FLOAT8) for n in (size, picked) if n]
+    width = picked + digits
+    results = [key.new_empty(batch, kv_heads, rows, n, dtype=FLOAT8) for n in (size, width) if n]
     launch(
         quantise_kernel, grid,
         units.ranges, results[0], results[-1], units.ranges if channels is None else channels, *operands,
-        PICKED=picked, BLOCK_P=padded(picked), **options,
+        PICKED=picked, WIDTH=width, BLOCK_P=padded(width), **options,
     )  # fmt: skip
     return results
 
@@ -317,6 +348,12 @@ def picking(picked, dtype: tl.constexpr, BLOCK_D: tl.constexpr, PICKED: tl.const
 
 
 @triton.jit
+def digit_unit(digit):
+    """What a digit counts: 128, and a sixteenth of the digit before, which is as much as that leaves."""
+    return tl.exp2(7.0 - 4.0 * digit)
+
+
+@triton.jit
 def store_rows(rows, result, place, real, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write rows [N, BLOCK_D] to the `real` places [N] of `result` [..., D]."""
     channel = tl.arange(0, BLOCK_D)
@@ -349,12 +386,13 @@ def quantise_kernel(
     ranges, result, of_picked, picked, guides, key, origin, count, places,
     guides_stride_b, guides_stride_kv, guides_stride_h, guides_stride_n, key_stride_b, key_stride_h, key_stride_n,
     kv_heads, heads, per_head, keys,
-    PICKED: tl.constexpr, PAGED: tl.constexpr, OF_SEGMENT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PICKED: tl.constexpr, WIDTH: tl.constexpr, PAGED: tl.constexpr, OF_SEGMENT: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write guides of all heads, then keys from `origin`, in units of range / FLOAT8_REACH: [B, Hkv, rows, D].
 
-    The same of the channels `picked` [B, Hkv, PICKED]: `of_picked` [B, Hkv, rows, PICKED], where PICKED is not 0.
+    The same of the channels `picked` [B, Hkv, PICKED]: `of_picked` [B, Hkv, rows, WIDTH], where PICKED is not 0, and
+    digits behind them.
     Program (block of guides or of keys; batch entry and KV head).
     """
     place = _place(count, heads, per_head, keys, OF_SEGMENT, BLOCK_N)
@@ -369,4 +407,8 @@ def quantise_kernel(
     store_rows(rows, result, row, real, D, BLOCK_D)
     if PICKED > 0:
         ones = picking(picked + tl.program_id(1) * PICKED, tl.float8e4nv, BLOCK_D, PICKED, BLOCK_P)
-        store_rows(tl.dot(rows, ones), of_picked, row, real, PICKED, BLOCK_P)
+        product = tl.dot(rows, ones)
+        if WIDTH > PICKED:
+            digit = tl.arange(0, BLOCK_P) - PICKED
+            product = tl.where((digit >= 0)[None, :], digit_unit(tl.maximum(digit, 0))[None, :], product)
+        store_rows(product, of_picked, row, real, WIDTH, BLOCK_P)

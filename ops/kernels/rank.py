@@ -6,17 +6,20 @@ from typing import TypeAlias
 
 import torch
 
-from ..rule.channels import picks_channels, project
+from ..rule.channels import project
 from .arguments import Arguments
 from .channels import ChannelSubset, key_covariance, sample_moments, select_channels
+from .fold import fold
 from .importance import score
 from .lists import Lists
 from .merge import MergedGuides, merge
 from .normaliser import normalisers
 from .quantise import (
+    DIGITS,
     Operands,
     Units,
     operands_of_channels,
+    picked_channels,
     quantise_keys,
     ranking_operands,
     ranks_copies,
@@ -36,29 +39,32 @@ def scoring_of(arguments: Arguments, query: torch.Tensor, sample: torch.Tensor) 
     """
     key, scale, ranking = arguments.key, arguments.scale, arguments.config.ranking
     padding, places = arguments.visibility.key_padding, arguments.places
-    few = ranking.channels if picks_channels(ranking.channels, key.shape[-1]) else None
+    few, is_folded = picked_channels(arguments)
     moments = sample_moments(sample, key, padding, places) if few is not None or ranking.merges else None
     picked = select_channels(moments, key, padding, few, scale) if moments and few is not None else None
     if not (moments and ranking.merges):
         merged, operands = None, _operands(arguments, query, sample, picked, None)
     else:
         covariance = key_covariance(moments, key, padding, scale)
-        merged, operands = _merged(arguments, covariance, sample, picked)
+        merged, operands = _merged(arguments, covariance, sample, picked, is_folded)
     all_channels, subset, neglected = operands
     guide_lse = normalisers(arguments, all_channels, merged)
+    if is_folded and merged is not None and subset is not None and neglected is not None:
+        fold(arguments, subset, merged, guide_lse, neglected)
     return Scoring(all_channels, subset, guide_lse, neglected, arguments.distances, merged)
 
 
 def _merged(
-    arguments: Arguments, covariance: torch.Tensor, sample: torch.Tensor, picked: ChannelSubset | None
+    arguments: Arguments, covariance: torch.Tensor, sample: torch.Tensor, picked: ChannelSubset | None, is_folded: bool
 ) -> tuple[MergedGuides, Corrected]:
     """Merged queries, straight to float8 where that can be, and their `_operands`."""
     channels, neglected = picked or (None, None)
     if ranks_copies(arguments.query, arguments.config.ranking.channels, arguments.softcap, arguments.device):
         key, places = arguments.key, arguments.places
-        units = Units.of(key, places)
-        merged, keys = merge(arguments, covariance, units, channels), quantise_keys(key, units, channels, places)
-        subset = None if picked is None else Operands(merged.subset, keys[1], units.ranges)
+        units, digits = Units.of(key, places), DIGITS.value if is_folded else 0
+        merged = merge(arguments, covariance, units, channels, digits)
+        keys = quantise_keys(key, units, channels, places, digits)
+        subset = None if picked is None else Operands(merged.subset, keys[1], units.ranges, is_folded)
         return merged, (Operands(merged.rows, keys[0], units.ranges), subset, neglected)
     merged = merge(arguments, covariance)
     return merged, _operands(arguments, merged.rows, sample, picked, merged.counts)

@@ -24,6 +24,8 @@ HALVINGS = 1
 """How often the last part may be halved: 2 saves 1% of a call at 131,072 keys, for half as long again to compile."""
 SHARED_REGISTERS = 168
 """Of a thread, so that three programs of four warps share a multiprocessor of 65,536."""
+FOLDED_REGISTERS = 128
+"""The same for four programs."""
 MAX_GUIDE_BYTES = 32 * 1024
 """Bytes of guides that stay with a program while it goes through its keys."""
 DECODED_BLOCKS = 2

@@ -123,9 +123,7 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     terms = Visibility(True, 0, mask[0, 0, :1], 200, documents.int(), documents, mask)
     has_float8 = dtype != torch.float32 and capability >= 89
     quantise.ranks_in_float8 = lambda guides, softcap, device: has_float8 and not softcap and guides.shape[-1] >= 32
-    quantise.sums_in_half = lambda operands, takes_mean, device: (
-        capability == 90 and operands.are_quantised and not takes_mean
-    )
+    quantise.adds_in_half = lambda device: capability == 90
     has_terms = dtype != torch.float32 and (is_all or not has_float8)
     if is_all or not has_terms:
         pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, MERGED)

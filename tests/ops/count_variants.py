@@ -66,7 +66,7 @@ def main() -> None:
     attend.shared_memory = dense.shared_memory = decode.shared_memory = lambda device: 227 * 1024
     decode.multiprocessors = lambda device: 132
     quantise.ranks_in_float8 = lambda guides, softcap, device: True
-    quantise.sums_in_half = lambda operands, takes_mean, device: not takes_mean
+    quantise.adds_in_half = lambda device: True
     found: set[str] = set()
     new: list[str] = []
 

@@ -182,11 +182,14 @@ def test_a_bad_query_leaves_no_guides_without_members(bad: float) -> None:
     assert counts[:2].tolist() == [of_run.number.sum().item() for of_run in of_runs]
 
 
-@pytest.mark.parametrize("picked", [None, 40])
+@pytest.mark.parametrize(("picked", "half"), [(None, False), (40, False), (40, True)])
 def test_merged_queries_rank_in_float8_as_in_half_precision(
-    picked: int | None, monkeypatch: pytest.MonkeyPatch
+    picked: int | None, half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole call in the interpreter too, which says of no CPU that it has float8; of keys with a mean of 0."""
+    """The whole call in the interpreter too, which says of no CPU that it has float8; of keys with a mean of 0.
+
+    Where products are summed in half precision, digits of log-sum-exps are among the channels that are picked.
+    """
     torch.manual_seed(7)
     query, key = (x.half().flatten(1, -3).to(DEVICE) for x in inputs((1, 2, 2, 300, 300), 64, 7))
     key, value = key - key.mean(2, keepdim=True), torch.randn_like(key)
@@ -194,7 +197,7 @@ def test_merged_queries_rank_in_float8_as_in_half_precision(
 
     def attended(in_float8: bool) -> AttentionResult:
         monkeypatch.setattr(quantise, "ranks_in_float8", lambda *_: in_float8)
-        monkeypatch.setattr(quantise, "sums_in_half", lambda *_: False)
+        monkeypatch.setattr(quantise, "adds_in_half", lambda device: half)
         plan_of.cache_clear()
         return pipeline.sparse_attention(query, key, value, Visibility(True), 0.125, 0.0, config)
 

@@ -38,7 +38,7 @@ def ranks_in_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where there is no GPU."""
     if DEVICE == "cpu":
         monkeypatch.setattr(quantise, "ranks_in_float8", lambda guides, softcap, device: not softcap)
-        monkeypatch.setattr(quantise, "sums_in_half", lambda operands, takes_mean, device: False)
+        monkeypatch.setattr(quantise, "adds_in_half", lambda device: False)
 
 
 def pool(layout: str, blocks: int, size: int, heads: int, channels: int) -> torch.Tensor:
