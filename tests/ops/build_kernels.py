@@ -25,6 +25,8 @@ from s2o_compile.ops.requests import Request
 from s2o_compile.ops.visibility import Visibility
 
 MERGED = S2OConfig(ranking=Ranking(merge_length=0))
+FOLDED = S2OConfig(ranking=Ranking(merge_length=0, channels=40))
+"""With digits in the place of some of the channels that are picked."""
 CAPABILITIES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may take, by compute capability."""
 OTHERS = (
@@ -126,7 +128,8 @@ def main(dtype: torch.dtype, capability: int, is_all: bool) -> None:
     quantise.adds_in_half = lambda device: capability == 90
     has_terms = dtype != torch.float32 and (is_all or not has_float8)
     if is_all or not has_terms:
-        pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, MERGED)
+        merged = FOLDED if capability == 90 and has_float8 else MERGED
+        pipeline.sparse_attention(query, key, key, Visibility(True), 0.125, 0.0, merged)
     if dtype != torch.float32:
         dense.attend_densely(query, key, key, terms._replace(mask=None), 0.125, 0.0)
     build_decoding(dtype, 128, 4, 1, 300, True)
