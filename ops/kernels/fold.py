@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 
 from .arguments import Arguments
@@ -18,33 +19,43 @@ _ROWS = 256
 def fold(
     arguments: Arguments, operands: Operands, merged: MergedGuides, lse: torch.Tensor, neglected: torch.Tensor
 ) -> None:
-    """Write the digits of guides [B, Hkv, lists, guides, channels], which are the last of these.
+    """Write the digits of guides [B, Hkv, lists, segments * most, channels], which are the last of these.
 
-    They are those of `origins`, in units of products, so that a product is a logit less the log-sum-exp `lse`
-    [B, Hkv, lists, guides], with the allowances for merging and for what the channels lack, `neglected` [B, Hkv].
+    They are those of what is added to logits, in units of products, so that a product is a logit less the log-sum-exp
+    `lse` [B, Hkv, lists, segments * most], with the allowances for merging and for what the channels lack, `neglected`
+    [B, Hkv].
     """
-    guides = operands.guides
-    batch, kv_heads, lists, count, width = guides.shape
+    batch, kv_heads, lists, segments = merged.counts.shape
+    most = arguments.guides_of_segment
     launch(
-        fold_kernel, (-(-count // _ROWS), lists, batch * kv_heads),
-        guides, operands.ranges, lse, merged.reach, neglected, count, arguments.shared["scale"],
-        WIDTH=width, BLOCK_M=_ROWS, num_warps=4,
+        fold_kernel, (segments, lists, batch * kv_heads),
+        operands.guides, operands.ranges, lse, merged.reach, neglected, merged.counts,
+        arguments.shared["scale"],
+        PER_SEGMENT=most, WIDTH=operands.guides.shape[-1], BLOCK_M=min(_ROWS, triton.next_power_of_2(most)),
+        num_warps=4,
     )  # fmt: skip
 
 
 @kernel
-def fold_kernel(guides, ranges, lse, reach, neglected, rows, scale, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Write the digits of guides. Program (block of guides; list; batch entry and KV head)."""
+def fold_kernel(
+    guides, ranges, lse, reach, neglected, count, scale,
+    PER_SEGMENT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Write the digits of the guides of a segment. Program (segment; list; batch entry and KV head)."""
     place = tl.program_id(2)
     step = unit_scale(scale, ranges, place, tl.num_programs(2), True)
     correction = tl.load(neglected + place) * LOG2_E
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    of_list = (place * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * rows
-    far = tl.load(reach + of_list + row, mask=row < rows, other=0.0)
-    left = (tl.sqrt(far * far + correction * correction) - tl.load(lse + of_list + row, mask=row < rows)) / step
-    first = guides + (of_list + row) * WIDTH + (WIDTH - DIGITS)
-    for digit in tl.static_range(DIGITS):
-        unit = digit_unit(digit)
-        rounded = (left / unit).to(guides.dtype.element_ty)
-        tl.store(first + digit, rounded, mask=row < rows)
-        left -= rounded.to(tl.float32) * unit
+    segment = (place * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    guides_of_segment = tl.load(count + segment)
+    for start in range(0, guides_of_segment, BLOCK_M):
+        slot = start + tl.arange(0, BLOCK_M)
+        real = slot < guides_of_segment
+        guide = segment * PER_SEGMENT + slot
+        far = tl.load(reach + guide, mask=real, other=0.0)
+        left = (tl.sqrt(far * far + correction * correction) - tl.load(lse + guide, mask=real, other=0.0)) / step
+        target = guides + guide * WIDTH + (WIDTH - DIGITS)
+        for digit in tl.static_range(DIGITS):
+            unit = digit_unit(digit)
+            rounded = (left / unit).to(guides.dtype.element_ty)
+            tl.store(target + digit, rounded, mask=real)
+            left -= rounded.to(tl.float32) * unit

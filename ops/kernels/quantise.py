@@ -22,7 +22,7 @@ NAN = tl.constexpr(0x7FC00000)
 _ROWS = 128
 _LEAST_CHANNELS = 32
 """The fewest channels that are multiplied in float8."""
-DIGITS = tl.constexpr(4)
+DIGITS = tl.constexpr(2)
 """Channels of a subset that hold a number of each guide (`fold`)."""
 _SAMPLE = 256
 """The keys whose mean is the origin of all, about."""
