@@ -196,7 +196,6 @@ def _sum_past(
         seen = (column[None, :] - low[:, None]).to(tl.uint32, bitcast=True) < width[:, None]
         maximum, mass = _add_by_lane(maximum, mass, tl.where(seen, logits, float("-inf")))
     origin = finite_or_zero(tl.maximum(first, tl.max(maximum, 1)))
-    total = tl.sum(mass * tl.exp2(maximum - origin[:, None]), 1) + tl.exp2(first - origin)
 
     # The history in units of what there is so far.
     start_of_sample = _start_of_sample(0, last, sample)
@@ -219,7 +218,8 @@ def _sum_past(
         block = load_rows(key, column, column < last, key_stride_n, D, BLOCK_D)
         share = tl.exp2(tl.dot(rows, tl.trans(block), input_precision=PRECISION) * scale + shift)
         drawn += by_lane(tl.where(column[None, :] < end[:, None], share, 0.0))
-    return origin, total + tl.sum(drawn, 1)
+    mass = mass * tl.exp2(maximum - origin[:, None]) + drawn
+    return origin, tl.sum(mass, 1) + tl.exp2(first - origin)
 
 
 @kernel

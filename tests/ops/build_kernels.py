@@ -72,6 +72,23 @@ def is_reduced_right(axis: int, layout: dict[str, list[list[int]]]) -> bool:
     return len(list(itertools.groupby(along))) == len(set(along))
 
 
+def shuffled_products(ptx: str) -> list[str]:
+    """The products that shuffles pass on to other lanes as they are.
+
+    In a sum over lanes each may add its own before it is rounded: the sums then differ in their last bits by lane, and
+    lanes write different numbers to one address.
+    """
+    pattern = r"^\s*([a-z][\w.]*)\s+(%\w+)(?:\|%\w+)?, (.*);$"
+    made = {result: (operation, operands) for operation, result, operands in re.findall(pattern, ptx, re.MULTILINE)}
+
+    def origin(register: str) -> str:
+        operation, operands = made.get(register, ("", ""))
+        return origin(operands) if operation == "mov.b32" else operation
+
+    shuffled = [operands for operation, operands in made.values() if operation.startswith("shfl.sync.bfly")]
+    return [operands for operands in shuffled if origin(operands.split(",")[0]).startswith("mul.f")]
+
+
 def build(capability: int, kernel: Any, grid: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
     """Compile a kernel instead of launching it; products of float32 alone must not be rounded to TF32."""
     values = dict(zip(kernel.arg_names, positional, strict=False)) | named
@@ -96,6 +113,7 @@ def build(capability: int, kernel: Any, grid: Any, positional: tuple[Any, ...], 
     assert operands & {"*fp16", "*bf16", "*fp8e4nv"} or ".tf32" not in compiled.asm["ptx"], kernel.__name__
     reductions = list(linear_reductions(compiled.asm["ttgir"]))
     assert all(is_reduced_right(*reduction) for reduction in reductions), (kernel.__name__, reductions)
+    assert not shuffled_products(compiled.asm["ptx"]), (kernel.__name__, shuffled_products(compiled.asm["ptx"]))
     assert compiled.metadata.shared <= CAPABILITIES[capability], (kernel.__name__, compiled.metadata)
     print(kernel.__name__)
 

@@ -4,11 +4,15 @@ python -m tests.ops.sanitize
 compute-sanitizer --tool memcheck python -m tests.ops.sanitize
 compute-sanitizer --tool racecheck python -m tests.ops.sanitize
 
-The first run compiles the kernels, minutes under the sanitizer; the others then take seconds.
+The first run compiles the kernels, for many minutes; the others then take seconds. Several processes compile sooner,
+each of them a part of the calls, here the first of twelve parts: `python -m tests.ops.sanitize 0 12`.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,25 +90,36 @@ def call_packed(dtype: torch.dtype, queries: int, pages: int, arguments: dict[st
     return 1
 
 
-def main() -> None:
+def calls() -> Iterator[Callable[[], int]]:
     """All settings; all terms, also of other numbers of heads; other precisions; dense attention, also of pages."""
-    torch.manual_seed(0)
-    made = sum(call(config, 4, 1, torch.bfloat16, {}) for config in SETTINGS.values())
     default = SETTINGS["default"]
+    for config in SETTINGS.values():
+        yield partial(call, config, 4, 1, torch.bfloat16, {})
     for heads, kv_heads in ((4, 1), (12, 2), (7, 1)):
-        made += sum(call(default, heads, kv_heads, torch.bfloat16, term) for term in terms(heads).values())
+        for term in terms(heads).values():
+            yield partial(call, default, heads, kv_heads, torch.bfloat16, term)
     for dtype in (torch.float16, torch.float32):
-        made += sum(call(SETTINGS[name], 4, 1, dtype, {}) for name in ("default", "dense", "packed"))
+        for name in ("default", "dense", "packed"):
+            yield partial(call, SETTINGS[name], 4, 1, dtype, {})
     for dtype in (torch.bfloat16, torch.float16):
-        made += sum(call_dense(dtype, term) for term in terms(4).values() if "mask" not in term)
+        for name, term in terms(4).items():
+            if name != "mask":
+                yield partial(call_dense, dtype, term)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         sinks = torch.randn(6, device="cuda")
         for named in ({}, {"window_size": (100, 2), "softcap": 30.0, "sinks": sinks}):
-            made += sum(call_packed(dtype, queries, 200, named) for queries in (1, 5))
-        made += call_packed(dtype, 150, 200, {"config": default})
+            for queries in (1, 5):
+                yield partial(call_packed, dtype, queries, 200, named)
+        yield partial(call_packed, dtype, 150, 200, {"config": default})
+
+
+def main(part: int = 0, parts: int = 1) -> None:
+    """Make one of `parts` of the calls."""
+    torch.manual_seed(0)
+    made = sum(make() for make in list(calls())[part::parts])
     torch.cuda.synchronize()
     print(f"{made} calls")
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

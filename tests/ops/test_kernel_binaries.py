@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from .build_kernels import is_reduced_right, linear_reductions
+from .build_kernels import is_reduced_right, linear_reductions, shuffled_products
 
 PLAIN = {
     "moments_kernel", "normaliser_kernel", "sample_kernel", "positions_kernel", "attend_kernel", "decode_kernel",
@@ -60,6 +60,19 @@ def test_reductions_that_triton_gets_wrong_are_seen() -> None:
         found = list(linear_reductions(ttgir))
         assert [axis for axis, _ in found] == [0, 2]
         assert {axis for axis, bases in found if not is_reduced_right(axis, bases)} == axes
+
+
+def test_sums_that_may_differ_by_lane_are_seen() -> None:
+    """A product, which its own lane may add before it is rounded; what was added before has been rounded."""
+    ptx = """
+        {made}.f32 %r3, %r1, %r2;
+        mov.b32 %r4, %r3;
+        shfl.sync.bfly.b32 %r5|%p1, %r4, 2, 31, -1;
+        fma.rn.f32 %r6, %r1, %r2, %r5;
+    """
+    assert shuffled_products(ptx.format(made="mul")) == ["%r4, 2, 31, -1"]
+    assert not shuffled_products(ptx.format(made="mul.rn"))
+    assert not shuffled_products(ptx.format(made="add"))
 
 
 def test_calls_of_other_lengths_need_no_other_binaries() -> None:
