@@ -56,7 +56,10 @@ class Recorder(Protocol):
     """An observer of sparse calls."""
 
     def record(self, call: SparseInputs, result: AttentionResult, seconds: Callable[[], float]) -> None:
-        """Take note of a call; `seconds` says how long it took, for which it waits until a GPU is done."""
+        """Take note of a call, whose keys may be `in_order` or not.
+
+        `seconds` says how long it took, for which it waits until a GPU is done.
+        """
 
 
 _recorders: ContextVar[tuple[Recorder, ...]] = ContextVar("s2o_recorders", default=())
@@ -94,7 +97,6 @@ def recorded(call: SparseInputs, compute: Callable[[], AttentionResult]) -> Atte
         if not recorders or (call.query.is_cuda and torch.cuda.is_current_stream_capturing()):
             return compute()
         result, seconds = _timed(compute, call.query.device)
-    call = call.in_order
     for recorder in recorders:
         recorder.record(call, result, seconds)
     return result

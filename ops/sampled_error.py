@@ -27,7 +27,7 @@ def sampled_error(call: SparseInputs, output: torch.Tensor, rows: int, draw: int
     Returns:
         sum |o - o_dense|^2 and sum |o_dense|^2 over these queries of all heads: [2], float64, dense in float32.
     """
-    device = output.device
+    device, call = output.device, call.in_order
     index = _sampled_rows(output.shape[2], rows, draw, device)
     batch, heads = (torch.arange(size, device=device) for size in output.shape[:2])
     keys = torch.arange(call.key.shape[2], device=device)

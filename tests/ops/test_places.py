@@ -16,6 +16,7 @@ from s2o_compile.ops.paged import gathered, placed
 from s2o_compile.ops.part import Part
 from s2o_compile.ops.places import Places
 from s2o_compile.ops.requests import Request
+from s2o_compile.ops.sampled_error import sampled_error
 from s2o_compile.ops.visibility import Visibility
 
 from ..examples import examples
@@ -162,10 +163,10 @@ class Calls:
     [({}, True), ({"rule": "gain", "channels": None, "lists": "head"}, False), ({"channels": 20}, False)],
 )
 @pytest.mark.parametrize("is_watched", [False, True])
-def test_calls_see_and_show_keys_in_order(
+def test_calls_see_keys_in_order_and_are_shown_as_they_are(
     settings: dict[str, Any], looks_up: bool, is_watched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that watch a call, and what has no kernels for places, get copies; the others none."""
+    """What has no kernels for places gets copies, and so does who measures the error; others none."""
     key, value = (torch.randn(90, 2, 64, device=DEVICE).to(DTYPE) for _ in "kv")
     found = placed(*draw_pools("HND", 16, key, value), Request(1, slice(0, 40), slice(0, 90)))
     assert found is not None
@@ -185,9 +186,14 @@ def test_calls_see_and_show_keys_in_order(
             got = attend(*found[:2], Part(places=found[2]))
     else:
         got = attend(*found[:2], Part(places=found[2]))
-    assert len(copied) == 2 * (is_watched + (not looks_up))
+    assert len(copied) == (0 if looks_up else 2)
+    assert len(watching.calls) == is_watched
     for call in watching.calls:
-        assert torch.equal(call.key[0].transpose(0, 1), key) and torch.equal(call.value[0].transpose(0, 1), value)
+        ordered_call = call.in_order
+        assert torch.equal(ordered_call.key[0].transpose(0, 1), key)
+        assert torch.equal(ordered_call.value[0].transpose(0, 1), value)
+        of_places, of_copies = (sampled_error(shown, got, 7, 0) for shown in (call, ordered_call))
+        assert torch.equal(of_places, of_copies) and of_places[0] < 0.1 * of_places[1]
     assert torch.equal(got, attend(key, value, Part()))
 
 
