@@ -19,11 +19,10 @@ _ROWS = 256
 def fold(
     arguments: Arguments, operands: Operands, merged: MergedGuides, lse: torch.Tensor, neglected: torch.Tensor
 ) -> None:
-    """Write the digits of guides [B, Hkv, lists, segments * most, channels], which are the last of these.
+    """Write what is added to the logits of guides into their last channels [B, Hkv, lists, segments * most, channels].
 
-    They are those of what is added to logits, in units of products, so that a product is a logit less the log-sum-exp
-    `lse` [B, Hkv, lists, segments * most], with the allowances for merging and for what the channels lack, `neglected`
-    [B, Hkv].
+    A product with a key, in units of products, is then a logit less the log-sum-exp `lse` [B, Hkv, lists,
+    segments * most], with what is allowed for merging and for what the channels lack, `neglected` [B, Hkv].
     """
     batch, kv_heads, lists, segments = merged.counts.shape
     most = arguments.guides_of_segment

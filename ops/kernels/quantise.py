@@ -349,7 +349,7 @@ def picking(picked, dtype: tl.constexpr, BLOCK_D: tl.constexpr, PICKED: tl.const
 
 @triton.jit
 def digit_unit(digit):
-    """What a digit counts: 128, and a sixteenth of the digit before, which is as much as that leaves."""
+    """The unit of a digit: 128, then a sixteenth of the one before, of which rounding leaves no more."""
     return tl.exp2(7.0 - 4.0 * digit)
 
 
