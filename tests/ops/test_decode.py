@@ -225,6 +225,28 @@ def test_on_a_gpu(changes: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_captured_calls_keep_their_lengths(block_size: int | None) -> None:
+    """A CUDA graph reads them again from the host in each replay, whatever has been pinned there since."""
+    call = dataclasses.replace(BATCH, lengths=((1, 4096), (1, 900), (8, 1500)), block_size=block_size)
+    arguments = call.arguments("cuda", torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        attention_varlen(**arguments, config=DENSE)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = attention_varlen(**arguments, config=DENSE)
+    pinned = [torch.zeros(size, dtype=torch.int32).pin_memory() for size in range(1, 200)]
+    for _ in range(2):
+        arguments["query"].normal_()
+        graph.replay()
+        assert torch.equal(got, attention_varlen(**arguments, config=DENSE))
+    assert not any(x.any() for x in pinned)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads, per_kv_head", [(1, 1), (8, 4), (2, 6), (1, 71)])
 @pytest.mark.parametrize("queries, layout", list(zip([1, 2, 5, 8, 1], LAYOUTS, strict=True)))
 def test_heads_and_layouts_on_a_gpu(queries: int, layout: str, kv_heads: int, per_kv_head: int) -> None:
