@@ -69,7 +69,8 @@ class Ranking(_Settings):
         channels: How many directions of the head dimension keys are scored in: those that carry most of the products
             of this call's queries and keys (`ops.rule.channels`); None, or as many as there are, for all channels.
             Where these directions miss some of the products more keys are visited; KV heads for which they miss much
-            are scored in all channels.
+            are scored in all channels. On GPUs of compute capability 9.0 guides that are merged queries are scored in
+            two channels fewer, which hold their log-sum-exps.
         lists: "kv_head" for one list of keys per KV head, "head" for one per query head; "kv_head" where guides are
             averaged over heads.
         measure: What importance measures: "mass", the share of a query's softmax mass that a key holds; or "output",

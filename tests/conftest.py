@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from .shortcuts import hasten_interpreter, leave_guards_unmeasured
+from .shortcuts import hasten_interpreter, leave_guards_unmeasured, round_to_float8_as_gpus_do
 
 if not torch.cuda.is_available():
     # Before anything imports triton.
@@ -47,10 +47,11 @@ def fast_cpu() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def shortcuts() -> None:
-    """What torch and Triton do besides their work is left out."""
+    """What torch and Triton do besides their work is left out, and what the interpreter does wrong is mended."""
     leave_guards_unmeasured()
     if os.environ.get("TRITON_INTERPRET") == "1":
         hasten_interpreter()
+        round_to_float8_as_gpus_do()
 
 
 def pytest_collection_finish() -> None:

@@ -91,7 +91,7 @@ def select_channels(
         moments: `sample_moments` of guides and of `key`.
         key: [B, Hkv, Lk, D].
         padding: [B, Lk], False for keys that do not count; None for none.
-        channels: How many to pick, at least half of all.
+        channels: How many to pick, about half of all or more.
         scale: Factor of the logits.
     """
     batch, kv_heads, keys, size = key.shape

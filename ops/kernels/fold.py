@@ -22,7 +22,8 @@ def fold(
     """Write what is added to the logits of guides into their last channels [B, Hkv, lists, segments * most, channels].
 
     A product with a key, in units of products, is then a logit less the log-sum-exp `lse` [B, Hkv, lists,
-    segments * most], with what is allowed for merging and for what the channels lack, `neglected` [B, Hkv].
+    segments * most] of all channels, with what is allowed for merging and for what the channels lack, `neglected`
+    [B, Hkv]. Guides of KV heads that are scored in all channels have digits too, which nobody reads.
     """
     batch, kv_heads, lists, segments = merged.counts.shape
     most = arguments.guides_of_segment

@@ -35,7 +35,8 @@ class MergedGuides(NamedTuple):
 
     Attributes:
         rows: [B, Hkv, lists, segments * most, D], in the dtype of queries or in float8.
-        subset: Their picked channels [B, Hkv, lists, segments * most, picked + digits]; `rows` where none are picked.
+        subset: Their picked channels, and digits of 0 that `fold` writes, [B, Hkv, lists, segments * most, picked +
+            digits]; `rows` where none are picked.
         counts: [B, Hkv, lists, segments] int32, how many there are.
         reach: [B, Hkv, lists, segments * most] float32, how far their logits reach, in units of log 2.
         first: [B, Hkv, lists, segments * most] int32, the position of the first query of each.

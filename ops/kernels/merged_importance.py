@@ -35,7 +35,10 @@ from .variants import kernel
 
 NEGLECT_LIMIT = tl.constexpr(channels.NEGLECT_LIMIT)
 LEAST_UNIT = tl.constexpr(1e-3)
-"""Of products with digits, in bits: half precision then has room for log-sum-exps beside logits."""
+"""Of products with digits, in bits: half precision then has room for log-sum-exps beside logits.
+
+KV heads below it are scored in all channels, without digits.
+"""
 
 
 def score_merged(
@@ -89,12 +92,15 @@ def _fullest_first(count, first, end, place, SEGMENTS: tl.constexpr, AMONG: tl.c
 
 @triton.jit
 def _guides_of_rows(count, part, end, row, done, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr):
-    """The guides at rows of a part of the segments `part` [SEGMENTS], `done` of each being before, and which exist."""
+    """The guides at rows of a part of the segments `part` [SEGMENTS], `done` of each being before.
+
+    The first of their segment, they themselves, and which exist.
+    """
     number, slot = place_rows(row, SEGMENTS, LANES)
     is_same = number[:, None] == tl.arange(0, SEGMENTS)[None, :]
     segment = tl.sum(tl.where(is_same, part[None, :], 0), 1)
     real = done + slot < tl.load(count + segment, mask=segment < end, other=0)
-    return segment * PER_SEGMENT + done + slot, real
+    return segment * PER_SEGMENT, segment * PER_SEGMENT + done + slot, real
 
 
 @triton.jit
@@ -102,7 +108,7 @@ def _origins(
     lse, reach, count, part, end, row, correction, done, PER_SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr
 ):  # fmt: skip
     """What is added to the logits of the guides at rows of a part, -inf where there is no guide."""
-    guide, real = _guides_of_rows(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
+    _, guide, real = _guides_of_rows(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
     far = tl.load(reach + guide, mask=real, other=0.0)
     return tl.sqrt(far * far + correction * correction) - tl.load(lse + guide, mask=real, other=float("inf"))
 
@@ -118,13 +124,12 @@ def _load_part(
     part of the channels, and the first guide of a segment stands in for those that it lacks.
     """
     row = tl.arange(0, ROWS)
-    guide, real = _guides_of_rows(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
+    first, guide, real = _guides_of_rows(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
     if FOLDED:
-        guide = tl.where(real, guide, guide // PER_SEGMENT * PER_SEGMENT)
-        real = guide < end * PER_SEGMENT
+        guide, real = tl.where(real, guide, first), first < end * PER_SEGMENT
     rows = load_guides(guides, guide * 0, guide, real, 0, stride_n, D, BLOCK_D)
     if FOLDED:
-        origin = row
+        origin = row  # Nobody reads it.
     elif HALF:
         origin = pack_halves(
             _origins(lse, reach, count, part, end, row & -2, correction, done, PER_SEGMENT, SEGMENTS),
@@ -236,6 +241,9 @@ def merged_importance_kernel(
 
     These are multiplied in parts of BLOCK_M, of all segments, MOST_PARTS for each time that the keys of the program are
     loaded, the last one halved up to HALVINGS times if no more is left; the largest score so far is then in memory.
+
+    With FOLDS the picked channels hold digits (`fold`), which a launch with FOLDED scores by; another one scores the KV
+    heads that these are not for.
 
     Program (`chunk` keys for SEGMENTS of AMONG consecutive segments, the last of these first, and among them those of
     the fewest guides; list of the KV head; batch entry and KV head).

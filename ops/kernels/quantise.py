@@ -137,7 +137,7 @@ def adds_in_half(device: torch.device) -> bool:
 def picked_channels(arguments: Arguments) -> tuple[int | None, bool]:
     """How many channels are picked, None for none; and whether digits take the place of others (`fold`).
 
-    These are then as many fewer, so that products take as long.
+    These are then as many fewer, so that products take as long; weights of sampled keys are bounded as without digits.
     """
     query, wanted = arguments.query, arguments.config.ranking.channels
     if not picks_channels(wanted, query.shape[-1]):

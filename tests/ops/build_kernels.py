@@ -73,7 +73,7 @@ def is_reduced_right(axis: int, layout: dict[str, list[list[int]]]) -> bool:
 
 
 def shuffled_products(ptx: str) -> list[str]:
-    """The products that shuffles pass on to other lanes as they are.
+    """The products in float32 that shuffles pass on to other lanes as they are.
 
     In a sum over lanes each may add its own before it is rounded: the sums then differ in their last bits by lane, and
     lanes write different numbers to one address.
@@ -82,8 +82,12 @@ def shuffled_products(ptx: str) -> list[str]:
     made = {result: (operation, operands) for operation, result, operands in re.findall(pattern, ptx, re.MULTILINE)}
 
     def origin(register: str) -> str:
-        operation, operands = made.get(register, ("", ""))
-        return origin(operands) if operation == "mov.b32" else operation
+        for _ in made:
+            operation, operands = made.get(register, ("", ""))
+            if operation != "mov.b32":
+                return operation
+            register = operands
+        return "mov.b32"
 
     shuffled = [operands for operation, operands in made.values() if operation.startswith("shfl.sync.bfly")]
     return [operands for operands in shuffled if origin(operands.split(",")[0]).startswith("mul.f")]

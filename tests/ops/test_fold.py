@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +14,13 @@ from s2o_compile.ops.kernels import quantise
 from s2o_compile.ops.kernels.arguments import LOG2_E, Arguments
 from s2o_compile.ops.kernels.fold import fold
 from s2o_compile.ops.kernels.helpers import FLOAT8_REACH
+from s2o_compile.ops.kernels.importance import score
 from s2o_compile.ops.kernels.merge import MergedGuides
+from s2o_compile.ops.kernels.merged_importance import LEAST_UNIT
 from s2o_compile.ops.kernels.quantise import DIGITS, FLOAT8, Operands, Units, quantise_keys
+from s2o_compile.ops.kernels.rank import scoring_of
+from s2o_compile.ops.kernels.scoring import Scoring
+from s2o_compile.ops.rule import channels
 from s2o_compile.ops.visibility import Visibility
 
 from ..examples import examples
@@ -45,32 +52,102 @@ def test_products_are_logits_less_log_sum_exps(
     arguments = Arguments(query, key, key, Visibility(True), None, 10**log_unit / LOG2_E, 0.0, config, query.device)
     most = arguments.guides_of_segment
     units = Units.of(key)
-    channels = torch.stack([torch.randperm(64)[:36].sort().values for _ in range(batch * kv_heads)])
-    channels = channels.view(batch, kv_heads, 36).int().to(DEVICE)
-    keys = quantise_keys(key, units, channels, digits=DIGITS.value)[1]
+    picked = torch.stack([torch.randperm(64)[:36].sort().values for _ in range(batch * kv_heads)])
+    picked = picked.view(batch, kv_heads, 36).int().to(DEVICE)
+    keys = quantise_keys(key, units, picked, digits=DIGITS.value)[1]
     units.ranges[0] = FLOAT8_REACH.value
     step = (10**log_unit * units.ranges[1] / FLOAT8_REACH.value)[..., None, None, None]
     guides = torch.zeros(batch, kv_heads, lists, segments * most, 36 + DIGITS.value, device=DEVICE).to(FLOAT8)
     counts = torch.randint(1, most + 1, (batch, kv_heads, lists, segments), dtype=torch.int32, device=DEVICE)
-    reach, lse = torch.randn(2, batch, kv_heads, lists, segments, most, device=DEVICE) * step[..., None]
+    reach, lse = torch.randn(2, batch, kv_heads, lists, segments, most, device=DEVICE) * step
     reach, lse = reach.abs(), lse * 10**log_size
     neglected = torch.rand(batch, kv_heads, device=DEVICE) * step[..., 0, 0, 0]
     merged = MergedGuides(guides, guides, counts, reach.flatten(3), counts, counts)
     fold(arguments, Operands(guides, keys, units.ranges, True), merged, lse.flatten(3), neglected)
-    got = (guides.float() @ keys[:, :, None].float().mT * step).unflatten(3, (segments, most))
+    products = guides.float() @ keys[:, :, None].float().mT
+    got = products.unflatten(3, (segments, most)) * step[..., None]
     want = (reach.square() + (neglected * LOG2_E).square()[..., None, None, None]).sqrt() - lse
     real = torch.arange(most, device=DEVICE) < counts[..., None]
     assert (got[~real] == 0).all()
-    # The interpreter rounds to float8 wrongly just below powers of 2, and cuts small numbers off.
-    fits = real & (want.abs() <= (2**15.7 if DEVICE == "cuda" else 2**10) * step)
     error, size = (got - want[..., None]).abs().amax(-1), want.abs()
-    is_close = error <= 2**-8 * size + 2**-7 * step
-    if DEVICE == "cuda":
-        assert is_close[fits].all()
-    elif fits.sum() > 50:
-        assert is_close[fits].float().mean() > 0.6
-    assert (error <= size / 2 + 2**-2 * step)[fits].all()
+    assert (error <= 2**-8 * size + 2**-6.9 * step)[real & (size <= 2**15.7 * step)].all()
     assert (got.sign() == want.sign()[..., None])[real & (size > step)].all()
+
+
+def importance_by_guides(arguments: Arguments, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest share over the threshold that a guide gives each key [B, Hkv, lists, segments, Lk], plainly.
+
+    And whether it is taken in the channels that are picked [B, Hkv].
+    """
+    merged, subset = scoring.merged, scoring.subset
+    assert merged is not None and subset is not None and scoring.neglected is not None and subset.folded
+    most, ranges = arguments.guides_of_segment, scoring.all_channels.ranges
+    unit = arguments.scale * LOG2_E * (ranges[0] / FLOAT8_REACH.value * (ranges[1] / FLOAT8_REACH.value))
+    neglected = scoring.neglected
+    is_picked = (neglected <= channels.NEGLECT_LIMIT) & (unit >= LEAST_UNIT.value)
+    digits = DIGITS.value
+
+    def products(guides: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return guides.float() @ key[:, :, None].float().mT * unit[..., None, None, None]
+
+    of_all = products(scoring.all_channels.guides, scoring.all_channels.key)
+    of_picked = products(subset.guides[..., :-digits], subset.key[..., :-digits])
+    allowed = (merged.reach.square() + (neglected * LOG2_E).square()[..., None, None]).sqrt()
+    origin = torch.where(is_picked[..., None, None], allowed, merged.reach) - scoring.guide_lse
+    logits = torch.where(is_picked[..., None, None, None], of_picked, of_all) + origin[..., None]
+    real = torch.arange(most, device=DEVICE) < merged.counts[..., None]
+    logits = logits.unflatten(3, (-1, most)).masked_fill(~real[..., None], -math.inf)
+    return logits.amax(4).exp2() / arguments.config.threshold, is_picked
+
+
+@pytest.mark.parametrize(
+    ("heads", "radius", "lists", "sizes"),
+    [
+        (2, 1.0, "kv_head", (1.0, 1.0)),
+        (6, 0.01, "kv_head", (1.0, 1.0)),  # More guides than are scored at once.
+        (6, 1e4, "kv_head", (1.0, 1.0)),  # One of each head.
+        (3, 1.0, "head", (1.0, 1.0)),
+        (2, 1.0, "kv_head", (1.0, 1e-3)),  # Units too small for digits.
+        (2, 1.0, "kv_head", (1.0, 8.0)),  # Too much neglected.
+    ],
+)
+@pytest.mark.parametrize("segment", [16, 32])
+def test_importance_is_that_of_the_guides_that_there_are(
+    heads: int, radius: float, lists: str, sizes: tuple[float, float], segment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of keys of some sizes, key by key, whatever is where there are no guides."""
+    monkeypatch.setattr(quantise, "ranks_in_float8", lambda *_: True)
+    monkeypatch.setattr(quantise, "adds_in_half", lambda device: True)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *size, **kind: undefined(new_empty(x, *size, **kind)))
+    torch.manual_seed(segment)
+    ranking = Ranking(merge_length=0, radius=radius, lists=lists, channels=40, segment=segment, near_keys=0)
+    query, key = torch.randn(1, 2 * heads, 150, 64), torch.randn(1, 2, 190, 64)
+    query = 2 * query[:, :, torch.arange(150) // 4 * 4] + 0.1 * query
+    key = key * torch.linspace(1.5, 0.02, 64) * torch.tensor(sizes)[:, None, None]
+    query, key = (x.half().to(DEVICE) for x in (query, key))
+    config = S2OConfig(threshold=0.02, ranking=ranking)
+    arguments = Arguments(query, key, key, Visibility(True, 40), None, 0.1, 0.0, config, query.device)
+    sample = query.unflatten(1, (2, heads))
+    scoring = scoring_of(arguments, sample, sample)
+    segments = range(arguments.geometry.ranked_segments)
+    got = score(arguments, scoring, segments)[0].float()
+    (want,), (is_picked,) = importance_by_guides(arguments, scoring)
+    assert is_picked.tolist() == [True, sizes[1] == 1]
+    compared = 0
+    for number in segments:
+        low = arguments.geometry.span(number).low
+        one, other = (x[..., number, 1:low] for x in (got, want))
+        is_near = (other > 1e-3) & (other < 1e4)
+        assert ((one.log2() - other.log2()).abs() <= 0.1)[is_near].all()
+        compared += int(is_near.sum())
+    assert compared > 600
+
+
+def undefined(x: torch.Tensor) -> torch.Tensor:
+    """Memory with what is NaN in float8."""
+    x.view(torch.uint8).fill_(0x7F)
+    return x
 
 
 def test_few_channels_hold_no_digits(monkeypatch: pytest.MonkeyPatch) -> None:
