@@ -9,7 +9,7 @@ import triton.language as tl
 from .arguments import Arguments
 from .helpers import LOG2_E, unit_scale
 from .launch import launch
-from .merge import MergedGuides
+from .merge import MergedGuides, load_origins
 from .quantise import DIGITS, Operands, digit_unit
 from .variants import kernel
 
@@ -29,8 +29,7 @@ def fold(
     most = arguments.guides_of_segment
     launch(
         fold_kernel, (segments, lists, batch * kv_heads),
-        operands.guides, operands.ranges, lse, merged.reach, neglected, merged.counts,
-        arguments.shared["scale"],
+        operands.guides, operands.ranges, lse, merged.reach, neglected, merged.counts, arguments.shared["scale"],
         PER_SEGMENT=most, WIDTH=operands.guides.shape[-1], BLOCK_M=min(_ROWS, triton.next_power_of_2(most)),
         num_warps=4,
     )  # fmt: skip
@@ -51,8 +50,7 @@ def fold_kernel(
         slot = start + tl.arange(0, BLOCK_M)
         real = slot < guides_of_segment
         guide = segment * PER_SEGMENT + slot
-        far = tl.load(reach + guide, mask=real, other=0.0)
-        left = (tl.sqrt(far * far + correction * correction) - tl.load(lse + guide, mask=real, other=0.0)) / step
+        left = load_origins(lse, reach, guide, real, correction) / step
         target = guides + guide * WIDTH + (WIDTH - DIGITS)
         for digit in tl.static_range(DIGITS):
             unit = digit_unit(digit)

@@ -112,6 +112,16 @@ def merge(
 
 
 @triton.jit
+def load_origins(lse, reach, guide, real, correction):
+    """What is added to the logits of guides, -inf where they are not `real`.
+
+    Less their log-sum-exp, with what is allowed for the queries that they stand for, and a `correction` of channels.
+    """
+    far = tl.load(reach + guide, mask=real, other=0.0)
+    return tl.sqrt(far * far + correction * correction) - tl.load(lse + guide, mask=real, other=float("inf"))
+
+
+@triton.jit
 def _load_runs(query, run, real, stride_n, first, D: tl.constexpr, RUN: tl.constexpr, BLOCK_C: tl.constexpr):
     """The channels from `first` on of the queries of runs [n * RUN, BLOCK_C], and of the first of the run of each."""
     channel = first + tl.arange(0, BLOCK_C)

@@ -26,7 +26,7 @@ from .helpers import (
     unit_scale,
 )
 from .launch import launch
-from .merge import MergedGuides
+from .merge import MergedGuides, load_origins
 from .products import LANES, by_segment, decided, larger, pack_flags, place_rows, raise_largest
 from .quantise import Operands
 from .scoring import Scoring
@@ -109,8 +109,7 @@ def _origins(
 ):  # fmt: skip
     """What is added to the logits of the guides at rows of a part, -inf where there is no guide."""
     _, guide, real = _guides_of_rows(count, part, end, row, done, PER_SEGMENT, SEGMENTS)
-    far = tl.load(reach + guide, mask=real, other=0.0)
-    return tl.sqrt(far * far + correction * correction) - tl.load(lse + guide, mask=real, other=float("inf"))
+    return load_origins(lse, reach, guide, real, correction)
 
 
 @triton.jit

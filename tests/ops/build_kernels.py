@@ -117,7 +117,8 @@ def build(capability: int, kernel: Any, grid: Any, positional: tuple[Any, ...], 
     assert operands & {"*fp16", "*bf16", "*fp8e4nv"} or ".tf32" not in compiled.asm["ptx"], kernel.__name__
     reductions = list(linear_reductions(compiled.asm["ttgir"]))
     assert all(is_reduced_right(*reduction) for reduction in reductions), (kernel.__name__, reductions)
-    assert not shuffled_products(compiled.asm["ptx"]), (kernel.__name__, shuffled_products(compiled.asm["ptx"]))
+    products = shuffled_products(compiled.asm["ptx"])
+    assert not products, (kernel.__name__, products)
     assert compiled.metadata.shared <= CAPABILITIES[capability], (kernel.__name__, compiled.metadata)
     print(kernel.__name__)
 
